@@ -1,0 +1,1 @@
+"""The Echo-4o-Image dataset: reading the upstream release, building and writing it."""

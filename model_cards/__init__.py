@@ -1,0 +1,1 @@
+"""Templates of the cards that are published with models and datasets."""

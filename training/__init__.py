@@ -1,0 +1,1 @@
+"""Training of the models of :mod:`echo4o.modeling`, with Accelerate and PEFT."""
