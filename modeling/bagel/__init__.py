@@ -1,0 +1,1 @@
+"""BAGEL as diffusers components: transformer, vision model, pipeline and conversion."""

@@ -1,0 +1,393 @@
+"""BAGEL's mixture of transformers: two experts over one interleaved sequence (Echo-4o, arXiv 2508.09987, section 3).
+
+Tokens live in two streams. The understanding expert `und` owns text, ViT tokens and the markers around every picture;
+the generation expert `gen` owns VAE latent tokens. Projections, norms and MLPs run once per stream on dense
+(tokens, hidden) tensors; the streams meet only for attention, row by row: a row is a whole sample in training, or one
+(picture, guidance branch) with its cached context in inference.
+
+Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D head size, C channels of a latent token.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+@dataclass
+class BagelTransformerOutput(BaseOutput):
+    """What one pass over a packed sequence gives.
+
+    Args:
+        sample: (G, C) velocity (noise - data) at every latent token; meaningful for noised ones.
+        logits: (n, vocabulary) at the und tokens asked for with `logit_index`, else None.
+        und_states, gen_states: (U, hidden), (G, hidden) after the final norms.
+    """
+
+    sample: torch.Tensor
+    logits: torch.Tensor | None
+    und_states: torch.Tensor
+    gen_states: torch.Tensor
+
+
+class BagelKVCache:
+    """Keys and values of one context, written once and read by every row that continues it.
+
+    Each layer holds one buffer, laid out as `[scratch | context ...]`. Appended segments go to the end. A noised
+    picture, which nothing later may see, puts its own keys just before the context: attention without a mask does not
+    care about order, so the picture and *any prefix* of the context are one contiguous slice. Guidance branches and
+    the pictures of one prompt thus share the buffer without a copy, one after the other.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, scratch: int):
+        self.capacity, self.scratch = capacity, scratch
+        self.length = 0  # tokens of context
+        self.position = 0  # rotary position of what follows them
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """The layer's keys after rotation, in order of arrival: (length, K, D)."""
+        return self._keys[layer][self.scratch : self.scratch + self.length]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """The layer's values: (length, K, D)."""
+        return self._values[layer][self.scratch : self.scratch + self.length]
+
+    def truncate(self, length: int, position: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        assert length <= self.length, (length, self.length)
+        self.length, self.position = length, position
+
+    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor, write: int, read: slice):
+        """Store (n, K, D) at buffer row `write`; return the keys and values of the rows `read`."""
+        if self._keys[layer] is None:
+            shape = (self.scratch + self.capacity, *key.shape[1:])
+            self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[write : write + key.shape[0]] = key
+        values[write : write + value.shape[0]] = value
+        return keys[read], values[read]
+
+
+class Context(NamedTuple):
+    """What a row sees before its own tokens: the first `length` tokens of `cache`."""
+
+    cache: BagelKVCache
+    length: int
+
+
+class AttentionCall(NamedTuple):
+    """One attention call: the new tokens `und` and `gen`, and what they see."""
+
+    und: slice
+    gen: slice
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    cache: BagelKVCache | None = None
+    write: int = 0
+    read: slice = slice(0, 0)
+
+
+def may_attend(sequence, q_segment, q_position, k_segment, k_position):
+    """BAGEL's one rule of attention, elementwise over broadcast (segment, position) pairs -> bool.
+
+    A token sees its own segment (text: up to its own position) and every earlier segment of its sample that is not
+    hidden. Hidden segments (noised pictures) are seen by themselves alone.
+    """
+    sample, causal, hidden = sequence.segment_sample, sequence.segment_causal, sequence.segment_hidden
+    own = (q_segment == k_segment) & (~causal[q_segment] | (k_position <= q_position))
+    earlier = (k_segment < q_segment) & (sample[k_segment] == sample[q_segment]) & ~hidden[k_segment]
+    return own | earlier
+
+
+def training_plan(sequence) -> list[AttentionCall]:
+    """One masked call per sample, over its und tokens followed by its gen tokens."""
+    plan = []
+    for spans in sequence.spans:
+        und = slice(spans[0].und.start, spans[-1].und.stop)
+        gen = slice(spans[0].gen.start, spans[-1].gen.stop)
+        segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
+        position = torch.cat([sequence.und_position[und], sequence.gen_position[gen]])
+        mask = may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])  # (S, S)
+        plan.append(AttentionCall(und, gen, mask))
+    return plan
+
+
+def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
+    """One unmasked call per segment (text: causal) against its row's own context; clean segments extend the context."""
+    plan = []
+    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
+        assert length <= cache.length, (length, cache.length)
+        for span in spans:
+            n = (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
+            if span.hidden:
+                assert n <= cache.scratch, (n, cache.scratch)
+                write, read = cache.scratch - n, slice(cache.scratch - n, cache.scratch + length)
+            else:
+                assert length + n <= cache.capacity, (length, n, cache.capacity)
+                write, read = cache.scratch + length, slice(cache.scratch, cache.scratch + length + n)
+            mask = None
+            if span.causal and n > 1 and length > 0:
+                mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
+            causal = span.causal and n > 1 and length == 0
+            plan.append(AttentionCall(span.und, span.gen, mask, causal, cache, write, read))
+            length += 0 if span.hidden else n
+    return plan
+
+
+def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+    """Cosine and sine for [`rotate`]: each (tokens, 1, D)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angles = position.float()[:, None] / theta**exponent  # (tokens, D/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embedding of (tokens, heads, D) in the half-split convention of Qwen2."""
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class BagelFeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BagelExpert(nn.Module):
+    """Everything of a layer that works token by token, for one of the two streams."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, eps: float):
+        super().__init__()
+        self.head_dim = head_dim = hidden_size // num_heads
+        self.norm1 = nn.RMSNorm(hidden_size, eps=eps)
+        self.to_q = nn.Linear(hidden_size, num_heads * head_dim)
+        self.to_k = nn.Linear(hidden_size, num_kv_heads * head_dim)
+        self.to_v = nn.Linear(hidden_size, num_kv_heads * head_dim)
+        self.norm_q = nn.RMSNorm(head_dim, eps=eps)
+        self.norm_k = nn.RMSNorm(head_dim, eps=eps)
+        self.to_out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=eps)
+        self.ff = BagelFeedForward(hidden_size, intermediate_size)
+
+    def qkv(self, x: torch.Tensor, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, hidden) -> queries (tokens, H, D), keys and values (tokens, K, D)."""
+        x = self.norm1(x)
+        query = rotate(self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim))), angles)
+        key = rotate(self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head_dim))), angles)
+        return query, key, self.to_v(x).unflatten(-1, (-1, self.head_dim))
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The rest of the layer after attention: (tokens, hidden), (tokens, H, D) -> (tokens, hidden)."""
+        x = x + self.to_out(attended.flatten(1))
+        return x + self.ff(self.norm2(x))
+
+
+def _meet(und: torch.Tensor, gen: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    und, gen = und[call.und], gen[call.gen]
+    if gen.shape[0] == 0:
+        return und
+    return torch.cat([und, gen])  # (S, heads, D)
+
+
+class BagelAttnProcessor:
+    """Where the streams meet: one attention call per entry of the plan, und tokens before gen tokens."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn, und, gen, plan):
+        und_out, gen_out = [], []
+        for call in plan:
+            query, key, value = (_meet(u, g, call) for u, g in zip(und, gen, strict=True))
+            if call.cache is not None:
+                key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
+            attended = dispatch_attention_fn(
+                query[None],
+                key[None],
+                value[None],
+                attn_mask=None if call.mask is None else call.mask[None, None],
+                is_causal=call.causal,
+                enable_gqa=query.shape[1] != key.shape[1],
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )[0]  # (S, H, D)
+            n = call.und.stop - call.und.start
+            und_out.append(attended[:n])
+            gen_out.append(attended[n:])
+        return torch.cat(und_out), torch.cat(gen_out)
+
+
+class BagelAttention(nn.Module, AttentionModuleMixin):
+    """Attention over both streams. It has no weights of its own: the experts project."""
+
+    _default_processor_cls = BagelAttnProcessor
+    _available_processors = [BagelAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.set_processor(BagelAttnProcessor())
+
+    def forward(self, und, gen, plan):
+        return self.processor(self, und, gen, plan)
+
+
+class BagelBlock(nn.Module):
+    """One layer: the experts `und` and `gen`, and the attention in which their tokens meet."""
+
+    def __init__(self, layer_index: int, *sizes):
+        super().__init__()
+        self.und = BagelExpert(*sizes)
+        self.gen = BagelExpert(*sizes)
+        self.attn = BagelAttention(layer_index)
+
+    def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan):
+        """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden)."""
+        # A text-only step has nothing for the gen expert; in training it still runs, on zero rows, so that every
+        # parameter takes part in every process's backward pass.
+        if hidden_states.shape[0] == 0 and not torch.is_grad_enabled():
+            und = self.und.qkv(encoder_hidden_states, und_angles)
+            attended, _ = self.attn(und, tuple(x[:0] for x in und), plan)
+            return hidden_states, self.und.finish(encoder_hidden_states, attended)
+        und = self.und.qkv(encoder_hidden_states, und_angles)
+        gen = self.gen.qkv(hidden_states, gen_angles)
+        und_attended, gen_attended = self.attn(und, gen, plan)
+        return self.gen.finish(hidden_states, gen_attended), self.und.finish(encoder_hidden_states, und_attended)
+
+
+class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
+    """BAGEL's language model, generation expert and latent in- and outputs. The defaults are the release's sizes.
+
+    Args:
+        hidden_size, intermediate_size, num_layers, num_attention_heads, num_key_value_heads: sizes of both experts.
+        vocab_size: rows of the text embedding and of the language head.
+        rms_norm_eps, rope_theta: as in Qwen2.
+        latent_channels, latent_patch_size: the VAE's channels and the side of a latent token in VAE pixels.
+        max_latent_size: side of the latent position table, in tokens.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["BagelBlock"]
+    _repeated_blocks = ["BagelBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "time_embed", "proj_in", "proj_out", "embed_tokens"]
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int = 3584,
+        intermediate_size: int = 18944,
+        num_layers: int = 28,
+        num_attention_heads: int = 28,
+        num_key_value_heads: int = 4,
+        vocab_size: int = 152064,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1e6,
+        latent_channels: int = 16,
+        latent_patch_size: int = 2,
+        max_latent_size: int = 64,
+    ):
+        super().__init__()
+        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}, and that "
+                f"of num_key_value_heads={num_key_value_heads}."
+            )
+        token_channels = latent_channels * latent_patch_size**2
+        sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps)
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, hidden_size)
+        self.proj_in = nn.Linear(token_channels, hidden_size)
+        table = get_2d_sincos_pos_embed(hidden_size, max_latent_size, output_type="pt").float()
+        self.register_buffer("pos_embed", table.reshape(max_latent_size**2, hidden_size))
+        self.layers = nn.ModuleList(BagelBlock(index, *sizes) for index in range(num_layers))
+        self.norm_out = nn.ModuleDict({e: nn.RMSNorm(hidden_size, eps=rms_norm_eps) for e in ("und", "gen")})
+        self.proj_out = nn.Linear(hidden_size, token_channels)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.gradient_checkpointing = False
+
+    def new_cache(self, capacity: int, scratch: int = 0) -> BagelKVCache:
+        """An empty context for up to `capacity` tokens, with room for one noised segment of up to `scratch` tokens."""
+        return BagelKVCache(self.config.num_layers, capacity, scratch)
+
+    def _embed(self, sequence, hidden_states, timestep, vision_embeds):
+        und = self.embed_tokens(sequence.input_ids)  # (U, hidden)
+        if vision_embeds is not None:
+            und = und.index_copy(0, sequence.vision_index, vision_embeds.to(und.dtype))
+        if hidden_states is None:
+            hidden_states = und.new_zeros(0, self.config.latent_channels * self.config.latent_patch_size**2)
+            timestep = und.new_zeros(0, dtype=torch.float32)
+        time = self.time_embed(self.time_proj(timestep).to(und.dtype))
+        place = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
+        return und, self.proj_in(hidden_states.to(und.dtype)) + time + place  # (U, hidden), (G, hidden)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        sequence,
+        vision_embeds: torch.Tensor | None = None,
+        contexts: list[Context] | None = None,
+        logit_index: torch.Tensor | None = None,
+    ) -> BagelTransformerOutput:
+        """One pass over a packed sequence.
+
+        Args:
+            hidden_states: (G, C) latent tokens of the VAE segments, clean and noised, in the sequence's order.
+            timestep: (G,) time of each latent token in [0, 1]: 0 is data (clean), 1 is noise.
+            sequence: the `PackedSequence` (segments_bagel.py) that says what each token is.
+            vision_embeds: (V, hidden) from the vision model.
+            contexts: inference: per row, the cache that it continues and how much of it it sees. Clean segments are
+                appended to their cache. None: training; every row is a whole sample under its mask.
+            logit_index: (n,) und tokens whose next-token logits are wanted.
+        """
+        und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        angles = [
+            rotary_angles(position, head_dim, self.config.rope_theta, und.dtype)
+            for position in (sequence.und_position, sequence.gen_position)
+        ]
+        plan = training_plan(sequence) if contexts is None else inference_plan(sequence, contexts)
+        for block in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                gen, und = self._gradient_checkpointing_func(block, gen, und, *angles, plan)
+            else:
+                gen, und = block(gen, und, *angles, plan)
+        und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
+        if contexts is not None:
+            _advance(sequence, contexts)
+        return BagelTransformerOutput(
+            sample=self.proj_out(gen),
+            logits=None if logit_index is None else self.lm_head(und[logit_index]),
+            und_states=und,
+            gen_states=gen,
+        )
+
+
+def _advance(sequence, contexts: list[Context]) -> None:
+    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
+        for span in spans:
+            if not span.hidden:
+                length += (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
+                cache.length = length
