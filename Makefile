@@ -1,0 +1,59 @@
+# On a fresh machine with python3 (3.11 to 3.13, with venv and pip), make and git, every target sets itself up:
+# the first one that needs Python makes .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Extra arguments for pip and pytest, for example PYTEST_ARGS="-k cli" or PIP_ARGS="--index-url ...".
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+# On Linux PyPI's torch brings gigabytes of CUDA. Where no other index offers a CPU build, name the one to ask:
+# make venv TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test venv lint format parity bench tiny-base clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
+
+quickstart: $(STAMP) ## render a small dataset, train, generate, score; writes quickstart/report.html
+	$(BIN)/echo4o quickstart
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+venv: $(STAMP) ## only the set-up: .venv with the package and its tools
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: $(STAMP) ## compare with a golden directory: make parity GOLDEN=dir
+	@test -n "$(GOLDEN)" || { echo "error: say which golden directory: make parity GOLDEN=tests/parity/golden" >&2; exit 2; }
+	$(BIN)/python -m tests.parity $(GOLDEN)
+
+bench: $(STAMP) ## measure speed and memory
+	$(BIN)/python -m benchmarks
+
+tiny-base: $(STAMP) ## make the tiny base model of the quickstart again
+	$(BIN)/python -m echo4o.quickstart.tiny_base
+
+clean: ## remove caches, builds and what the quickstart wrote (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache quickstart
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch first and alone: the constraint fixes the version, and no later step can trade the build for another one.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "error: echo4o needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install -q $(PIP_ARGS) $(TORCH_ARGS) -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
