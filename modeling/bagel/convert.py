@@ -1,0 +1,391 @@
+"""Original BAGEL / Echo-4o checkpoints to diffusers folders and back, bit for bit.
+
+Neither direction builds a model or decodes a tensor: the headers of the source say what is there, one table
+(original_keys.py) says what it is called on the other side, and bytes are copied chunk by chunk into new files. Memory
+stays at a few chunks for a checkpoint of any size. Names, shapes and configurations are checked before anything is
+written; a file gets its name when it is complete, and an interrupted conversion goes on where it stopped.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .loading_bagel import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    StoredTensor,
+    component_tensors,
+    main_dtype,
+    nonfinite_names,
+    pipeline_sources,
+    read_header,
+    read_json,
+    refuse_pickles,
+    standing_alone,
+    write_sources,
+)
+from .original_configs import (
+    JSON_FILES,
+    Configs,
+    component_configs,
+    original_jsons,
+    original_sizes,
+    read_original_jsons,
+    sizes_of,
+    write_json,
+)
+from .original_keys import Key, all_keys, differences
+from .safetensors_stream import Output, is_written, split_shards, write_file
+
+SHARD_BYTES = 2_000_000_000
+PIPELINE_CLASS = "Echo4oPipeline"
+# Component -> (file stem, class) of the components that are published with their own file.
+OWN_CODE = {
+    "transformer": ("transformer_bagel", "BagelTransformer2DModel"),
+    "vision_model": ("vision_bagel", "BagelVisionModel"),
+}
+LIBRARY_CLASSES = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+}
+CLASS_NAMES = {name: code[1] for name, code in (OWN_CODE | LIBRARY_CLASSES).items()}
+ORIGINAL_FILES = {"transformer": "ema.safetensors", "vision_model": "ema.safetensors", "vae": "ae.safetensors"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+KEPT_FOLDER = "original"  # the JSON files of the original, kept as they were, for the way back
+WEIGHTS = "diffusion_pytorch_model"
+_DESCRIBED = "components.json"  # beside them: the component configurations that they describe
+_MARKER = ".conversion.json"
+_LARGE = 256_000_000  # bytes from which on a progress bar is shown
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checked original checkpoint: its keys, where each tensor lies, and what our components are built with."""
+
+    folder: Path
+    keys: list[Key]
+    tensors: dict[str, StoredTensor]  # by the original's name; the names of both weight files differ
+    configs: Configs
+
+
+def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the original checkpoint in `src` as a pipeline folder into `dst`.
+
+    `src` holds ema.safetensors (or shards with an index), ae.safetensors, llm_config.json, vit_config.json, perhaps
+    config.json, and the tokenizer's files. `dst` must be new, empty, or left by an interrupted conversion of the same
+    `src`. Weight files hold at most `shard_bytes` bytes of tensors each. Every tensor keeps its dtype and its bits.
+
+    Raises:
+        FileNotFoundError: `src` is no such checkpoint.
+        FileExistsError: `dst` holds something else.
+        ValueError: pickled, damaged or non-finite weights, or tensors that do not fit; one error lists them all.
+        OSError: there is not enough room at `dst`.
+    """
+    src, dst = Path(src), Path(dst)
+    original = read_original(src)
+    files: dict[Path, list[Output]] = {}
+    for component in ORIGINAL_FILES:
+        outputs = [Output(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component]
+        files |= _component_files(dst / component, outputs, shard_bytes)
+    _write(dst, _fingerprint(original.tensors.values()), files)
+
+    for component, config in original.configs.items():
+        write_json(dst / component / "config.json", _class_entry(component) | config)
+    (dst / "scheduler").mkdir(exist_ok=True)
+    write_json(dst / "scheduler" / "scheduler_config.json", _scheduler_config())
+    _copy(src, dst / "tokenizer", TOKENIZER_FILES)
+    _copy(src, dst / KEPT_FOLDER, JSON_FILES)
+    write_json(dst / KEPT_FOLDER / _DESCRIBED, original.configs)
+    _write_code(dst)
+    write_json(dst / INDEX_NAME, _pipeline_index())
+    (dst / _MARKER).unlink()
+
+
+def convert_to_original(src: Path, dst: Path) -> None:
+    """Write the pipeline folder in `src` in the original's layout into `dst`; the way back of convert_to_diffusers.
+
+    Works on converted folders and on folders written by `save_pretrained`. The JSON files and the tokenizer's files
+    are those of the original where the folder still has them and they agree with its components; else they are made
+    from the components' configurations. Raises as convert_to_diffusers.
+    """
+    src, dst = Path(src), Path(dst)
+    if not (src / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"{src} is no pipeline folder: it has no {INDEX_NAME}.")
+    lost = [f"{c}/config.json" for c in ORIGINAL_FILES if not (src / c / "config.json").is_file()]
+    if lost:
+        raise FileNotFoundError(f"{src} is no BAGEL pipeline folder: it lacks {', '.join(lost)}.")
+    configs = {c: read_json(src / c / "config.json") for c in ORIGINAL_FILES}
+    keys = all_keys(sizes_of(configs))
+    stored = {c: component_tensors(src / c) for c in ORIGINAL_FILES}
+    problems: list[str] = []
+    files: dict[Path, list[Output]] = {dst / name: [] for name in ORIGINAL_FILES.values()}
+    for component, tensors in stored.items():
+        own = [k for k in keys if k.component == component]
+        problems += differences({k.name: k.shape for k in own}, tensors, f"{component}/")
+        outputs = [Output(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
+        files[dst / ORIGINAL_FILES[component]] += outputs
+    _raise_all(src, problems)
+    _write(dst, _fingerprint(t for tensors in stored.values() for t in tensors.values()), files)
+
+    _write_original_jsons(src, dst, configs, main_dtype(stored["transformer"]))
+    _copy(src / "tokenizer", dst, TOKENIZER_FILES)
+    _write_vocabulary(dst)
+    (dst / _MARKER).unlink()
+
+
+def components_from_original(
+    directory: Path, dtype: torch.dtype | None = None, skip: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Transformer, vision model, VAE, scheduler and tokenizer of an original checkpoint, by component name.
+
+    Weights are mapped from the files into models built without memory of their own, tensor by tensor. `dtype`
+    defaults to the one that most of a component is stored in. Components named in `skip` are left out. Raises as
+    convert_to_diffusers.
+    """
+    original = read_original(Path(directory))
+    skip = set(skip)
+    built: dict[str, Any] = {}
+    for component in ORIGINAL_FILES:
+        if component not in skip:
+            built[component] = _build(component, original, dtype)
+    if "scheduler" not in skip:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        built["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config())
+    if "tokenizer" not in skip:
+        from transformers import Qwen2Tokenizer
+
+        built["tokenizer"] = Qwen2Tokenizer.from_pretrained(str(original.folder))
+    return built
+
+
+def read_original(folder: Path) -> Original:
+    """Read the headers and JSON files of an original checkpoint and check them against each other.
+
+    Raises as convert_to_diffusers; no tensor is read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
+    ema = _original_weights(folder)
+    llm, vit, config = read_original_jsons(folder)
+    if not (folder / "ae.safetensors").is_file():
+        refuse_pickles(folder, "ae.*")
+        raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks ae.safetensors.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks the tokenizer's files.")
+    ae = read_header(folder / "ae.safetensors")
+    sizes, problems = original_sizes(llm, vit, config, ema, ae)
+    keys = all_keys(sizes)
+    for where, tensors in (("ema.safetensors", ema), ("ae.safetensors", ae)):
+        expected = {k.original: k.original_shape for k in keys if ORIGINAL_FILES[k.component] == where}
+        problems += differences(expected, tensors, where)
+    _raise_all(folder, problems)
+    return Original(folder, keys, {**ema, **ae}, component_configs(llm, vit, config, sizes))
+
+
+def _original_weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of ema.safetensors, or of the shards that the folder's only index names."""
+    if (folder / "ema.safetensors").is_file():
+        return read_header(folder / "ema.safetensors")
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise ValueError(f"{folder} has several weight indexes ({', '.join(i.name for i in indexes)}); keep one.")
+    if not indexes:
+        if not any(f.name != "ae.safetensors" for f in folder.glob("*.safetensors")):
+            refuse_pickles(folder)
+        raise FileNotFoundError(
+            f"{folder} is no original BAGEL checkpoint: it has neither ema.safetensors nor a *.safetensors.index.json."
+        )
+    weight_map = read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{indexes[0]} has no weight_map.")
+    names = sorted(set(weight_map.values()))
+    bad = [n for n in names if Path(n).name != n or Path(n).suffix in PICKLE_SUFFIXES]
+    if bad:
+        raise ValueError(f"{indexes[0]} names files that are not loaded: {', '.join(bad)}.")
+    lost = [n for n in names if not (folder / n).is_file()]
+    if lost:
+        raise FileNotFoundError(f"{indexes[0]} names files that are not in its folder: {', '.join(lost)}.")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        header = read_header(folder / name)
+        if twice := sorted(set(header) & set(tensors)):
+            raise ValueError(f"{folder} stores tensors in more than one file: {', '.join(twice)}.")
+        tensors |= header
+    return tensors
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def _component_files(folder: Path, outputs: list[Output], shard_bytes: int) -> dict[Path, list[Output]]:
+    shards = split_shards(outputs, shard_bytes)
+    if len(shards) == 1:
+        return {folder / f"{WEIGHTS}.safetensors": shards[0]}
+    return {folder / f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _write(dst: Path, fingerprint: str, files: Mapping[Path, list[Output]]) -> None:
+    """Write the weight files (and the index of each folder with shards), leaving out those already complete."""
+    if dst.exists() and not dst.is_dir():
+        raise FileExistsError(f"{dst} is a file.")
+    marker = dst / _MARKER
+    if dst.is_dir() and any(dst.iterdir()):
+        if not marker.is_file() or read_json(marker).get("source") != fingerprint:
+            raise FileExistsError(
+                f"{dst} is not empty, and not an interrupted conversion of the same weights; remove it."
+            )
+    dst.mkdir(parents=True, exist_ok=True)
+    todo = {path: outputs for path, outputs in files.items() if not is_written(path, outputs)}
+    total = sum(o.source.nbytes for outputs in todo.values() for o in outputs)
+    free = shutil.disk_usage(dst).free
+    if total > free:
+        raise OSError(f"{dst} has room for {free / 1e9:.1f} GB, the conversion needs {total / 1e9:.1f} GB.")
+    write_json(marker, {"source": fingerprint})
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=total < _LARGE) as bar:
+        for path, outputs in todo.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, outputs, bar.update)
+    for folder in {path.parent for path in files}:
+        shards = {path: outputs for path, outputs in files.items() if path.parent == folder and "-of-" in path.name}
+        if shards:
+            _write_index(folder, shards)
+
+
+def _write_index(folder: Path, shards: Mapping[Path, list[Output]]) -> None:
+    total = sum(o.source.nbytes for outputs in shards.values() for o in outputs)
+    weight_map = {o.name: path.name for path, outputs in shards.items() for o in outputs}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{WEIGHTS}.safetensors.index.json", content)
+
+
+def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
+    """Tells one set of source files from another by names, sizes and times of change."""
+    files = sorted({t.file for t in tensors})
+    facts = [(f.parent.name, f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _raise_all(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"The checkpoint {folder} does not fit ({len(problems)}):\n  " + "\n  ".join(problems))
+
+
+def _copy(src: Path, dst: Path, names: Iterable[str]) -> None:
+    dst.mkdir(exist_ok=True)
+    for name in names:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+
+
+def _class_entry(component: str) -> dict[str, str]:
+    import diffusers
+
+    return {"_class_name": CLASS_NAMES[component], "_diffusers_version": diffusers.__version__}
+
+
+def _scheduler_config() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return json.loads(FlowMatchEulerDiscreteScheduler(shift=3.0).to_json_string())
+
+
+def _pipeline_index() -> dict[str, Any]:
+    """model_index.json, with the pipeline's presets written out so that they can be read and changed there."""
+    from .pipeline_echo4o import Echo4oPipeline
+
+    components = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
+    parameters = inspect.signature(Echo4oPipeline.__init__).parameters.values()
+    presets = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in components}
+    version = _class_entry("vae")["_diffusers_version"]
+    index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": version}
+    return index | components | presets
+
+
+def _write_code(dst: Path) -> None:
+    here = Path(__file__).parent
+    components = {}
+    for component, (stem, _) in OWN_CODE.items():
+        text = (here / f"{stem}.py").read_text("utf-8")
+        components[component] = (stem, standing_alone(text, f"{stem}.py"))
+    write_sources(dst, pipeline_sources(here / "pipeline_echo4o.py"), components)
+
+
+def _write_original_jsons(src: Path, dst: Path, configs: Configs, dtype: torch.dtype | None) -> None:
+    kept = src / KEPT_FOLDER
+    # Components changed since would make the kept files lie about them.
+    if (kept / _DESCRIBED).is_file() and read_json(kept / _DESCRIBED) == _plain_configs(configs):
+        _copy(kept, dst, JSON_FILES)
+        return
+    file = src / "tokenizer" / "tokenizer.json"
+    added = read_json(file).get("added_tokens", []) if file.is_file() else []
+    name = str(dtype or torch.float32).removeprefix("torch.")
+    for file_name, content in original_jsons(configs, name, {t["content"]: t["id"] for t in added}).items():
+        write_json(dst / file_name, content)
+
+
+def _plain_configs(configs: Configs) -> Configs:
+    return {c: {k: v for k, v in config.items() if not k.startswith("_")} for c, config in configs.items()}
+
+
+def _write_vocabulary(dst: Path) -> None:
+    """vocab.json and merges.txt, which the original's tokenizer class reads, from tokenizer.json."""
+    if (dst / "vocab.json").is_file() or not (dst / "tokenizer.json").is_file():
+        return
+    model = read_json(dst / "tokenizer.json")["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (dst / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    (dst / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+
+
+# --- building ------------------------------------------------------------------------------------------------------
+
+
+def _build(component: str, original: Original, dtype: torch.dtype | None) -> torch.nn.Module:
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    keys = [k for k in original.keys if k.component == component]
+    stored = {k.name: original.tensors[k.original] for k in keys}
+    dtype = dtype or main_dtype(stored)
+    with init_empty_weights():
+        model = _model_class(component)(**original.configs[component])
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted({t.file for t in stored.values()}):
+        with safe_open(file, framework="pt") as handle:
+            for key in keys:
+                if stored[key.name].file == file:
+                    tensor = handle.get_tensor(key.original).reshape(key.shape)
+                    state[key.name] = tensor.to(dtype)
+    if bad := nonfinite_names(state.items()):
+        raise ValueError(
+            f"{original.folder} holds non-finite values (NaN or infinity) in {component}: {', '.join(bad)}."
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _model_class(component: str) -> type[torch.nn.Module]:
+    if component in OWN_CODE:
+        stem, name = OWN_CODE[component]
+        return getattr(importlib.import_module(f".{stem}", __package__), name)
+    return getattr(importlib.import_module("diffusers"), CLASS_NAMES[component])
