@@ -1,0 +1,49 @@
+"""What is installed here and what it can run on."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+# The libraries that results depend on, and those that are optional.
+LIBRARIES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "peft", "accelerate")
+LIBRARIES += ("safetensors", "evaluate", "openai", "numpy", "pillow", "pyarrow")
+OPTIONAL = ("gradio", "bitsandbytes", "torchao", "flash-attn", "xformers")
+
+
+def collect() -> dict[str, dict[str, str | None]]:
+    """Versions of echo4o, Python and the libraries, and the devices that torch sees.
+
+    An optional library that is not installed has the value None. Nothing about accounts or tokens is read.
+    """
+    from echo4o import __version__
+
+    return {
+        "echo4o": {
+            "version": __version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpu cores": str(os.cpu_count()),
+        },
+        "devices": _devices(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "optional": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str | None]:
+    import torch
+
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "available"
+    return devices
