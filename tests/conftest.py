@@ -1,0 +1,18 @@
+"""Settings of every test: no network, no writing into the user's caches, no more threads than cores."""
+
+import os
+import tempfile
+
+# Before anything imports huggingface_hub or torch: both read these once.
+_cache = tempfile.TemporaryDirectory(prefix="echo4o-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _cache.name
+for _variable in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"):
+    os.environ.pop(_variable, None)
+# A forgotten request to the Hub fails at once; tests that need a Hub start one on the loopback and name it.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))

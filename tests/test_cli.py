@@ -1,0 +1,229 @@
+"""The command line: help, lazy imports, how mistakes are told, and what is handed to the pipeline."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import echo4o
+from echo4o.cli import app, frame, pictures
+
+COMMANDS = ("quickstart", "generate", "chat", "convert", "info")
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+
+def words(text: str) -> str:
+    """Text without the line breaks and frames that a terminal's width puts in."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: echo4o {command}" in words(result.output)
+
+
+def test_help_never_imports_torch():
+    code = "import sys\nimport echo4o.cli\ntry: echo4o.cli.app(['generate', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'diffusers', 'datasets', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_python_m_and_version():
+    done = subprocess.run([sys.executable, "-m", "echo4o", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"echo4o {echo4o.__version__}"
+
+
+def test_info_as_json():
+    result = run("info", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["echo4o"]["version"] == echo4o.__version__
+    assert facts["libraries"]["torch"]
+    assert "cpu" in facts["devices"]
+    assert "next: echo4o quickstart" in result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (32, 48), "red").save(tmp_path / "red.png")
+    return tmp_path
+
+
+MISTAKES = {
+    "empty prompt": (["generate", " ", "-m", "model"], "the prompt is empty"),
+    "no such folder": (["generate", "x", "-m", "nowhere"], "--model nowhere: there is no such folder"),
+    "no checkpoint": (["chat", "x", "-m", "empty"], "--model empty: the folder holds neither"),
+    "model is a file": (["chat", "x", "-m", "red.png"], "--model red.png is a file"),
+    "no image": (["generate", "x", "-m", "model", "-i", "none.png"], "--image none.png: No such file"),
+    "broken image": (["generate", "x", "-m", "model", "-i", "text.png"], "--image text.png: this is no picture"),
+    "out is no picture": (["generate", "x", "-m", "model", "-o", "x.txt"], "--out x.txt: a picture file is needed"),
+    "unknown device": (["generate", "x", "-m", "model", "--device", "tpu9"], "--device tpu9"),
+    "unknown option value": (["generate", "x", "-m", "model", "--dtype", "int8"], "int8"),
+    "zero steps": (["generate", "x", "-m", "model", "--steps", "0"], "steps"),
+    "nothing to convert": (["convert", "nowhere", "out"], "nowhere"),
+    "no checkpoint to convert": (["convert", "empty", "out"], "empty"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name, folder):
+    arguments, message = MISTAKES[name]
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result.stderr)
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_cuda_absent(folder, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = run("generate", "x", "-m", "model", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "error: --device cuda: not there" in result.stderr
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(folder):
+    for arguments in (["--debug", "chat", "x", "-m", "nowhere"], ["chat", "x", "-m", "nowhere", "--debug"]):
+        done = subprocess.run([sys.executable, "-m", "echo4o", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+        assert "error: --model nowhere" in done.stderr
+
+
+def test_interrupt(folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pictures, "load_pipeline", interrupt)
+    result = run("chat", "x", "-m", "model")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
+
+
+def test_bugs_keep_their_traceback(folder, monkeypatch):
+    def bug(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(pictures, "load_pipeline", bug)
+    assert isinstance(run("chat", "x", "-m", "model").exception, TypeError)
+
+
+def test_explain():
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    assert frame.explain(ValueError("bad")) == "bad"
+    assert frame.explain(FileNotFoundError(2, "No such file or directory", "a.txt")) == (
+        "a.txt: No such file or directory"
+    )
+    assert frame.explain(OutOfMemoryError("3 GiB")).startswith("out of memory: 3 GiB")
+    assert "pip install gradio" in frame.explain(ModuleNotFoundError("no", name="gradio"))
+    assert frame.explain(ModuleNotFoundError("no", name="echo4o.nothing")) is None
+    assert frame.explain(RuntimeError("a bug")) is None
+    assert frame.explain(BrokenPipeError(32, "Broken pipe")) is None
+
+
+class FakePipeline:
+    """Records what it is asked for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def from_pretrained(self, model, **options):
+        self.calls.append(("from_pretrained", model, options))
+        return self
+
+    def from_original(self, model, **options):
+        self.calls.append(("from_original", model, options))
+        return self
+
+    def to(self, device):
+        self.calls.append(("to", str(device)))
+        return self
+
+    def __call__(self, **options):
+        self.calls.append(("call", options))
+        count = options["num_images_per_prompt"]
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * count, texts=["a plan"] * count)
+
+    def chat(self, prompt, **options):
+        self.calls.append(("chat", prompt, options))
+        return "a red field"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    pipeline = FakePipeline()
+    monkeypatch.setattr(echo4o, "Echo4oPipeline", pipeline, raising=False)
+    return pipeline
+
+
+def test_generate_hands_everything_over(folder, fake):
+    result = run(
+        *("generate", "a fox", "-m", "model", "-i", "red.png", "-i", "red.png", "-o", "new/fox.png"),
+        *("--steps", 3, "--guidance", 2.5, "--image-guidance", 1.5, "--height", 64, "--width", 32),
+        *("--seed", 7, "--think", "--num-images", 2, "--device", "cpu", "--dtype", "bfloat16"),
+    )
+    assert result.exit_code == 0, result.output
+    import torch
+
+    assert fake.calls[:2] == [("from_pretrained", "model", {"dtype": torch.bfloat16}), ("to", "cpu")]
+    options = fake.calls[2][1]
+    assert [g.initial_seed() for g in options.pop("generator")] == [7, 8]
+    assert [i.size for i in options.pop("image")] == [(32, 48), (32, 48)]
+    assert options == {
+        "prompt": "a fox",
+        "think": True,
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+        "image_guidance_scale": 1.5,
+        "height": 64,
+        "width": 32,
+    }
+    assert result.stdout.splitlines() == ["a plan", "new/fox-1.png", "new/fox-2.png"]
+    assert (folder / "new" / "fox-2.png").is_file()
+    assert "seed 7" in result.stderr and "next: echo4o generate" in result.stderr
+
+
+def test_generate_leaves_defaults_to_the_pipeline(folder, fake):
+    result = run("generate", "a fox", "-m", "model", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert fake.calls[0] == ("from_pretrained", "model", {})
+    options = fake.calls[2][1]
+    assert options["image"] is None
+    assert set(options) == {"prompt", "image", "think", "num_images_per_prompt", "generator"}
+    assert result.stdout.strip() == "echo4o.png"
+
+
+def test_chat_reads_an_original_checkpoint(folder, fake):
+    (folder / "empty" / "llm_config.json").write_text("{}")
+    result = run("chat", "what?", "-m", "empty", "-i", "red.png", "--max-new-tokens", 5, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert fake.calls[0] == ("from_original", "empty", {})
+    _, prompt, options = fake.calls[2]
+    assert (prompt, options["max_new_tokens"], len(options["image"])) == ("what?", 5, 1)
+    assert result.stdout.strip() == "a red field"

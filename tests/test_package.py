@@ -1,0 +1,155 @@
+"""The package as it is installed: its packages, its wheel, its imports, its versions."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import echo4o
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+ROOMS = PROJECT["tool"]["setuptools"]["package-dir"]
+SLOW_LIBRARIES = ("torch", "diffusers", "transformers", "datasets", "numpy", "matplotlib")
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def packages_on_disk() -> set[str]:
+    names = set()
+    for name, folder in ROOMS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            names.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    return names
+
+
+def modules() -> list[str]:
+    found = {"echo4o"}
+    for name, folder in ROOMS.items():
+        found.add(name)
+        found |= {m.name for m in pkgutil.walk_packages([str(ROOT / folder)], f"{name}.") if _importable(m.name)}
+    return sorted(found)
+
+
+def _importable(name: str) -> bool:
+    return not name.endswith("__main__")
+
+
+def test_every_folder_with_an_init_is_packaged():
+    listed = python(
+        "-c", "from distutils.core import run_setup; import json;"
+        "print(json.dumps(run_setup('setup.py', stop_after='init').packages))"
+    )  # fmt: skip
+    assert set(json.loads(listed.splitlines()[-1])) == packages_on_disk()
+
+
+def test_every_folder_with_code_has_an_init():
+    # A folder without one would import in a checkout and be missing from the wheel.
+    for folder in ROOMS.values():
+        for file in (ROOT / folder).rglob("*.py"):
+            assert (file.parent / "__init__.py").is_file(), f"{file.parent.relative_to(ROOT)} has no __init__.py"
+
+
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    skip = shutil.ignore_patterns("__pycache__")
+    for folder in ROOMS.values():
+        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    python("-c", build, str(work), cwd=source)
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(work / "installed")
+    return work / "installed"
+
+
+def test_wheel_holds_all_code_and_data(unpacked_wheel):
+    for name, folder in ROOMS.items():
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".yaml", ".j2", ".json", ".safetensors", ".md"):
+                inside = Path(*name.split(".")) / file.relative_to(ROOT / folder)
+                assert (unpacked_wheel / inside).is_file(), f"{inside} is not in the wheel"
+
+
+def test_wheel_imports_from_itself(unpacked_wheel, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import echo4o.cli, echo4o.modeling, echo4o.training, echo4o.dataset_scripts, echo4o.model_cards;"
+        "print([m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'echo4o'])"
+    )
+    files = ast.literal_eval(python("-c", code, str(unpacked_wheel), cwd=tmp_path))
+    assert files and all(Path(f).is_relative_to(unpacked_wheel) for f in files)
+
+
+def test_importing_the_package_is_cheap():
+    rooms = ", ".join(ROOMS)
+    code = f"import echo4o.cli, {rooms}, sys; print([m for m in {SLOW_LIBRARIES} if m in sys.modules])"
+    assert python("-c", code).strip() == "[]"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_public_names_resolve():
+    for name in echo4o.__all__:
+        assert getattr(echo4o, name) is not None
+        assert name in dir(echo4o)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = echo4o.no_such_name
+
+
+# Arrows point one way; the rooms themselves never ask the front of the house.
+MAY_IMPORT = {
+    "echo4o.modeling": {"echo4o.modeling"},
+    "echo4o.model_cards": {"echo4o.model_cards"},
+    "echo4o.dataset_scripts": {"echo4o.dataset_scripts", "echo4o.modeling"},
+    "echo4o.training": {"echo4o.training", "echo4o.modeling"},
+}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_in_one_direction(room):
+    for file in (ROOT / ROOMS[room]).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [f"{node.module}.{a.name}" if node.module == "echo4o" else node.module for a in node.names]
+            for name in names:
+                if name.split(".")[0] == "echo4o":
+                    target = ".".join(name.split(".")[:2])
+                    assert target in MAY_IMPORT[room], f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
+
+
+def test_constraints_satisfy_the_bounds():
+    lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line[:1] not in ("#", "")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions without a local part"
+    pinned = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in PROJECT["project"]["dependencies"] + extras["dev"]:
+        requirement = Requirement(text)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
