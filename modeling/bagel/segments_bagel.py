@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-
 NO_LABEL = -100  # torch's cross_entropy ignores it
 
 

@@ -48,12 +48,36 @@ class BagelKVCache:
     the pictures of one prompt thus share the buffer without a copy, one after the other.
     """
 
-    def __init__(self, num_layers: int, capacity: int, scratch: int):
-        self.capacity, self.scratch = capacity, scratch
+    def __init__(self, num_layers: int):
+        self.capacity = self.scratch = 0
         self.length = 0  # tokens of context
         self.position = 0  # rotary position of what follows them
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
+
+    def first(self, length: int) -> "Context":
+        """The first `length` tokens, as a row's context."""
+        return Context(self, length)
+
+    def whole(self) -> "Context":
+        """Everything that the cache holds, as a row's context."""
+        return Context(self, self.length)
+
+    def reserve(self, capacity: int, scratch: int = 0) -> None:
+        """Make room for a context of `capacity` tokens and a noised picture of `scratch` tokens.
+
+        Free before the first write; later it moves what is there into larger buffers.
+        """
+        capacity, scratch = max(capacity, self.capacity), max(scratch, self.scratch)
+        if (capacity, scratch) == (self.capacity, self.scratch):
+            return
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = buffer.new_empty(scratch + capacity, *buffer.shape[1:])
+                    held = buffer[self.scratch : self.scratch + self.length]
+                    buffers[layer][scratch : scratch + self.length] = held
+        self.capacity, self.scratch = capacity, scratch
 
     def keys(self, layer: int) -> torch.Tensor:
         """The layer's keys after rotation, in order of arrival: (length, K, D)."""
@@ -72,7 +96,7 @@ class BagelKVCache:
         """Store (n, K, D) at buffer row `write`; return the keys and values of the rows `read`."""
         if self._keys[layer] is None:
             shape = (self.scratch + self.capacity, *key.shape[1:])
-            self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+            self._keys[layer], self._values[layer] = key.new_empty(shape), value.new_empty(shape)
         keys, values = self._keys[layer], self._values[layer]
         keys[write : write + key.shape[0]] = key
         values[write : write + value.shape[0]] = value
@@ -327,9 +351,9 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.gradient_checkpointing = False
 
-    def new_cache(self, capacity: int, scratch: int = 0) -> BagelKVCache:
-        """An empty context for up to `capacity` tokens, with room for one noised segment of up to `scratch` tokens."""
-        return BagelKVCache(self.config.num_layers, capacity, scratch)
+    def new_cache(self) -> BagelKVCache:
+        """An empty context."""
+        return BagelKVCache(self.config.num_layers)
 
     def _embed(self, sequence, hidden_states, timestep, vision_embeds):
         und = self.embed_tokens(sequence.input_ids)  # (U, hidden)

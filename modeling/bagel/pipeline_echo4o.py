@@ -1,0 +1,500 @@
+"""Echo-4o as a diffusers pipeline: BAGEL draws from text, pictures or any mix of both, and talks about pictures.
+
+Published as `pipeline.py` beside its siblings; components are reached through their methods only, so that the file
+works in the package and beside component folders on the Hub.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .guidance_bagel import Guidance  # noqa: F401 - what this file imports is published; its siblings need it
+from .image_processor_bagel import ImageLimits, to_patches, to_pixels, to_uint8
+from .inputs_bagel import (
+    Request,
+    check_settings,
+    read_generators,
+    read_items,
+    read_latents,
+    read_requests,
+)
+from .loading_bagel import PortablePipelineMixin
+from .sampling_bagel import Branch, Picture, pack_rows, sample
+from .segments_bagel import (
+    Segment,
+    SpecialTokens,
+    end_position,
+    image_segment,
+    pack,
+    patchify,
+    text_segment,
+    unpatchify,
+)
+from .text_generation_bagel import generate_text
+
+# The original inferencer's presets and the system prompts that the release was trained with.
+PRESETS = {
+    "text_to_image": {
+        "guidance_scale": 4.0,
+        "image_guidance_scale": 1.0,
+        "guidance_interval": [0.4, 1.0],
+        "guidance_renorm": "global",
+    },
+    "with_references": {
+        "guidance_scale": 4.0,
+        "image_guidance_scale": 2.0,
+        "guidance_interval": [0.0, 1.0],
+        "guidance_renorm": "text_channel",
+    },
+}
+THINK_PROMPTS = {
+    "image": "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, "
+    "i.e. <think> planning process here </think> image here",
+    "text": "You should first think about the reasoning process in the mind and then provide the user with the "
+    "answer. \nThe reasoning process is enclosed within <think> </think> tags, "
+    "i.e. <think> reasoning process here </think> answer here",
+}
+
+
+@dataclass
+class Echo4oPipelineOutput(BaseOutput):
+    """Result of a call.
+
+    Args:
+        images: pictures in the order of the prompts, those of one prompt side by side: a list of PIL images, or for
+            other output types an array (B, H, W, 3) / tensor (B, C, H, W), or a list of such when sizes differ.
+        texts: the plan that was thought before each prompt's pictures; None without `think`.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor | list
+    texts: list[str] | None
+
+
+class Echo4oPipeline(PortablePipelineMixin, DiffusionPipeline):
+    """Text to image, editing, several references, interleaved inputs, plans before pictures, and answers.
+
+    Args:
+        transformer, vision_model, vae, scheduler, tokenizer: the components.
+        presets: guidance by task ("text_to_image", "with_references"), where a call leaves it open.
+        think_prompts: system prompts for `think` ("image": before drawing, "text": before answering).
+        vae_image_limits, vision_image_limits: {"max_size", "min_size"} in pixels of pictures for the VAE and for the
+            vision model. None: from the position tables (release: 1024 / 512 and 980 / 224).
+        max_references: most pictures that one prompt may bring.
+    """
+
+    model_cpu_offload_seq = "vision_model->transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer,
+        vision_model,
+        vae,
+        scheduler,
+        tokenizer,
+        presets: dict | None = None,
+        think_prompts: dict | None = None,
+        vae_image_limits: dict | None = None,
+        vision_image_limits: dict | None = None,
+        max_references: int = 4,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, vision_model=vision_model, vae=vae, scheduler=scheduler, tokenizer=tokenizer
+        )
+        latent_side, patch_side = transformer.config.max_latent_size, vision_model.config.max_patches_per_side
+        vae_stride, patch = self.latent_stride, vision_model.config.patch_size
+        vae_default = {"max_size": latent_side * vae_stride, "min_size": latent_side // 2 * vae_stride}
+        vision_default = {"max_size": patch_side * patch, "min_size": round(patch_side * 16 / 70) * patch}
+        self.register_to_config(
+            presets=presets or PRESETS,
+            think_prompts=think_prompts or THINK_PROMPTS,
+            vae_image_limits=vae_image_limits or vae_default,
+            vision_image_limits=vision_image_limits or vision_default,
+            max_references=max_references,
+        )
+
+    # --- what the configuration means -------------------------------------------------------------------------------
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel, per side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent token, per side; heights and widths are multiples of it (release: 16)."""
+        return self.vae_scale_factor * self.transformer.config.latent_patch_size
+
+    @property
+    def vae_limits(self) -> ImageLimits:
+        """Sizes of pictures for the VAE, and of what is drawn."""
+        return ImageLimits(**self.config.vae_image_limits, stride=self.latent_stride)
+
+    @property
+    def vision_limits(self) -> ImageLimits:
+        """Sizes of pictures for the vision model."""
+        return ImageLimits(**self.config.vision_image_limits, stride=self.vision_model.config.patch_size)
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        return SpecialTokens.from_tokenizer(self.tokenizer)
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # --- pictures and texts to segments -----------------------------------------------------------------------------
+
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+        """Standard normal noise in float32; everything random about a picture except sampled text comes from here."""
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def encode_latent(self, image: Image.Image, generator: torch.Generator | None) -> torch.Tensor:
+        """Sampled and scaled latent of an RGB picture whose sides are multiples of the stride: (C, H/8, W/8) float32.
+
+        BAGEL samples its condition latents at inference, too (golden/bagel/README.md, surprise 11).
+        """
+        pixels = to_pixels(image)[None].to(self._execution_device, self.vae.dtype)
+        moments = self.vae.encode(pixels).latent_dist
+        mean, std = moments.mean[0].float(), moments.std[0].float()
+        latent = mean + std * self.draw_noise(tuple(mean.shape), generator)
+        return (latent - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        """Scaled latent (C, H/8, W/8) -> pixels (3, H, W) in about [-1, 1]."""
+        latent = latent / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latent[None].to(self.vae.dtype), return_dict=False)[0][0]
+
+    def text_segment(self, text: str) -> Segment:
+        return text_segment(self.tokenizer.encode(text, add_special_tokens=False), self.special_tokens)
+
+    def vision_segment(self, image: Image.Image) -> Segment:
+        """What the understanding expert sees of an RGB picture of any size."""
+        patch = self.vision_model.config.patch_size
+        pixels = to_pixels(self.vision_limits.resize(image))
+        grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+        return image_segment("vit", grid, self.special_tokens, to_patches(pixels, patch))
+
+    def latent_segment(self, image: Image.Image, generator: torch.Generator | None) -> Segment:
+        """What the generation expert sees of an RGB picture that already has a size for the VAE."""
+        latent, patch = self.encode_latent(image, generator), self.transformer.config.latent_patch_size
+        grid = (latent.shape[1] // patch, latent.shape[2] // patch)
+        return image_segment("vae", grid, self.special_tokens, patchify(latent, patch))
+
+    def pack(self, samples: Sequence[Sequence[Segment]], starts: Sequence[int] | None = None):
+        """Pack rows of segments for this checkpoint's position tables, on the execution device."""
+        return pack(
+            samples,
+            latent_positions=self.transformer.config.max_latent_size,
+            patch_positions=self.vision_model.config.max_patches_per_side,
+            starts=starts,
+        ).to(self._execution_device)
+
+    # --- contexts ---------------------------------------------------------------------------------------------------
+
+    def prefill(self, rows: list[tuple], extra: int = 0) -> None:
+        """Read clean segments into caches, all rows in one pass: [(cache, segments)]; room for `extra` more tokens."""
+        rows = [(cache, segments) for cache, segments in rows if segments]
+        if not rows:
+            return
+        for cache, segments in rows:
+            cache.reserve(cache.length + extra + sum(len(segment) for segment in segments), cache.scratch)
+        sequence = self.pack([segments for _, segments in rows], [cache.position for cache, _ in rows])
+        vision_embeds = None
+        if sequence.patches is not None:
+            vision_embeds = self.vision_model(
+                sequence.patches, sequence.patch_position_ids, sequence.patch_lengths
+            ).embeds
+        timestep = None
+        if sequence.latents is not None:
+            timestep = torch.zeros(sequence.latents.shape[0], device=sequence.latents.device)
+        contexts = [cache.whole() for cache, _ in rows]
+        self.transformer(sequence.latents, timestep, sequence, vision_embeds, contexts)
+        for cache, segments in rows:
+            cache.position = end_position(segments, cache.position)
+
+    def _read_request(self, request: Request, system: str | None, generator) -> tuple[list[Segment], int]:
+        """A request's segments, and how many of them the text-free branch sees: all before the last text, or all if a
+        picture comes last."""
+        segments = [] if system is None else [self.text_segment(system)]
+        text_free = 0
+        for item in request.items:
+            if isinstance(item, str):
+                text_free = len(segments)
+                segments.append(self.text_segment(item))
+            else:
+                image = self.vae_limits.resize(item)
+                segments += [self.latent_segment(image, generator), self.vision_segment(image)]
+                text_free = len(segments)
+        return segments, text_free
+
+    def _think(self, caches: list, max_new_tokens: int, do_sample: bool, temperature: float, generators) -> list[str]:
+        """What the model says after each context, at most `max_new_tokens` tokens; the caches stay as they are."""
+        with self.progress_bar(total=max_new_tokens) as progress:
+            said = generate_text(
+                self.transformer,
+                caches,
+                self.special_tokens,
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                temperature=temperature,
+                generators=generators,
+                device=self._execution_device,
+                progress=progress,
+            )
+        return [self.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[0] for ids in said]
+
+    def _prepare(self, requests: list[Request], generators: list, think: dict | None):
+        """Prefill every context of every request in one pass (and think); one [`Picture`] per request, and plans."""
+        system = self.config.think_prompts["image"] if think is not None else None
+        rows, pictures = [], []
+        for request, generator in zip(requests, generators, strict=True):
+            segments, text_free = self._read_request(request, system, generator)
+            texts = [segment for segment in segments if segment.kind == "text"]
+            guided_by_image = request.guidance.scale > 1 and request.guidance.image_scale > 1
+            grid = (request.height // self.latent_stride, request.width // self.latent_stride)
+            caches = [self.transformer.new_cache() for _ in range(1 + guided_by_image)]
+            for cache, read in zip(caches, (segments, texts), strict=False):
+                cache.reserve(0, scratch=grid[0] * grid[1] + 2)
+                rows.append((cache, read))
+            condition, prefix = Branch(caches[0], 0, 0), Branch(caches[0], *_extent(segments[:text_free]))
+            image_free = Branch(caches[1], *_extent(texts)) if guided_by_image else None
+            pictures.append(Picture(grid, request.guidance, condition, prefix, image_free))
+        self.prefill(rows, extra=0 if think is None else think["max_new_tokens"])
+        caches = [picture.condition.cache for picture in pictures]
+        plans = None
+        if think is not None:
+            plans = self._think(caches, generators=generators, **think)
+            self.prefill([(cache, [self.text_segment(p)]) for cache, p in zip(caches, plans, strict=True)])
+        for picture, cache in zip(pictures, caches, strict=True):
+            picture.condition = Branch(cache, cache.length, cache.position)
+        return pictures, plans
+
+    # --- drawing ----------------------------------------------------------------------------------------------------
+
+    def _latents(self, pictures: list[Picture]) -> torch.Tensor | list[torch.Tensor]:
+        """Latents of all pictures, (B, C, H/8, W/8), or a list when sizes differ."""
+        patch = self.transformer.config.latent_patch_size
+        return _stack([unpatchify(picture.tokens, picture.grid, patch) for picture in pictures])
+
+    def _set_latents(self, pictures: list[Picture], latents: Sequence[torch.Tensor]) -> None:
+        patch = self.transformer.config.latent_patch_size
+        for picture, latent in zip(pictures, latents, strict=True):
+            picture.tokens = patchify(latent.to(self._execution_device, torch.float32), patch)
+
+    def _decode(self, pictures: list[Picture], output_type: str):
+        latents = self._latents(pictures)
+        if output_type == "latent":
+            return latents
+        pixels = [self.decode_latent(latent) for latent in latents]
+        if output_type == "pil":
+            return [Image.fromarray(to_uint8(p)) for p in pixels]
+        unit = [(p.float() * 0.5 + 0.5).clamp(0, 1) for p in pixels]  # (3, H, W) in [0, 1]
+        return _stack(unit) if output_type == "pt" else _stack([p.permute(1, 2, 0).cpu().numpy() for p in unit])
+
+    # --- public calls -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Image.Image | list | None = None,
+        inputs: list | None = None,
+        height: int | list[int] | None = None,
+        width: int | list[int] | None = None,
+        num_inference_steps: int = 49,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_renorm: str | None = None,
+        guidance_renorm_min: float = 0.0,
+        think: bool = False,
+        max_think_tokens: int = 1000,
+        do_sample: bool = False,
+        temperature: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | list[torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> Echo4oPipelineOutput | tuple:
+        """Draw pictures.
+
+        Args:
+            prompt: what to draw; a list draws a batch.
+            image: reference pictures of the prompt (one or a list), or one entry per prompt of a list (a picture, a
+                list of pictures or None).
+            inputs: instead of both, an interleaved list of texts and pictures, or a list of such lists.
+            height, width: pixels, multiples of 16 (one value, or one per prompt). None: the size of the prompt's last
+                reference, else the largest square (release: 1024).
+            num_inference_steps: updates of the picture; BAGEL's `num_timesteps=50` is 49.
+            guidance_scale, image_guidance_scale: pull away from the text-free and the image-free branch; 1 is off.
+            guidance_interval: (low, high): guidance acts while low < t <= high, t from 1 (noise) to 0.
+            guidance_renorm: "global", "channel" or "text_channel"; guidance_renorm_min bounds it from below.
+                None, for these four: the checkpoint's preset for the task.
+            think: write a plan of at most `max_think_tokens` tokens first and draw with it.
+            do_sample, temperature: sample the plan instead of taking the likeliest token.
+            num_images_per_prompt: pictures that share one reading of the prompt.
+            generator: one per picture, or one for all in turn. A prompt's condition latents and plan are drawn from
+                the generator of its first picture. Order of draws: condition latents, then noise, then sampled text.
+            latents: initial noise (B, 16, H/8, W/8), B = prompts x pictures per prompt, or a list of (16, h, w).
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every update; may
+                return changed latents, and may stop the run by setting `pipeline._interrupt = True`.
+
+        Returns:
+            [`Echo4oPipelineOutput`], or (images, texts) with `return_dict=False`.
+
+        Raises:
+            ValueError: for any argument that cannot be honoured, before any work is done.
+        """
+        check_settings(
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            max_think_tokens=max_think_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            output_type=output_type,
+        )
+        requests = read_requests(
+            read_items(prompt, image, inputs, self.config.max_references),
+            height,
+            width,
+            {
+                "guidance_scale": guidance_scale,
+                "image_guidance_scale": image_guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_renorm": guidance_renorm,
+                "guidance_renorm_min": guidance_renorm_min,
+            },
+            presets=self.config.presets,
+            limits=self.vae_limits,
+            largest=self.transformer.config.max_latent_size * self.latent_stride,
+        )
+        copies = [request for request in requests for _ in range(num_images_per_prompt)]
+        generators = read_generators(generator, len(copies))
+        channels, factor = self.transformer.config.latent_channels, self.vae_scale_factor
+        shapes = [(channels, request.height // factor, request.width // factor) for request in copies]
+        noise = read_latents(latents, shapes)
+        callback_tensors = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._interrupt = False
+
+        thinking = {"max_new_tokens": max_think_tokens, "do_sample": do_sample, "temperature": temperature}
+        pictures, plans = self._prepare(requests, generators[::num_images_per_prompt], thinking if think else None)
+        pictures = [replace(picture) for picture in pictures for _ in range(num_images_per_prompt)]
+        if noise is None:
+            noise = [self.draw_noise(shape, g) for shape, g in zip(shapes, generators, strict=True)]
+        self._set_latents(pictures, noise)
+        self._num_timesteps = num_inference_steps
+        with self.progress_bar(total=num_inference_steps) as progress:
+            sample(
+                self.transformer,
+                self.scheduler,
+                pictures,
+                num_inference_steps,
+                pack_at=lambda t: pack_rows(pictures, t, self.special_tokens, self.pack),
+                on_step_end=self._step_end(callback_on_step_end, callback_tensors, pictures, progress),
+            )
+        images = self._decode(pictures, output_type)
+        self.maybe_free_model_hooks()
+        return Echo4oPipelineOutput(images=images, texts=plans) if return_dict else (images, plans)
+
+    def _callback_tensors(self, callback, names: list[str] | None) -> list[str]:
+        """Names of what a callback is given: `latents` unless it asks for nothing."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {unknown}; known are {self._callback_tensor_inputs}."
+            )
+        return self._callback_tensor_inputs if names is None else names
+
+    def _step_end(self, callback, names: list[str], pictures: list[Picture], progress):
+        """What happens after each update: the caller's callback, then the progress bar."""
+
+        def on_step_end(step: int, timestep: torch.Tensor) -> bool:
+            if callback is not None:
+                given = {"latents": self._latents(pictures)} if names else {}
+                changed = callback(self, step, timestep, given) or {}
+                if "latents" in changed:
+                    self._set_latents(pictures, changed["latents"])
+            progress.update()
+            return self._interrupt
+
+        return on_step_end
+
+    @torch.no_grad()
+    def chat(
+        self,
+        prompt: str | list[str],
+        image: Image.Image | list | None = None,
+        think: bool = False,
+        max_new_tokens: int = 512,
+        do_sample: bool = False,
+        temperature: float = 0.3,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> str | list[str]:
+        """Answer questions, about pictures or without.
+
+        Pictures reach the vision model as they are, as in the original's chat; with `think`, they are first brought
+        to a size for the VAE, as in its inferencer (golden/bagel/README.md, surprise 2).
+
+        Args:
+            prompt, image: as in the pipeline's call.
+            think: reason first; the reasoning is part of the answer.
+            max_new_tokens: of each answer.
+            generator: one per answer, used with `do_sample`.
+
+        Returns:
+            The answer, or a list of answers for a list of prompts.
+        """
+        check_settings(
+            num_inference_steps=1,
+            num_images_per_prompt=1,
+            max_think_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+        )
+        conversations = read_items(prompt, image, None, self.config.max_references)
+        generators = read_generators(generator, len(conversations))
+        rows = []
+        for items in conversations:
+            segments = [self.text_segment(self.config.think_prompts["text"])] if think else []
+            for item in items:
+                if isinstance(item, str):
+                    segments.append(self.text_segment(item))
+                else:
+                    segments.append(self.vision_segment(self.vae_limits.resize(item) if think else item))
+            rows.append((self.transformer.new_cache(), segments))
+        self.prefill(rows, extra=max_new_tokens)
+        answers = self._think([cache for cache, _ in rows], max_new_tokens, do_sample, temperature, generators)
+        self.maybe_free_model_hooks()
+        return answers[0] if isinstance(prompt, str) else answers
+
+
+def _extent(segments: list[Segment]) -> tuple[int, int]:
+    """(tokens, rotary position after them)."""
+    return sum(map(len, segments)), end_position(segments)
+
+
+def _stack(items: list):
+    """One array or tensor when all have the same shape, else the list."""
+    if any(item.shape != items[0].shape for item in items):
+        return items
+    return np.stack(items) if isinstance(items[0], np.ndarray) else torch.stack(items)
