@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .loading_bagel import (
     read_header,
     read_json,
     refuse_pickles,
+    require_flat,
     standing_alone,
     write_sources,
 )
@@ -102,6 +104,7 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
     """
     src, dst = Path(src), Path(dst)
     original = read_original(src)
+    index, code = _pipeline_index(original.configs), _read_code()
     files: dict[Path, list[Output]] = {}
     for component in ORIGINAL_FILES:
         outputs = [Output(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component]
@@ -115,8 +118,8 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
     _copy(src, dst / "tokenizer", TOKENIZER_FILES)
     _copy(src, dst / KEPT_FOLDER, JSON_FILES)
     write_json(dst / KEPT_FOLDER / _DESCRIBED, original.configs)
-    _write_code(dst)
-    write_json(dst / INDEX_NAME, _pipeline_index())
+    write_sources(dst, *code)
+    write_json(dst / INDEX_NAME, index)
     (dst / _MARKER).unlink()
 
 
@@ -309,25 +312,34 @@ def _scheduler_config() -> dict[str, Any]:
     return json.loads(FlowMatchEulerDiscreteScheduler(shift=3.0).to_json_string())
 
 
-def _pipeline_index() -> dict[str, Any]:
-    """model_index.json, with the pipeline's presets written out so that they can be read and changed there."""
+@dataclass
+class _StandIn:
+    config: SimpleNamespace
+
+
+def _pipeline_index(configs: Configs) -> dict[str, Any]:
+    """model_index.json, with the pipeline's presets and limits written out so that they can be seen and changed."""
     from .pipeline_echo4o import Echo4oPipeline
 
+    # The pipeline derives limits from its components' configurations and from nothing else of them.
+    stand_ins = {name: _StandIn(SimpleNamespace(**config)) for name, config in configs.items()}
+    settings = dict(Echo4oPipeline(**stand_ins, scheduler=None, tokenizer=None).config)
     components = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
-    parameters = inspect.signature(Echo4oPipeline.__init__).parameters.values()
-    presets = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in components}
+    parameters = inspect.signature(Echo4oPipeline.__init__).parameters
+    presets = {name: settings[name] for name in parameters if name in settings and name not in components}
     version = _class_entry("vae")["_diffusers_version"]
     index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": version}
     return index | components | presets
 
 
-def _write_code(dst: Path) -> None:
+def _read_code() -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """The source files to publish, as write_sources takes them."""
     here = Path(__file__).parent
     components = {}
     for component, (stem, _) in OWN_CODE.items():
         text = (here / f"{stem}.py").read_text("utf-8")
         components[component] = (stem, standing_alone(text, f"{stem}.py"))
-    write_sources(dst, pipeline_sources(here / "pipeline_echo4o.py"), components)
+    return require_flat(pipeline_sources(here / "pipeline_echo4o.py")), components
 
 
 def _write_original_jsons(src: Path, dst: Path, configs: Configs, dtype: torch.dtype | None) -> None:

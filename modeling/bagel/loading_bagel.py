@@ -176,18 +176,20 @@ def relative_imports(source: str) -> list[str]:
 
 
 def pipeline_sources(file: str | Path) -> dict[str, str]:
-    """Published file name -> text, for a pipeline's file (published as `pipeline.py`) and its siblings.
-
-    Only what the pipeline's file itself imports is copied by diffusers, so a sibling of a sibling is an error.
-    """
+    """Published file name -> text, for a pipeline's file (published as `pipeline.py`) and the siblings it imports."""
     file = Path(file)
     text = file.read_text("utf-8")
-    names = relative_imports(text)
-    sources = {PIPELINE_FILE: text} | {f"{n}.py": (file.parent / f"{n}.py").read_text("utf-8") for n in names}
-    for name in names:
-        deeper = sorted(set(relative_imports(sources[f"{name}.py"])) - set(names))
-        if deeper:
-            raise ValueError(f"{name}.py imports {deeper}, which {file.name} must import as well to be published.")
+    siblings = [f"{name}.py" for name in relative_imports(text)]
+    return {PIPELINE_FILE: text} | {name: (file.parent / name).read_text("utf-8") for name in siblings}
+
+
+def require_flat(sources: dict[str, str]) -> dict[str, str]:
+    """`sources`; ValueError when a sibling needs one that `pipeline.py` does not import: diffusers copies no others."""
+    for name, text in sources.items():
+        if deeper := [n for n in relative_imports(text) if f"{n}.py" not in sources]:
+            raise ValueError(
+                f"{name} imports {deeper}, which the pipeline's file must import as well to be published."
+            )
     return sources
 
 
@@ -429,6 +431,7 @@ class PortablePipelineMixin:
         """Component -> (class, file stem, source text), for the components whose classes no library provides."""
         if not self._published_sources:
             raise ValueError(f"{self._published_class} has no source file, so that it cannot be published.")
+        require_flat(self._published_sources)
         kept = self.__dict__.get("_component_codes", {})
         codes = {}
         for name, module in self.components.items():

@@ -1,0 +1,473 @@
+"""A Hugging Face Hub on the loopback interface, for tests: models, datasets and spaces, up and down, nothing leaves.
+
+    with LoopbackHub() as hub:
+        hub.add_folder("ns/model", folder)
+        run_script("...", env=hub.environment(tmp_path))
+
+huggingface_hub reads HF_ENDPOINT when it is imported, so that whatever talks to the hub runs in a process of its own,
+started with `hub.environment(...)`; `run_script` starts one. Speaks the LFS protocol (HF_HUB_DISABLE_XET=1), serves
+ranges, keeps commits, branches and tags. `hub.inject(Fault(...))` makes requests fail, stall or break off.
+"""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png", ".jpg", ".jpeg", ".tar", ".gz", ".arrow", ".zip", ".pt")
+LFS_BYTES = 10_000_000
+KINDS = ("models", "datasets", "spaces")
+_DATE = "2025-01-01T00:00:00.000Z"
+_REPO = r"([^/]+/[^/]+)"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    data: bytes
+    oid: str  # git's object id
+    lfs: str | None = None  # sha256, for files behind a pointer
+
+    def entry(self, path: str) -> dict:
+        entry = {"type": "file", "path": path, "oid": self.oid, "size": len(self.data)}
+        if self.lfs:
+            entry["lfs"] = {"oid": self.lfs, "size": len(self.data), "pointerSize": 130}
+        return entry
+
+
+@dataclass
+class Repo:
+    kind: str
+    name: str
+    files: dict[str, StoredFile] = field(default_factory=dict)
+    commits: list[tuple[str, str, dict[str, StoredFile]]] = field(default_factory=list)  # (sha, title, files)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+
+    def commit(self, title: str) -> str:
+        sha = hashlib.sha1(f"{self.kind} {self.name} {len(self.commits)} {title}".encode()).hexdigest()
+        self.commits.append((sha, title, dict(self.files)))
+        self.branches["main"] = sha
+        return sha
+
+    def resolve(self, revision: str | None) -> str | None:
+        revision = (revision or "main").removeprefix("refs/heads/")
+        named = self.branches.get(revision) or self.tags.get(revision)
+        if named:
+            return named
+        return next((sha for sha, _, _ in self.commits if len(revision) >= 7 and sha.startswith(revision)), None)
+
+    def at(self, revision: str | None) -> dict[str, StoredFile] | None:
+        sha = self.resolve(revision)
+        return next((files for s, _, files in self.commits if s == sha), None)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose method and path match.
+
+    `status` answers with that code; `delay` waits so many seconds first; `cut` sends that fraction of the body and
+    closes the connection; `drop` closes it without an answer.
+    """
+
+    path: str = ".*"  # regular expression, searched for in the path with its query
+    method: str = ".*"
+    status: int | None = None
+    delay: float = 0.0
+    cut: float | None = None
+    drop: bool = False
+    times: int = 1
+
+
+class LoopbackHub:
+    """The server with what it stores. `requests` lists (method, path, body bytes, user agent) of all it was asked."""
+
+    def __init__(self, token: str = "hf_test", user: str = "ns"):
+        self.token, self.user = token, user
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str, int, str]] = []
+        self.faults: list[Fault] = []
+        self.lock = threading.RLock()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+
+    def __enter__(self) -> "LoopbackHub":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """Environment of a process that uses this hub only, with its caches under `home`."""
+        return offline_environment(home) | {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": self.token,
+            "HF_HUB_OFFLINE": "0",
+            **more,
+        }
+
+    def inject(self, fault: Fault) -> None:
+        with self.lock:
+            self.faults.append(fault)
+
+    def repo(self, name: str, kind: str = "models") -> Repo:
+        return self.repos[(kind, name)]
+
+    def create(self, name: str, kind: str = "models") -> Repo:
+        with self.lock:
+            repo = self.repos[(kind, name)] = Repo(kind, name)
+            repo.commit("initial commit")
+            return repo
+
+    def add_folder(self, name: str, folder: Path, kind: str = "models", title: str = "Upload folder") -> str:
+        """Store a folder's files as one commit, without HTTP; the commit's sha."""
+        with self.lock:
+            repo = self.repos.get((kind, name)) or self.create(name, kind)
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                repo.files[path.relative_to(folder).as_posix()] = self.store(path.name, path.read_bytes())
+            return repo.commit(title)
+
+    def store(self, name: str, data: bytes) -> StoredFile:
+        if self.is_lfs(name, len(data)):
+            digest = hashlib.sha256(data).hexdigest()
+            self.blobs[digest] = data
+            return self.pointer(digest)
+        return StoredFile(data, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+
+    def pointer(self, digest: str) -> StoredFile:
+        data = self.blobs[digest]
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(data)}\n".encode()
+        return StoredFile(data, hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest(), digest)
+
+    @staticmethod
+    def is_lfs(name: str, size: int) -> bool:
+        return size > LFS_BYTES or name.endswith(LFS_SUFFIXES)
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+    cut: float | None = None
+
+    # --- the wire ---
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def handle_request(self) -> None:
+        body = self.read_body()
+        parts = urllib.parse.urlsplit(self.path)
+        path, query = urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
+        with self.hub.lock:
+            agent = self.headers.get("User-Agent", "")
+            self.hub.requests.append((self.command, self.path, len(body), agent))
+        fault = self.hub.take_fault(self.command, self.path)
+        self.cut = fault.cut if fault else None
+        if fault:
+            time.sleep(fault.delay)
+            if fault.drop:
+                self.close_connection = True
+                return
+            if fault.status:
+                self.send(fault.status, {"error": "injected"})
+                return
+        for pattern, handler in _ROUTES:
+            if match := re.fullmatch(pattern, path):
+                with self.hub.lock:
+                    handler(self, *match.groups(), body=body, query=query)
+                return
+        self.fail(404, "NotHandled")
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def send(self, code: int, body=b"", headers: dict | None = None, kind: str = "application/json") -> None:
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        self.send_response(code)
+        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.cut is not None:
+            body = body[: int(len(body) * self.cut)]
+            self.close_connection = True
+        self.wfile.write(body)
+
+    def fail(self, code: int, what: str, **headers: str) -> None:
+        self.send(code, {"error": what}, {"X-Error-Code": what, "X-Error-Message": what, **headers})
+
+    # --- accounts and repositories ---
+
+    def whoami(self, body, query) -> None:
+        auth = {"accessToken": {"role": "write", "displayName": "test"}}
+        self.send(200, {"type": "user", "name": self.hub.user, "orgs": [], "auth": auth})
+
+    def validate_yaml(self, body, query) -> None:
+        self.send(200, {"errors": [], "warnings": []})
+
+    def create_repo(self, body, query) -> None:
+        asked = json.loads(body)
+        kind = (asked.get("type") or "model") + "s"
+        name = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        url = f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
+        if (kind, name) in self.hub.repos:
+            self.send(409, {"error": "You already created this repo", "url": url})
+            return
+        self.hub.create(name, kind).private = bool(asked.get("private"))
+        self.send(200, {"url": url, "id": name, "name": name})
+
+    def delete_repo(self, body, query) -> None:
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        gone = self.hub.repos.pop(((asked.get("type") or "model") + "s", name), None)
+        self.send(200, {}) if gone else self.fail(404, "RepoNotFound")
+
+    def info(self, kind, name, revision=None, *, body, query) -> None:
+        repo = self.hub.repos.get((kind, name))
+        files = repo and repo.at(revision)
+        if not repo:
+            self.fail(404, "RepoNotFound")
+        elif files is None:
+            self.fail(404, "RevisionNotFound")
+        else:
+            siblings = [{"rfilename": p, "size": len(f.data), "blobId": f.oid} for p, f in files.items()]
+            facts = {"id": name, "modelId": name, "_id": "x", "sha": repo.resolve(revision), "siblings": siblings}
+            state = {"private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
+            self.send(200, facts | state | {"likes": 0, "lastModified": _DATE, "createdAt": _DATE})
+
+    def verb(self, kind, name, verb, rest, *, body, query) -> None:
+        repo = self.hub.repos.get((kind, name))
+        if repo is None:
+            self.fail(404, "RepoNotFound")
+            return
+        getattr(self, f"do_{verb.replace('-', '_')}")(repo, rest or "", body, query)
+
+    # --- uploads ---
+
+    def do_preupload(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        answers = []
+        for file in json.loads(body)["files"]:
+            known = repo.files.get(file["path"])
+            mode = "lfs" if self.hub.is_lfs(file["path"], file["size"]) else "regular"
+            oid = known and known.oid
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.send(200, {"files": answers})
+
+    def lfs_batch(self, kind, name, *, body, query) -> None:
+        objects = []
+        for wanted in json.loads(body)["objects"]:
+            entry = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.blobs:
+                upload, verify = f"{self.hub.url}/_lfs/{wanted['oid']}", f"{self.hub.url}/_verify"
+                entry["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
+            objects.append(entry)
+        self.send(200, {"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
+
+    def lfs_put(self, digest, *, body, query) -> None:
+        if hashlib.sha256(body).hexdigest() != digest:
+            self.fail(400, "WrongDigest")
+            return
+        self.hub.blobs[digest] = body
+        self.send(200)
+
+    def lfs_verify(self, *, body, query) -> None:
+        self.send(200, {})
+
+    def do_commit(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        title = ""
+        for line in filter(None, (part.strip() for part in body.splitlines())):
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "header":
+                title = value.get("summary", "")
+            else:
+                self.apply(repo, operation["key"], value)
+        sha = repo.commit(title)
+        url = f"{self.hub.url}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.name}/commit/{sha}"
+        self.send(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+
+    def apply(self, repo: Repo, key: str, value: dict) -> None:
+        path = value["path"]
+        if key == "file":
+            data = base64.b64decode(value["content"])
+            repo.files[path] = StoredFile(data, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+        elif key == "lfsFile":
+            repo.files[path] = self.hub.pointer(value["oid"])
+        elif key == "deletedFile":
+            repo.files.pop(path, None)
+        elif key == "deletedFolder":
+            for gone in [p for p in repo.files if p.startswith(path.rstrip("/") + "/")]:
+                del repo.files[gone]
+
+    def do_tag(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        repo.tags[json.loads(body)["tag"]] = repo.resolve(rest)
+        self.send(200, {})
+
+    def do_branch(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        start = json.loads(body or b"{}").get("startingPoint")
+        repo.branches[rest] = repo.resolve(start)
+        self.send(200, {})
+
+    # --- listings and downloads ---
+
+    def do_revision(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        self.info(repo.kind, repo.name, rest, body=body, query=query)
+
+    def do_refs(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        heads = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": s} for n, s in repo.branches.items()]
+        tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": s} for n, s in repo.tags.items()]
+        self.send(200, {"branches": heads, "converts": [], "tags": tags})
+
+    def do_commits(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        listed = reversed(repo.commits)
+        self.send(200, [{"id": s, "title": t, "message": "", "date": _DATE, "authors": []} for s, t, _ in listed])
+
+    def do_tree(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        revision, _, folder = rest.partition("/")
+        files = repo.at(revision)
+        if files is None:
+            self.fail(404, "RevisionNotFound")
+            return
+        prefix = folder + "/" if folder else ""
+        recursive = query.get("recursive", ["false"])[0].lower() == "true"
+        entries: dict[str, dict] = {}
+        for path in sorted(p for p in files if p.startswith(prefix)):
+            parts = path[len(prefix) :].split("/")
+            for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+                parent = prefix + "/".join(parts[:depth])
+                entries[parent] = {"type": "directory", "path": parent, "oid": "0" * 40, "size": 0}
+            if recursive or len(parts) == 1:
+                entries[path] = files[path].entry(path)
+        if folder and not entries:
+            self.fail(404, "EntryNotFound")
+        else:
+            self.send(200, list(entries.values()))
+
+    def do_paths_info(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        files = repo.at(rest)
+        if files is None:
+            self.fail(404, "RevisionNotFound")
+            return
+        is_json = "json" in self.headers.get("Content-Type", "")
+        asked = json.loads(body) if is_json else urllib.parse.parse_qs(body.decode())
+        entries = []
+        for path in asked["paths"]:
+            if path in files:
+                entries.append(files[path].entry(path))
+            elif any(p.startswith(path.rstrip("/") + "/") for p in files):
+                entries.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
+        self.send(200, entries)
+
+    def resolve(self, kind, name, revision, path, *, body, query) -> None:
+        repo = self.hub.repos.get((kind or "models", name))
+        files = repo and repo.at(revision)
+        if not repo:
+            self.fail(404, "RepoNotFound")
+        elif files is None:
+            self.fail(404, "RevisionNotFound")
+        elif path not in files:
+            self.fail(404, "EntryNotFound", **{"X-Repo-Commit": repo.resolve(revision)})
+        else:
+            self.send_file(files[path], repo.resolve(revision))
+
+    def send_file(self, file: StoredFile, sha: str) -> None:
+        headers = {"ETag": f'"{file.lfs or file.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if file.lfs:
+            headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": f'"{file.lfs}"'}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not span:
+            self.send(200, file.data, headers, "application/octet-stream")
+            return
+        first, last = int(span[1]), min(int(span[2] or len(file.data) - 1), len(file.data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(file.data)}"
+        self.send(206, file.data[first : last + 1], headers, "application/octet-stream")
+
+
+_VERBS = "preupload|commit|tree|paths-info|refs|revision|commits|branch|tag"
+_ROUTES = [
+    (r"/api/whoami-v2", _Handler.whoami),
+    (r"/api/validate-yaml", _Handler.validate_yaml),
+    (r"/api/repos/create", _Handler.create_repo),
+    (r"/api/repos/delete", _Handler.delete_repo),
+    (rf"/(?:(datasets|spaces|models)/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    (r"/_lfs/(\w+)", _Handler.lfs_put),
+    (r"/_verify", _Handler.lfs_verify),
+    (rf"/api/({'|'.join(KINDS)})/{_REPO}/({_VERBS})(?:/(.*))?", _Handler.verb),
+    (rf"/api/({'|'.join(KINDS)})/{_REPO}", _Handler.info),
+    (rf"/(?:(datasets|spaces)/)?{_REPO}/(?:resolve|raw)/([^/]+)/(.+)", _Handler.resolve),
+]
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+_HIDE = """
+import sys
+class _Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden by the test)", name=name)
+sys.meta_path.insert(0, _Hidden())
+"""
+
+
+def offline_environment(home: Path) -> dict[str, str]:
+    """The environment without anything of the Hub's, with all its caches under `home` and no way out."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_"))}
+    return kept | {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+
+
+def run_script(
+    code: str, *args: str | Path, env: dict[str, str], hide: Iterable[str] = (), timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, outside any working directory, with the packages `hide` unimportable.
+
+    `sys.argv[1:]` are `args`. Raises AssertionError with the process's output when it fails.
+    """
+    script = (_HIDE.format(hidden=set(hide)) if hide else "") + textwrap.dedent(code)
+    command = [sys.executable, "-I", "-c", script, *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=env["HF_HOME"])
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
