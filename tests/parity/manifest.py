@@ -1,0 +1,53 @@
+"""What the manifest says of the checkpoint, its tokenizer and its pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .f_transforms import make_image
+from .g_packing import special_tokens
+from .golden import GoldenFile, GoldenSet
+from .report import Check
+
+
+def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:
+    json = file.json
+    tokenizer = golden.components["tokenizer"]
+    check(
+        "special_tokens",
+        list(vars(golden.tokens).values()),
+        list(vars(special_tokens(json["special_tokens"])).values()),
+    )
+    check("tokenizer_len", len(tokenizer), json["tokenizer_len"])
+    for text, ids in json["sample_encodings"].items():
+        check(f"sample_encodings.{text!r}", tokenizer.encode(text, add_special_tokens=False), ids)
+    with check.trying("config"):
+        _check_config(golden, json["config"], check.of("config"))
+    for name, image in json["images"].items():
+        with check.trying(f"images.{name}"):
+            picture = golden.picture(image["file"].removeprefix("inputs/"))
+            check(f"images.{name}.size_wh", picture.size, image["size_wh"])
+            check(f"images.{name}.mode", picture.mode, image["mode"])
+            pattern = make_image(*image["size_wh"], image["seed"]).convert(image["mode"])
+            check(f"images.{name}.pixels", np.array(picture), np.array(pattern))
+    json.note("transforms", "versions")  # each file repeats its transforms, and they are checked there
+
+
+def _check_config(golden, config, check) -> None:
+    """Sizes found in the checkpoint are those that it was made with."""
+    llm, vit = golden.components["transformer"].config, golden.components["vision_model"].config
+    same = ("hidden_size", "intermediate_size", "num_attention_heads")
+    got = {"llm": {name: llm[name] for name in (*same, "num_key_value_heads", "rope_theta")}}
+    got["llm"]["num_hidden_layers"] = llm.num_layers
+    got["vit"] = {name: vit[name] for name in same}
+    got["vit"]["num_hidden_layers"] = vit.num_layers + 1  # the original drops the last layer
+    got["vit"]["image_size"] = vit.max_patches_per_side * vit.patch_size
+    for part in ("llm", "vit"):
+        for name, want in config[part].items():
+            with check.trying(f"{part}.{name}"):
+                check(f"{part}.{name}", got[part][name], want)
+    check("vocab", llm.vocab_size, config["vocab"])
+    check("max_latent_size", llm.max_latent_size, config["max_latent_size"])
+    check("vit_max", vit.max_patches_per_side, config["vit_max"])
+    # How the rest of the set was made: seeds, and arguments that each file repeats.
+    config.note("seed", "n_merges", "vae", "train_shift", "vae_tf", "vit_tf", "image_shape", "flow_t")

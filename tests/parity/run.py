@@ -1,0 +1,71 @@
+"""Runs every check that a golden directory calls for, and makes sure that nothing in it is passed over."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+
+from .golden import GoldenFile, GoldenSet
+from .report import Report
+
+# First letters of a golden file's name -> the module that checks it.
+FILES = {
+    "a": "a_vit",
+    "b": "b_train_forward",
+    "c": "c_inference",
+    "d": "d_text_generation",
+    "e": "e_vae",
+    "f": "f_transforms",
+    "g": "g_packing",
+}
+OTHERS = {"README.md", "manifest.json", "checkpoint", "inputs"}
+
+
+def run(directory: str | Path, only: str | None = None, quiet: bool = False) -> Report:
+    """Check `directory`; `only` names the letters of the files to check (all of them without it).
+
+    Raises FileNotFoundError when `directory` is no golden directory.
+    """
+    started = time.perf_counter()
+    golden, report = GoldenSet(directory), Report(quiet=quiet)
+    letters = sorted(only or FILES)
+    names = sorted(path.name for path in golden.directory.iterdir())
+    for letter in letters:
+        stems = sorted({Path(n).stem for n in names if n.startswith(f"{letter}_")})
+        if not stems:
+            report.at(f"{letter}_*").fail("", "no such file in the directory: nothing of its kind was checked")
+        for stem in stems:
+            _check_file(golden, report, stem, FILES[letter])
+    if only is None:
+        _check_rest(golden, report, names)
+    if not quiet:
+        note = f" (only {', '.join(letters)})" if only else ""
+        print(f"{report.summary()}; {time.perf_counter() - started:.0f} s{note}", flush=True)
+    return report
+
+
+def _check_file(golden: GoldenSet, report: Report, stem: str, module: str) -> None:
+    check = report.at(stem)
+    with check.trying():
+        file = GoldenFile(golden.directory / f"{stem}.json")
+        file.check_table(check)
+        with check.trying():
+            importlib.import_module(f".{module}", __package__).check(golden, file, check)
+        file.check_coverage(check)
+
+
+def _check_rest(golden: GoldenSet, report: Report, names: list[str]) -> None:
+    """The manifest, the pictures, and whatever else lies in the directory."""
+    check = report.at("manifest")
+    with check.trying():
+        importlib.import_module(".manifest", __package__).check(golden, golden.manifest, check)
+        golden.manifest.check_coverage(check)
+    for name in golden.unused_pictures():
+        report.at("inputs").fail(name, "picture not checked")
+    for name in names:
+        known = name in OTHERS or (
+            Path(name).suffix in (".json", ".safetensors") and name[:2] in {f"{x}_" for x in FILES}
+        )
+        if not known:
+            report.at(name).fail("", "file not checked")
