@@ -185,15 +185,8 @@ def read_latents(latents, shapes: list[tuple[int, int, int]]) -> list[torch.Tens
     return given
 
 
-def check_settings(
-    *, num_inference_steps, num_images_per_prompt, max_think_tokens, do_sample, temperature, output_type="pil"
-) -> None:
-    """Checks that need neither prompt nor checkpoint."""
-    counts = {
-        "num_inference_steps": num_inference_steps,
-        "num_images_per_prompt": num_images_per_prompt,
-        "max_think_tokens": max_think_tokens,
-    }
+def check_settings(*, do_sample: bool, temperature: float, output_type: str = "pil", **counts: int) -> None:
+    """Checks that need neither prompt nor checkpoint; every one of `counts` is a whole number of at least 1."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

@@ -464,13 +464,7 @@ class Echo4oPipeline(PortablePipelineMixin, DiffusionPipeline):
         Returns:
             The answer, or a list of answers for a list of prompts.
         """
-        check_settings(
-            num_inference_steps=1,
-            num_images_per_prompt=1,
-            max_think_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-        )
+        check_settings(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature)
         conversations = read_items(prompt, image, None, self.config.max_references)
         generators = read_generators(generator, len(conversations))
         rows = []
