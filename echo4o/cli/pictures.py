@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,7 +108,7 @@ def generate(
     for file, picture in zip(files, result.images, strict=True):
         picture.save(file)
     say(f"seed {seed}; the picture{'s' if num_images > 1 else ''}:")
-    finish(files, f"echo4o generate 'make it night' --image {files[0]} --model {model}")
+    finish(files, shlex.join(["echo4o", "generate", "make it night", "--image", str(files[0]), "--model", model]))
 
 
 def chat(
@@ -131,7 +132,7 @@ def chat(
     answer = pipe.chat(prompt, image=references or None, think=think, max_new_tokens=max_new_tokens)
     say("the answer:")
     print(answer)
-    finish(None, f"echo4o generate PROMPT --model {model}")
+    finish(None, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", model]))
 
 
 def check_prompt(prompt: str) -> None:

@@ -1,5 +1,6 @@
 """``echo4o quickstart``, ``convert`` and ``info``."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +33,7 @@ def quickstart(
     if not report.is_file():
         raise FileNotFoundError(f"the quickstart ended without writing {report}")
     say("the report:")
-    finish(report, f"echo4o generate 'a red circle' --model {out / 'pipeline'}")
+    finish(report, shlex.join(["echo4o", "generate", "a red circle", "--model", str(out / "pipeline")]))
 
 
 def convert(
@@ -51,9 +52,9 @@ def convert(
     function(src, dst)
     say(f"the {to.value} checkpoint:")
     if to is Layout.diffusers:
-        finish(dst, f"echo4o generate 'a lighthouse made of glass' --model {dst}")
+        finish(dst, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(dst)]))
     else:
-        finish(dst, f"echo4o convert {dst} NEW_FOLDER")
+        finish(dst, shlex.join(["echo4o", "convert", str(dst), f"{dst}-diffusers"]))
 
 
 def info(
