@@ -1,0 +1,60 @@
+"""Rows to samples: order of segments, keyed draws, dropout."""
+
+import pytest
+import torch
+
+from echo4o.training.samples import Dropout, SampleMaker, collate
+
+NEVER = Dropout(0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def maker(tiny_pipeline):
+    return SampleMaker(tiny_pipeline, NEVER, seed=0)
+
+
+def test_references_come_first_each_as_vae_then_vit(maker, rows):
+    samples = [maker.sample(row, 0) for row in maker.prepare(list(rows))]
+    assert [s.kind for s in samples[0].segments] == ["text", "noise"]
+    assert [s.kind for s in samples[3].segments] == ["vae", "vit", "vae", "vit", "text", "noise"]
+    sample = samples[3]
+    assert sample.segments[0].grid == (2, 4)  # 64 x 32 pixels, 16 per latent token
+    assert sample.segments[1].grid == (2, 4)  # brought to 56 x 28, 14 per patch
+    assert sample.noise.shape == sample.segments[-1].data.shape == (8, 64)
+    assert sample.raw_time.shape == (1,)
+
+
+def test_draws_belong_to_the_sample_not_to_its_batch(maker, rows):
+    alone = maker.sample(maker.prepare([rows[3]])[0], 0)
+    together = maker.sample(maker.prepare(list(rows))[3], 0)
+    for a, b in zip(alone.segments, together.segments, strict=True):
+        if a.data is not None:
+            torch.testing.assert_close(a.data, b.data, atol=1e-5, rtol=0)
+    assert torch.equal(alone.noise, together.noise) and torch.equal(alone.raw_time, together.raw_time)
+    later = maker.sample(maker.prepare([rows[3]])[0], 1)
+    assert not torch.equal(alone.noise, later.noise) and not torch.equal(alone.raw_time, later.raw_time)
+
+
+def test_latents_are_those_of_the_pipeline(maker, rows, tiny_pipeline):
+    prepared = maker.prepare([rows[0]])[0]
+    _, tokens = maker.latent_tokens(prepared.moments, torch.Generator().manual_seed(3))
+    segment = tiny_pipeline.latent_segment(rows[0]["image"], torch.Generator().manual_seed(3))
+    torch.testing.assert_close(tokens, segment.data, atol=1e-5, rtol=0)
+
+
+def test_dropout_has_its_probabilities_and_keeps_the_target(tiny_pipeline, rows):
+    maker = SampleMaker(tiny_pipeline, Dropout(), seed=0)
+    prepared = maker.prepare([rows[3]])[0]
+    dropped = [[s.dropped for s in maker.sample(prepared, epoch).segments] for epoch in range(400)]
+    share = torch.tensor(dropped, dtype=torch.float).mean(0)
+    torch.testing.assert_close(share, torch.tensor([0.3, 0.3, 0.3, 0.3, 0.1, 0.0]), atol=0.08, rtol=0)
+    assert dropped == [[s.dropped for s in maker.sample(prepared, epoch).segments] for epoch in range(400)]
+
+
+def test_collate_packs_in_order(maker, rows):
+    samples = [maker.sample(row, 0) for row in maker.prepare(list(rows)[:4])]
+    batch = collate(samples, 16, 16)
+    assert batch.ids == ["row-0", "row-1", "row-2", "row-3"]
+    assert len(batch.sequence.spans) == 4 and batch.raw_time.shape == (4,)
+    assert batch.noise.shape[0] == int(batch.sequence.gen_noised.sum()) == sum(len(s.noise) for s in samples)
+    assert len(batch.sequence.input_ids) + len(batch.sequence.gen_segment) == sum(map(len, samples))

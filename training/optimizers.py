@@ -1,0 +1,82 @@
+"""Optimizers: AdamW, and Muon for runs that must learn in minutes on a CPU."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from echo4o.training.recipe import Optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, orthogonalised by five Newton-Schulz steps, for matrices only.
+
+    The method of `torch.optim.Muon` with equal shapes stacked into one batched product and 16 bit where the CPU
+    multiplies it natively: on the quickstart's model (70 matrices, 2 cores) 0.03 s a step instead of 0.7 s.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            if any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon updates matrices only; give other parameters to AdamW.")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[p.shape, p.device].append(p)
+            for params in shapes.values():
+                updates = _orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
+                scale = max(1.0, params[0].shape[0] / params[0].shape[1]) ** 0.5
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+        return loss
+
+    def _momentum(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _orthogonalise(x: torch.Tensor) -> torch.Tensor:
+    """Nearest semi-orthogonal matrices, roughly: (n, rows, columns) -> same shape, singular values near 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # quintic whose iteration pulls (0, 1] towards 1
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = wide.to(_product_dtype(x.device))
+    for _ in range(5):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return (wide if x.shape[1] <= x.shape[2] else wide.mT).to(x.dtype)
+
+
+def build_optimizers(settings: Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One or two optimizers over the model's trainable parameters."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if settings.name == "adamw":
+        return [_adamw([p for _, p in named], settings)]
+    in_layers = {name: p.ndim == 2 and ".layers." in f".{name}" for name, p in named}
+    muon = Muon([p for n, p in named if in_layers[n]], settings.muon_lr, weight_decay=settings.weight_decay)
+    return [muon, _adamw([p for n, p in named if not in_layers[n]], settings)]
+
+
+def _adamw(params: list[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
