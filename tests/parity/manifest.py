@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo4o.modeling.bagel.pipeline_echo4o import THINK_PROMPTS
+
 from .f_transforms import make_image
 from .g_packing import special_tokens
 from .golden import GoldenFile, GoldenSet
@@ -30,6 +32,8 @@ def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:
             check(f"images.{name}.mode", picture.mode, image["mode"])
             pattern = make_image(*image["size_wh"], image["seed"]).convert(image["mode"])
             check(f"images.{name}.pixels", np.array(picture), np.array(pattern))
+    for name, ours in (("vlm_think", "text"), ("gen_think", "image")):
+        check(f"system_prompts.{name}", THINK_PROMPTS[ours], json["system_prompts"][name])
     json.note("transforms", "versions")  # each file repeats its transforms, and they are checked there
 
 
