@@ -111,10 +111,10 @@ class Context(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """One attention call: the new tokens `und` and `gen`, and what they see."""
+    """One attention call: the next `und` and `gen` tokens of the streams, and what they see."""
 
-    und: slice
-    gen: slice
+    und: int
+    gen: int
     mask: torch.Tensor | None = None
     causal: bool = False
     cache: BagelKVCache | None = None
@@ -143,7 +143,7 @@ def training_plan(sequence) -> list[AttentionCall]:
         segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
         position = torch.cat([sequence.und_position[und], sequence.gen_position[gen]])
         mask = may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])  # (S, S)
-        plan.append(AttentionCall(und, gen, mask))
+        plan.append(AttentionCall(len(segment) - (gen.stop - gen.start), gen.stop - gen.start, mask))
     return plan
 
 
@@ -153,7 +153,8 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
     for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
         assert length <= cache.length, (length, cache.length)
         for span in spans:
-            n = (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
+            und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
+            n = und + gen
             if span.hidden:
                 assert n <= cache.scratch, (n, cache.scratch)
                 write, read = cache.scratch - n, slice(cache.scratch - n, cache.scratch + length)
@@ -164,7 +165,7 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
             if span.causal and n > 1 and length > 0:
                 mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
             causal = span.causal and n > 1 and length == 0
-            plan.append(AttentionCall(span.und, span.gen, mask, causal, cache, write, read))
+            plan.append(AttentionCall(und, gen, mask, causal, cache, write, read))
             length += 0 if span.hidden else n
     return plan
 
@@ -226,11 +227,8 @@ class BagelExpert(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-def _meet(und: torch.Tensor, gen: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    und, gen = und[call.und], gen[call.gen]
-    if gen.shape[0] == 0:
-        return und
-    return torch.cat([und, gen])  # (S, heads, D)
+def _meet(und: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return und if gen.shape[0] == 0 else torch.cat([und, gen])  # (S, heads, D)
 
 
 class BagelAttnProcessor:
@@ -240,12 +238,16 @@ class BagelAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn, und, gen, plan):
-        und_out, gen_out = [], []
-        for call in plan:
-            query, key, value = (_meet(u, g, call) for u, g in zip(und, gen, strict=True))
+        # The calls cover both streams in order. One split's backward is one concatenation; a slice for each call would
+        # fill and add a whole stream's gradient each time.
+        und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
+        gen_parts = zip(*(x.split([call.gen for call in plan]) for x in gen), strict=True)
+        attended = []
+        for call, und_part, gen_part in zip(plan, und_parts, gen_parts, strict=True):
+            query, key, value = map(_meet, und_part, gen_part)
             if call.cache is not None:
                 key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
-            attended = dispatch_attention_fn(
+            out = dispatch_attention_fn(
                 query[None],
                 key[None],
                 value[None],
@@ -255,10 +257,8 @@ class BagelAttnProcessor:
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )[0]  # (S, H, D)
-            n = call.und.stop - call.und.start
-            und_out.append(attended[:n])
-            gen_out.append(attended[n:])
-        return torch.cat(und_out), torch.cat(gen_out)
+            attended.append(out.split([call.und, call.gen]))
+        return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
 
 
 class BagelAttention(nn.Module, AttentionModuleMixin):
