@@ -1,0 +1,109 @@
+"""The detector against what was drawn, and the strictness of its judgement."""
+
+import re
+
+import numpy as np
+import pytest
+
+from echo4o.quickstart.detector import Score, check, detect, scores_by_tag, wilson
+from echo4o.quickstart.prompts import TAGS, training_prompt
+from echo4o.quickstart.scene import COLOURS, SHAPES, SIZES, Group, SceneObject, lay_out
+from echo4o.quickstart.shapes import draw, tint
+
+
+def _truth(objects):
+    return sorted((o.shape, o.colour, o.row, o.column, o.size) for o in objects)
+
+
+def _seen(found):
+    return sorted((str(o.shape), o.colour, o.row, o.column, o.size) for o in found)
+
+
+def test_right_on_rendered_truth():
+    rng = np.random.default_rng(0)
+    right = 0
+    for index in range(360):
+        prompt = training_prompt(TAGS[index % len(TAGS)], rng)
+        objects = lay_out(prompt.groups, ("prompt", "free")[index % 2], rng)
+        found = detect(draw(objects, tint(index)))
+        right += _seen(found) == _truth(objects) and check(prompt.groups, found)[0]
+    assert right >= 0.99 * 360
+
+
+def test_right_on_crowded_scenes():
+    rng = np.random.default_rng(1)
+    right = 0
+    for _ in range(100):
+        cells = rng.choice(16, int(rng.integers(0, 13)), replace=False)
+        words = [
+            [words[i] for i in rng.integers(len(words), size=len(cells))] for words in (SHAPES, [*COLOURS], [*SIZES])
+        ]
+        objects = [
+            SceneObject(shape, colour, int(cell) // 4, int(cell) % 4, size)
+            for shape, colour, size, cell in zip(*words, cells)
+        ]
+        right += _seen(detect(draw(objects))) == _truth(objects)
+    assert right >= 99
+
+
+def test_two_toned_things_are_no_objects():
+    pixels = np.array(draw([SceneObject("square", "red", 0, 0)]))
+    pixels[8:16] = np.asarray(draw([SceneObject("square", "blue", 0, 0)]))[8:16]
+    assert not check([Group("square", "red")], detect(pixels))[0]
+    assert not check([Group("square")], detect(pixels))[0]
+
+
+def test_an_empty_picture_has_no_objects():
+    assert detect(draw([])) == []
+    assert check([Group("star")], []) == (False, ["0 x star, asked for 1"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn", "reason"),
+    [
+        ([Group("star", None, 2)], [("star", "red", 0, 0)], "1 x star, asked for 2"),
+        ([Group("star")], [("star", "red", 0, 0), ("star", "red", 0, 1)], "2 x star, asked for 1"),
+        ([Group("star", "red")], [("star", "blue", 0, 0)], "an unasked blue star"),
+        ([Group("star")], [("star", "red", 0, 0), ("heart", "red", 3, 3)], "an unasked red heart"),
+        ([Group("star", None, 1, "left")], [("star", "red", 0, 3)], "star at .* is not left"),
+        ([Group("star", None, 1, "below")], [("star", "red", 0, 3)], "star at .* is not below"),
+        (
+            [Group("star", size="large"), Group("heart", size="small")],
+            [("star", "red", 0, 0), ("heart", "red", 1, 0)],
+            "the larger is .* times the smaller",
+        ),
+        (
+            [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
+            [("star", "red", 0, 0), ("heart", "red", 1, 0)],
+            "not beside",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(asked, drawn, reason):
+    ok, reasons = check(asked, detect(draw(SceneObject(*of) for of in drawn)))
+    assert not ok
+    assert any(re.search(reason, line) for line in reasons), reasons
+
+
+def test_only_what_is_stated_counts():
+    found = detect(draw([SceneObject("star", "purple", 3, 2, "small")]))
+    assert check([Group("star")], found) == (True, [])
+
+
+def test_pictures_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="32 x 32; it must be 64 x 64"):
+        detect(np.zeros((32, 32, 3), np.uint8))
+
+
+def test_wilson_intervals():
+    assert wilson(0, 70) == (pytest.approx(0.0), pytest.approx(0.0520, abs=1e-4))
+    assert wilson(50, 70) == (pytest.approx(0.5995, abs=1e-3), pytest.approx(0.8068, abs=1e-3))
+    assert wilson(10, 10) == (pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0))
+    with pytest.raises(ValueError, match="3 right of 2"):
+        wilson(3, 2)
+
+
+def test_scores_by_tag():
+    scores = scores_by_tag(["count", "colour", "count"], [True, False, False])
+    assert scores == {"count": Score(1, 2), "colour": Score(0, 1), "overall": Score(1, 3)}
+    assert str(scores["count"]).startswith("0.50 [0.09, 0.91]")
