@@ -1,7 +1,9 @@
 """From a row of the dataset to a training sample, and from samples to a batch.
 
-A sample is `references (vae, vit) ..., instruction, picture to draw`, each a segment. What is random about it (condition
-dropout, the latents' sampling, noise and time) is drawn from generators named by the sample and the epoch.
+A sample is a list of segments: `references (vae, vit) ..., instruction, picture to draw`, or, for a row with an
+`answer` instead of a picture, `references (vit) ..., question, answer` with a loss on the answer's text. What is random
+about it (condition dropout, the latents' sampling, noise and time) is drawn from generators named by the sample and the
+epoch.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ class PreparedRow:
     text: tuple[int, ...]
     reference_moments: list[torch.Tensor]  # each (2*C, h, w): mean and log-variance
     reference_patches: list[tuple[tuple[int, int], torch.Tensor]]  # (grid, patches)
-    moments: torch.Tensor  # of the picture to draw
+    moments: torch.Tensor | None  # of the picture to draw
+    answer: tuple[int, ...] | None = None
 
 
 class SampleMaker:
@@ -100,25 +103,31 @@ class SampleMaker:
         self.vae_limits, self.vision_limits = pipeline.vae_limits, pipeline.vision_limits
         self.latent_patch = pipeline.transformer.config.latent_patch_size
         self.vit_patch = pipeline.vision_model.config.patch_size
+        self.token_channels = pipeline.transformer.config.latent_channels * self.latent_patch**2
         self.dropout, self.seed = dropout, seed
 
     def prepare(self, rows: Sequence[dict]) -> list[PreparedRow]:
         """Tokenise, resize and encode rows with the dataset's features (pictures decoded to PIL)."""
-        texts = self.tokenizer([row["instruction"] for row in rows], add_special_tokens=False)["input_ids"]
         references = [[to_rgb(image) for image in row["reference_images"] or []] for row in rows]
-        targets = [to_rgb(row["image"], f"image of {row['id']}") for row in rows]
-        moments = iter(self.encode(targets + [image for images in references for image in images]))
-        target_moments = [next(moments) for _ in targets]
+        answers = [row.get("answer") for row in rows]
+        to_encode = [to_rgb(row["image"], f"image of {row['id']}") for row, answer in zip(rows, answers) if not answer]
+        to_encode += [image for images, answer in zip(references, answers) if not answer for image in images]
+        moments = iter(self.encode(to_encode))
+        targets = [None if answer else next(moments) for answer in answers]
         return [
             PreparedRow(
                 id=row["id"],
-                text=tuple(text),
-                reference_moments=[next(moments) for _ in images],
+                text=self.token_ids(row["instruction"]),
+                reference_moments=[] if answer else [next(moments) for _ in images],
                 reference_patches=[self.patches(image) for image in images],
                 moments=target,
+                answer=self.token_ids(answer) if answer else None,
             )
-            for row, text, images, target in zip(rows, texts, references, target_moments)
+            for row, images, target, answer in zip(rows, references, targets, answers)
         ]
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
@@ -153,6 +162,11 @@ class SampleMaker:
 
         def named(purpose: str) -> torch.Generator:
             return named_generator(self.seed, row.id, epoch, purpose)
+
+        if row.answer is not None:
+            pictures = [image_segment("vit", grid, self.special, patches) for grid, patches in row.reference_patches]
+            texts = [text_segment(row.text, self.special), text_segment(row.answer, self.special, loss=True)]
+            return TrainingSample(row.id, [*pictures, *texts], torch.zeros(0, self.token_channels), torch.zeros(0))
 
         latents = named("latents")
 

@@ -58,3 +58,14 @@ def test_collate_packs_in_order(maker, rows):
     assert len(batch.sequence.spans) == 4 and batch.raw_time.shape == (4,)
     assert batch.noise.shape[0] == int(batch.sequence.gen_noised.sum()) == sum(len(s.noise) for s in samples)
     assert len(batch.sequence.input_ids) + len(batch.sequence.gen_segment) == sum(map(len, samples))
+
+
+def test_an_answer_is_learned_from_the_picture_and_the_question(maker, rows, tiny_pipeline):
+    question = {"id": "q", "instruction": "what is it?", "answer": "a red square", "image": None}
+    prepared = maker.prepare([{**question, "reference_images": [rows[0]["image"]]}, rows[0]])
+    samples = [maker.sample(row, 0) for row in prepared]
+    assert [s.kind for s in samples[0].segments] == ["vit", "text", "text"]
+    batch = collate(samples, 16, 16)
+    labels = batch.sequence.labels[batch.sequence.labels >= 0].tolist()
+    assert labels == [*maker.token_ids("a red square"), tiny_pipeline.special_tokens.text_end]
+    assert batch.raw_time.shape == (1,) and batch.noise.shape == (16, 64)
