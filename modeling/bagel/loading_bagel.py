@@ -117,7 +117,9 @@ def component_tensors(folder: Path, variant: str | None = None) -> dict[str, Sto
         files = [folder / n for n in names]
     if not files:
         refuse_pickles(folder)
-        raise FileNotFoundError(f"{folder} holds no .safetensors weights.")
+        raise FileNotFoundError(
+            f"{folder} holds no .safetensors weights (pickled ones are neither fetched nor loaded)."
+        )
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
@@ -273,7 +275,7 @@ class PortablePipelineMixin:
         kwargs["dtype"] = dtype
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipe._check_loaded(stored, quantized=kwargs.get("quantization_config") is not None)
+        pipe._check_loaded(stored)
         return pipe if device is None else pipe.to(device)
 
     @classmethod
@@ -361,7 +363,7 @@ class PortablePipelineMixin:
         ignored = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, ignore_patterns=ignored, **options)
 
-    def _check_loaded(self, stored: dict[str, dict[str, StoredTensor]], quantized: bool) -> None:
+    def _check_loaded(self, stored: dict[str, dict[str, StoredTensor]]) -> None:
         problems = []
         for name, tensors in stored.items():
             module = getattr(self, name, None)
@@ -369,7 +371,7 @@ class PortablePipelineMixin:
                 continue
             state = module.state_dict()
             problems += [f"{name}: non-finite values in {n}" for n in nonfinite_names(state.items())]
-            if not quantized:
+            if getattr(module, "hf_quantizer", None) is None:  # a quantizer stores tensors of its own
                 problems += [f"{name}: missing {n}" for n in sorted(set(state) - set(tensors))]
                 problems += [f"{name}: unexpected {n}" for n in sorted(set(tensors) - set(state))]
         if problems:
@@ -410,10 +412,10 @@ class PortablePipelineMixin:
         self._codes_to_publish()
         return super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        # The last step of save_pretrained before an upload, and so the place to make the folder portable.
+    def save_config(self, save_directory: str | os.PathLike):
+        """Write model_index.json and the source files; the last step of save_pretrained before an upload."""
         codes = self._codes_to_publish()
-        super().save_config(save_directory, **kwargs)
+        super().save_config(save_directory)
         folder = Path(save_directory)
         write_sources(folder, self._published_sources, {n: (stem, text) for n, (_, stem, text) in codes.items()})
         for component in self.components:
@@ -424,8 +426,6 @@ class PortablePipelineMixin:
         for name, (cls, stem, _) in codes.items():
             index[name] = [stem, cls.__name__]
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-        if push_to_hub:
-            raise ValueError("save_config alone is not uploaded; use save_pretrained(..., push_to_hub=True).")
 
     def _codes_to_publish(self) -> dict[str, tuple[type, str, str]]:
         """Component -> (class, file stem, source text), for the components whose classes no library provides."""

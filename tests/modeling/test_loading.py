@@ -1,0 +1,428 @@
+"""One folder, both modes: with the package, and with trust_remote_code where the package cannot be imported."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from echo4o.modeling.bagel import loading_bagel
+from echo4o.modeling.bagel.convert import convert_to_diffusers
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from tests.hub import Fault, LoopbackHub, offline_environment, run_script
+
+CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
+WEIGHTED = ("transformer", "vision_model", "vae")
+
+
+def draw(pipe):
+    """One small picture from fixed noise, (1, 64, 64, 3); also run, as text, by the processes started here."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipe("a red cat", height=64, width=64, num_inference_steps=2, latents=noise, output_type="np").images
+
+
+DRAW = inspect.getsource(draw)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The golden checkpoint as a pipeline folder, float32."""
+    folder = tmp_path_factory.mktemp("converted") / "pipeline"
+    convert_to_diffusers(CHECKPOINT, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def picture(folder) -> np.ndarray:
+    return draw(Echo4oPipeline.from_pretrained(folder))
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two drawings are one; float32 sums of another process differ in the last bits."""
+    return a.shape == b.shape and float(np.abs(a - b).max()) < 1e-5
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- with the package ------------------------------------------------------------------------------------------------
+
+
+def test_package_loads_its_own_classes_without_trust(folder):
+    pipe = Echo4oPipeline.from_pretrained(str(folder))
+    assert type(pipe) is Echo4oPipeline
+    assert type(pipe.transformer).__module__ == "echo4o.modeling.bagel.transformer_bagel"
+    assert pipe.scheduler.config.shift == 3.0
+    assert pipe.config._name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_dtype_is_the_default(folder, tmp_path, dtype):
+    pipe = Echo4oPipeline.from_pretrained(folder, dtype=dtype)
+    pipe.vae.to(torch.float32)  # the release's VAE is stored wider than the rest
+    pipe.save_pretrained(tmp_path / "saved")
+    again = Echo4oPipeline.from_pretrained(tmp_path / "saved")
+    assert {name: getattr(again, name).dtype for name in WEIGHTED} == {
+        "transformer": dtype,
+        "vision_model": dtype,
+        "vae": torch.float32,
+    }
+    for name in WEIGHTED:
+        a, b = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    wide = Echo4oPipeline.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert wide.transformer.dtype == torch.float32
+    mixed = Echo4oPipeline.from_pretrained(tmp_path / "saved", dtype={"vae": torch.bfloat16})
+    assert (mixed.transformer.dtype, mixed.vae.dtype) == (dtype, torch.bfloat16)
+
+
+def test_saving_keeps_the_folder_whole(folder, tmp_path):
+    Echo4oPipeline.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert index == json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "Echo4oPipeline"]
+    assert index["transformer"] == ["transformer_bagel", "BagelTransformer2DModel"]
+    code = {n: text for n, text in files_of(folder).items() if n.endswith(".py")}
+    assert {n: text for n, text in files_of(tmp_path / "saved").items() if n.endswith(".py")} == code
+    assert str(folder) not in "".join(p.read_text() for p in (tmp_path / "saved").rglob("*.json"))
+
+
+def test_saving_over_the_folder_that_is_loaded(copy):
+    pipe = Echo4oPipeline.from_pretrained(copy)
+    with torch.no_grad():
+        pipe.transformer.proj_in.weight += 1
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    pipe.save_pretrained(copy)
+    assert all(torch.equal(before[k], v) for k, v in pipe.transformer.state_dict().items())
+    again = Echo4oPipeline.from_pretrained(copy).transformer.state_dict()
+    assert all(torch.equal(before[k], v) for k, v in again.items())
+
+
+def test_shards_and_variants(folder, tmp_path):
+    pipe = Echo4oPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    pipe.to(dtype=torch.bfloat16).save_pretrained(tmp_path / "saved", variant="bf16")
+    assert len(list((tmp_path / "saved/transformer").glob("*-of-*.safetensors"))) > 2
+    assert Echo4oPipeline.from_pretrained(tmp_path / "saved").transformer.dtype == torch.float32
+    assert Echo4oPipeline.from_pretrained(tmp_path / "saved", variant="bf16").transformer.dtype == torch.bfloat16
+
+
+def test_components_that_are_passed_need_no_folder(folder, copy):
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    shutil.rmtree(copy / "vae")
+    assert Echo4oPipeline.from_pretrained(copy, vae=vae).vae is vae
+
+
+def test_derived_class_is_published_as_the_class_it_derives_from(folder, tmp_path):
+    class Mine(Echo4oPipeline):
+        pass
+
+    Mine.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/model_index.json").read_text())["_class_name"][1] == "Echo4oPipeline"
+    assert type(Mine.from_pretrained(tmp_path / "saved")) is Mine
+
+
+def test_libraries_written_by_stock_diffusers_are_understood(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    index["_class_name"] = "Echo4oPipeline"
+    index["transformer"][0] = "diffusers_modules.local.transformer_bagel"
+    index["vision_model"][0] = "echo4o.modeling.bagel.vision_bagel"
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert type(Echo4oPipeline.from_pretrained(copy)) is Echo4oPipeline
+
+
+def test_from_original_equals_the_converted_folder(picture):
+    pipe = Echo4oPipeline.from_original(CHECKPOINT, max_references=2)
+    assert pipe.config.max_references == 2
+    assert same(draw(pipe), picture)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(source, error: type[Exception], **options) -> str:
+    with pytest.raises(error) as caught:
+        Echo4oPipeline.from_pretrained(source, **options)
+    return str(caught.value)
+
+
+def test_folders_that_are_no_pipeline(tmp_path):
+    assert "There is no folder" in refused(tmp_path / "nowhere", FileNotFoundError)
+    assert "There is no folder" in refused("./nowhere", FileNotFoundError)
+    assert "is no pipeline folder" in refused(tmp_path, FileNotFoundError)
+    assert "from_original" in refused(CHECKPOINT, FileNotFoundError)
+
+
+def test_folder_of_another_pipeline(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    assert "holds a FluxPipeline, not a Echo4oPipeline" in refused(copy, ValueError)
+
+
+def test_lacking_components_and_weights(copy):
+    (copy / "vae/diffusion_pytorch_model.safetensors").rename(copy / "vae/diffusion_pytorch_model.bin")
+    message = refused(copy, ValueError)
+    assert "pickled" in message and "diffusion_pytorch_model.bin" in message
+    (copy / "vae/diffusion_pytorch_model.bin").unlink()
+    assert "holds no .safetensors weights" in refused(copy, FileNotFoundError)
+    shutil.rmtree(copy / "vae")
+    assert "lacks the component folders that its index names: vae" in refused(copy, FileNotFoundError)
+
+
+@pytest.mark.parametrize("component", WEIGHTED)
+def test_damaged_weights(copy, component):
+    file = copy / component / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    message = refused(copy, ValueError)
+    assert "is truncated" in message and str(file) in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["layers.1.gen.to_k.bias", "pos_embed"])
+def test_non_finite_weights(copy, name, value):
+    file = copy / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file)
+    assert f"transformer: non-finite values in {name}" in refused(copy, ValueError)
+
+
+def test_missing_and_unexpected_weights_are_listed_together(copy):
+    for component, old, new in (
+        ("transformer", "layers.0.und.norm1.weight", "layers.0.und.norm9.weight"),
+        ("vision_model", "connector.fc1.bias", "connector.fc7.bias"),
+    ):
+        file = copy / component / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors[new] = tensors.pop(old)
+        save_file(tensors, file)
+    message = refused(copy, ValueError)
+    for line in (
+        "transformer: missing layers.0.und.norm1.weight",
+        "transformer: unexpected layers.0.und.norm9.weight",
+        "vision_model: missing connector.fc1.bias",
+        "vision_model: unexpected connector.fc7.bias",
+    ):
+        assert line in message
+
+
+def test_wrong_shapes(copy):
+    file = copy / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_in.bias"] = torch.zeros(65)
+    save_file(tensors, file)
+    message = refused(copy, ValueError)
+    assert "proj_in.bias" in message and "65" in message and "64" in message
+
+
+def test_pickles_are_neither_read_nor_written(folder, tmp_path):
+    assert "use_safetensors=False" in refused(folder, ValueError, use_safetensors=False)
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        Echo4oPipeline.from_pretrained(folder).save_pretrained(tmp_path / "saved", safe_serialization=False)
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), "mps", 0])
+def test_absent_devices(folder, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    expected = "is not available; 'cpu' is"
+    assert expected in refused(folder, ValueError, device=device)
+    assert expected in refused(folder, ValueError, device_map=device)
+    pipe = Echo4oPipeline.from_pretrained(folder, device="cpu")
+    with pytest.raises(ValueError, match=expected):
+        pipe.to(device)
+    with pytest.raises(ValueError, match=expected):
+        pipe.to(device=device)
+    assert pipe.to("cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_injected_lora_layers_are_not_saved_as_plain_weights(folder, tmp_path):
+    from peft import LoraConfig
+
+    pipe = Echo4oPipeline.from_pretrained(folder)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="transformer has LoRA layers"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_code_that_would_not_travel_is_refused(folder, tmp_path):
+    (tmp_path / "a.py").write_text("from .b import x\n")
+    (tmp_path / "b.py").write_text("def f():\n    from .c import x\n")
+    (tmp_path / "c.py").write_text("")
+    sources = loading_bagel.pipeline_sources(tmp_path / "a.py")
+    assert list(sources) == ["pipeline.py", "b.py"]
+    with pytest.raises(ValueError, match="b.py imports .'c'., which the pipeline's file must import"):
+        loading_bagel.require_flat(sources)
+    with pytest.raises(ValueError, match="must stand alone"):
+        loading_bagel.standing_alone(sources["pipeline.py"], "a.py")
+    with pytest.raises(ValueError, match="outside its own folder"):
+        loading_bagel.relative_imports("from ..x import y")
+
+    Elsewhere = type("Elsewhere", (AutoencoderKL,), {"__module__": "no_such_module"})
+    pipe = Echo4oPipeline.from_pretrained(folder)
+    pipe.vae = Elsewhere.from_pretrained(folder / "vae")
+    with pytest.raises(ValueError, match="component 'vae' has no source file"):
+        pipe.save_pretrained(tmp_path / "saved")
+
+
+def test_published_names_collide_with_nothing_in_diffusers(folder):
+    stems = [p.stem for p in folder.rglob("*.py")]
+    assert len(stems) == len(set(stems)) >= 5
+    assert [s for s in stems if hasattr(diffusers.pipelines, s)] == []
+
+
+def test_remote_code_needs_to_be_trusted(folder):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+# --- without the package ---------------------------------------------------------------------------------------------
+
+REMOTE_FOLDER = (
+    DRAW
+    + """
+import pathlib, sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+source, target = sys.argv[1:]
+try:
+    import echo4o
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the package can be imported")
+pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, dtype=torch.bfloat16)
+assert type(pipe).__module__ == "diffusers_modules.local.pipeline", type(pipe)
+pipe.save_pretrained(target + "/bfloat16")
+pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+try:
+    type(pipe).from_original(source)
+except RuntimeError as error:
+    assert "needs the echo4o package" in str(error)
+# The next repository that is loaded overwrites the modules; what is saved must still be this pipeline's own code.
+from diffusers.utils.constants import HF_MODULES_CACHE
+cached = [p for p in pathlib.Path(HF_MODULES_CACHE).rglob("*.py") if p.stat().st_size]
+assert len(cached) >= 5
+for path in cached:
+    path.write_text("raise RuntimeError('the code of another repository')")
+pipe.save_pretrained(target + "/saved")
+again = DiffusionPipeline.from_pretrained(target + "/saved", trust_remote_code=True)
+np.savez(target + "/drawn.npz", first=draw(pipe), again=draw(again))
+"""
+)
+
+
+@pytest.mark.slow
+def test_remote_code_from_a_folder(folder, picture, tmp_path):
+    (tmp_path / "home").mkdir()
+    env = offline_environment(tmp_path / "home")
+    run_script(REMOTE_FOLDER, folder, tmp_path, env=env, hide=["echo4o"])
+    drawn = np.load(tmp_path / "drawn.npz")
+    assert same(drawn["first"], picture) and same(drawn["again"], picture)
+    saved = files_of(tmp_path / "saved")
+    assert {n: t for n, t in saved.items() if n.endswith((".py", "model_index.json"))} == {
+        n: t for n, t in files_of(folder).items() if n.endswith((".py", "model_index.json"))
+    }
+    assert same(draw(Echo4oPipeline.from_pretrained(tmp_path / "saved")), picture)
+    assert Echo4oPipeline.from_pretrained(tmp_path / "bfloat16").transformer.dtype == torch.bfloat16
+
+
+PACKAGE_HUB = (
+    DRAW
+    + """
+import sys
+import numpy as np
+import torch
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+target, pinned = sys.argv[1:]
+for source, error, words in (
+    ("ns/nothing", Exception, "404"),
+    ("ns/no-pipeline", FileNotFoundError, "no pipeline"),
+    ("ns/pickled", FileNotFoundError, "no .safetensors weights"),
+):
+    try:
+        Echo4oPipeline.from_pretrained(source)
+    except error as caught:
+        import re
+        assert re.search(words, str(caught)), caught
+    else:
+        raise AssertionError(source)
+pipe = Echo4oPipeline.from_pretrained("ns/published", revision=pinned)
+assert type(pipe) is Echo4oPipeline and pipe.config._name_or_path == "ns/published"
+np.savez(target + "/package.npz", drawn=draw(pipe))
+half = pipe.to(dtype=torch.bfloat16)
+half.push_to_hub("ns/from-package")
+again = Echo4oPipeline.from_pretrained("ns/from-package")
+assert again.transformer.dtype == torch.bfloat16
+"""
+)
+
+REMOTE_HUB = (
+    DRAW
+    + """
+import sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+(target,) = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained("ns/published", trust_remote_code=True)
+np.savez(target + "/remote.npz", drawn=draw(pipe))
+half = DiffusionPipeline.from_pretrained("ns/from-package", trust_remote_code=True, dtype=torch.bfloat16)
+half.push_to_hub("ns/from-remote")
+again = DiffusionPipeline.from_pretrained("ns/from-remote", trust_remote_code=True, dtype=torch.bfloat16)
+a, b = half.transformer.state_dict(), again.transformer.state_dict()
+assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+"""
+)
+
+
+@pytest.mark.slow
+def test_hub_in_both_modes(folder, picture, tmp_path):
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    for file in pickled.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/README.md").write_text("no pipeline")
+    for home in ("home1", "home2"):
+        (tmp_path / home).mkdir()
+    with LoopbackHub() as hub:
+        pinned = hub.add_folder("ns/published", folder)
+        hub.add_folder("ns/no-pipeline", tmp_path / "other")
+        hub.add_folder("ns/pickled", pickled)
+        hub.inject(Fault(path="ns/published/resolve/.*diffusion_pytorch_model", method="GET", cut=0.5))
+        run_script(PACKAGE_HUB, tmp_path, pinned, env=hub.environment(tmp_path / "home1"))
+        assert hub.faults[0].times == 0, "the broken download did not happen"
+        assert not [r for r in hub.requests if r[0] == "GET" and r[1].endswith(".bin")], "pickles were fetched"
+        run_script(REMOTE_HUB, tmp_path, env=hub.environment(tmp_path / "home2"), hide=["echo4o"])
+        uploads = {name: hub.repo(f"ns/{name}").files for name in ("from-package", "from-remote")}
+    assert same(np.load(tmp_path / "package.npz")["drawn"], picture)
+    assert same(np.load(tmp_path / "remote.npz")["drawn"], picture)
+    expected = {n for n in files_of(folder) if not n.startswith("original/")} - {
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    }
+    for files in uploads.values():
+        assert expected <= files.keys()
+        assert {n: f.data for n, f in files.items() if n.endswith((".py", "model_index.json"))} == {
+            n: t for n, t in files_of(folder).items() if n.endswith((".py", "model_index.json"))
+        }
+    first, second = ({n: f.oid for n, f in files.items()} for files in uploads.values())
+    assert first == second
