@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # Extra arguments for pip and pytest, for example PYTEST_ARGS="-k cli" or PIP_ARGS="--index-url ...".
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Two processes halve the time on two cores; more than four only wait for each other's imports.
+PYTEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # On Linux PyPI's torch brings gigabytes of CUDA. Where no other index offers a CPU build, name the one to ask:
 # make venv TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
@@ -22,7 +24,7 @@ quickstart: $(STAMP) ## render a small dataset, train, generate, score; writes q
 	$(BIN)/echo4o quickstart
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 venv: $(STAMP) ## only the set-up: .venv with the package and its tools
 

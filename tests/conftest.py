@@ -16,3 +16,9 @@ os.environ["MPLBACKEND"] = "Agg"
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
+
+def pytest_collection_modifyitems(items):
+    # Spread over processes, the long tests start first: none is left to run alone at the end.
+    if _workers > 1:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
