@@ -83,14 +83,27 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message names each key and what is wrong with it."""
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe. Relative paths in it are relative to the working folder. Raises RecipeError."""
+def load_recipe(path: str | Path, changes: dict | None = None) -> Recipe:
+    """Read a YAML recipe. Relative paths in it are relative to the working folder.
+
+    Args:
+        changes: settings that replace the file's, by dotted name: `{"optimizer.lr": 1e-4}`.
+
+    Raises:
+        RecipeError: the file is unreadable or a setting is unknown or impossible; all of them are listed.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no mapping of settings.")
+    for name, value in (changes or {}).items():
+        *parents, key = name.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -114,3 +127,8 @@ def _siblings(location: tuple) -> list[str]:
     for part in location[:-1]:
         model = model.model_fields[part].annotation
     return list(model.model_fields)
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with the package."""
+    return Path(__file__).parent / "recipes" / f"{name}.yaml"

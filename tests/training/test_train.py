@@ -10,7 +10,7 @@ import yaml
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import Muon
-from echo4o.training.recipe import Recipe, RecipeError, load_recipe
+from echo4o.training.recipe import Recipe, RecipeError, load_recipe, shipped_recipe
 from echo4o.training.train import BatchSource, NonFiniteLoss, Trainer, learning_rate_factor, main, sample_order
 
 from .conftest import row
@@ -148,3 +148,17 @@ def test_losses_without_labels_count_nothing():
 
 def test_rows_helper_has_the_features(rows):
     assert set(rows.features) == set(row(0))
+
+
+def test_changes_by_dotted_name(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    changed = load_recipe(file, {"optimizer.lr": 1e-3, "steps": 7, "objective.text_dropout": 0.2})
+    assert (changed.optimizer.lr, changed.steps, changed.objective.text_dropout) == (1e-3, 7, 0.2)
+    with pytest.raises(RecipeError, match="optimizer.rate: unknown key"):
+        load_recipe(file, {"optimizer.rate": 1})
+
+
+@pytest.mark.parametrize("file", sorted(shipped_recipe("x").parent.glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_recipes_are_valid(file):
+    load_recipe(file)

@@ -1,0 +1,139 @@
+"""The tiny BAGEL of the quickstart: its sizes, and the training of its base on single objects.
+
+The base is to the quickstart what BAGEL is to Echo-4o: a model that draws simple things and knows nothing of complex
+instructions. It sees single objects only, none of them held out, and no row of Shapes-4o.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
+from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.quickstart.drawing import draw_and_score
+from echo4o.quickstart.prompts import Prompt, is_held_out
+from echo4o.quickstart.scene import COLOURS, PICTURE, SHAPES, Group, lay_out
+from echo4o.quickstart.shapes import draw, tint
+from echo4o.training.recipe import load_recipe, shipped_recipe
+from echo4o.training.train import Trainer
+
+WIDTH = 192
+GUIDANCE = {
+    "guidance_scale": 2.0,
+    "image_guidance_scale": 1.0,
+    "guidance_interval": [0.0, 1.0],
+    "guidance_renorm": "global",
+}
+
+
+def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeline:
+    """A random tiny BAGEL around a trained tokenizer and VAE: 4.5M parameters, pictures of 64 x 64 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = BagelTransformer2DModel(
+            hidden_size=WIDTH,
+            intermediate_size=512,
+            num_layers=5,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            latent_channels=vae.config.latent_channels,
+            max_latent_size=8,
+        )
+        vision_model = BagelVisionModel(
+            hidden_size=96,
+            intermediate_size=256,
+            num_layers=2,
+            num_attention_heads=3,
+            max_patches_per_side=8,
+            output_size=WIDTH,
+        )
+    # Text embeddings of unit variance drown the other inputs, which are small.
+    torch.nn.init.normal_(transformer.embed_tokens.weight, std=0.1)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    return Echo4oPipeline(
+        transformer=transformer.eval(),
+        vision_model=vision_model.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer,
+        presets={"text_to_image": GUIDANCE, "with_references": GUIDANCE},
+        vae_image_limits={"max_size": PICTURE, "min_size": PICTURE},
+        vision_image_limits={"max_size": 56, "min_size": 56},
+    )
+
+
+def single_objects() -> list[Group]:
+    """Every single object that may be trained on, with its colour stated, or not where it is the typical one."""
+    stated = [Group(shape, colour) for shape in SHAPES for colour in COLOURS]
+    return [group for group in [*stated, *(Group(shape) for shape in SHAPES)] if not is_held_out([group])]
+
+
+def _name(group: Group) -> str:
+    return f"a {group.colour} {group.shape}" if group.colour else f"a {group.shape}"
+
+
+def single_object_rows(number: int, seed: int) -> list[dict]:
+    """Rows of the base's training: four of five ask for a picture, the fifth asks what a picture shows."""
+    rng = np.random.default_rng([seed, 77])
+    groups, rows = single_objects(), []
+    for index in range(number):
+        group = groups[int(rng.integers(len(groups)))]
+        picture = draw(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
+        row = {"id": f"single-{seed}-{index}", "instruction": f"a photo of {_name(group)}", "reference_images": []}
+        row |= {"image": picture, "answer": None}
+        if index % 5 == 4:
+            named = Group(group.shape, group.drawn_colour)
+            row |= {"instruction": "what is this?", "answer": _name(named)}
+            row |= {"image": None, "reference_images": [picture]}
+        rows.append(row)
+    return rows
+
+
+def single_object_prompts(number: int) -> list[Prompt]:
+    """The base's own domain, to score it on."""
+    groups = [group for group in single_objects() if group.colour]
+    chosen = [groups[i] for i in np.random.default_rng(5).permutation(len(groups))[:number]]
+    return [Prompt("single object", f"a photo of {_name(group)}", (group,)) for group in chosen]
+
+
+class Rows(list):
+    """A list that answers like a `datasets.Dataset` as far as the trainer asks."""
+
+    def select(self, indices) -> list[dict]:
+        return [self[index] for index in indices]
+
+
+def train_base(
+    tokenizer, vae: AutoencoderKL, folder: Path, seed: int = 0, steps: int | None = None, rows: int = 6000
+) -> dict:
+    """Train the base, save it as a pipeline folder in 16 bit, and score it on its own domain.
+
+    Returns:
+        What is written to `base.json`: steps, seconds, last loss, and the score on single objects.
+    """
+    with tempfile.TemporaryDirectory() as run_dir:
+        changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
+        recipe = load_recipe(shipped_recipe("quickstart_base"), changes)
+        pipeline = build_pipeline(tokenizer, vae, seed)
+        result = Trainer(recipe, pipeline, Rows(single_object_rows(rows, seed))).run()
+    pipeline.save_pretrained(folder)
+    pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
+    drawn = draw_and_score(pipeline, single_object_prompts(30), seed=seed)
+    facts = {
+        "steps": len(result.log),
+        "samples": result.log[-1]["samples"],
+        "seconds": round(result.seconds),
+        "threads": torch.get_num_threads(),
+        "mse": round(float(np.mean([entry["mse"] for entry in result.log[-100:]])), 4),
+        "single_objects": {"right": drawn.scores["overall"].right, "of": drawn.scores["overall"].of},
+    }
+    (Path(folder) / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return facts

@@ -1,0 +1,29 @@
+"""Draws some prompts with a saved pipeline, in a process of its own: proves that the folder holds all that is needed.
+
+`python -m echo4o.quickstart.redraw FOLDER REQUEST.json OUT_DIR`, where the request lists the held-out prompts by index.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: str, request_file: str, out_dir: str) -> None:
+    """Write `0.png`, `1.png`, ... for the request's prompts."""
+    import torch
+
+    from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+    from echo4o.quickstart.drawing import draw_prompts
+    from echo4o.quickstart.prompts import held_out_prompts
+
+    request = json.loads(Path(request_file).read_text("utf-8"))
+    pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    every = held_out_prompts()
+    prompts = [every[index] for index in request["prompts"]]
+    for index, picture in enumerate(draw_prompts(pipeline, prompts, request["seed"], request["steps"])):
+        picture.save(Path(out_dir) / f"{index}.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

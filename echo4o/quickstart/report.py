@@ -1,0 +1,69 @@
+"""The quickstart's report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image
+
+from echo4o.quickstart.drawing import Drawn, reference_pictures
+
+
+def write_report(path: Path, result: dict, before: Drawn, after: Drawn, log: list[dict]) -> None:
+    """Write `path`.
+
+    Args:
+        result: what `result.json` holds.
+        before, after: the same prompts, drawn by the base and by the fine-tuned model.
+        log: the training's log, one entry per step.
+    """
+    environment = Environment(loader=PackageLoader("echo4o.quickstart", "."), autoescape=True, trim_blocks=True)
+    pictures: dict[str, list[dict]] = {}
+    for index, prompt in enumerate(after.prompts):
+        item = {
+            "text": prompt.text,
+            "references": [data_url(picture) for picture in reference_pictures(prompt)],
+            "before": data_url(before.pictures[index]),
+            "after": data_url(after.pictures[index]),
+            "why_before": before.reasons[index],
+            "why_after": after.reasons[index],
+        }
+        pictures.setdefault(prompt.tag, []).append(item)
+    html = environment.get_template("report.html.j2").render(
+        r=result,
+        rows=sum(result["rows"].values()),
+        own=result["base_on_single_objects"],
+        curve=Markup(loss_curve(log)),
+        pictures=pictures,
+    )
+    path.write_text(html, "utf-8")
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture inside a link."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def loss_curve(log: list[dict], window: int = 25) -> str:
+    """The loss over samples as SVG: every step, and the mean of `window` steps."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    samples = np.array([entry["samples"] for entry in log])
+    losses = np.array([entry["loss"] for entry in log])
+    window = min(window, len(losses))
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(samples, losses, color="#c9ced6", linewidth=0.8)
+    axes.plot(samples[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="#2c4cc8")
+    axes.set(xlabel="samples", ylabel="loss", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
