@@ -117,7 +117,8 @@ class AttentionCall(NamedTuple):
     gen: int
     mask: torch.Tensor | None = None
     causal: bool = False
-    cache: BagelKVCache | None = None
+    prefix: int = 0  # training: tokens of the sample's frozen prefix, seen by all of the call's
+    cache: BagelKVCache | None = None  # inference: store new keys at buffer row `write`, see rows `read`
     write: int = 0
     read: slice = slice(0, 0)
 
@@ -134,17 +135,41 @@ def may_attend(sequence, q_segment, q_position, k_segment, k_position):
     return own | earlier
 
 
-def training_plan(sequence) -> list[AttentionCall]:
-    """One masked call per sample, over its und tokens followed by its gen tokens."""
+def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
+    """One call per sample under its own mask, over its und tokens followed by its gen tokens.
+
+    `part`: the whole sample, its "prefix" (everything before the first VAE segment) or the "rest" after it.
+    """
     plan = []
     for spans in sequence.spans:
-        und = slice(spans[0].und.start, spans[-1].und.stop)
-        gen = slice(spans[0].gen.start, spans[-1].gen.stop)
-        segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
-        position = torch.cat([sequence.und_position[und], sequence.gen_position[gen]])
-        mask = may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])  # (S, S)
-        plan.append(AttentionCall(len(segment) - (gen.stop - gen.start), gen.stop - gen.start, mask))
+        cut = prefix_length(spans)
+        kept = {"whole": spans, "prefix": spans[:cut], "rest": spans[cut:]}[part]
+        before = sum(span.und.stop - span.und.start for span in spans[:cut]) if part == "rest" else 0
+        if not kept:
+            plan.append(AttentionCall(0, 0, prefix=before))
+            continue
+        und, gen = slice(kept[0].und.start, kept[-1].und.stop), slice(kept[0].gen.start, kept[-1].gen.stop)
+        mask = None
+        if len(kept) > 1 or kept[0].causal:
+            segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
+            position = torch.cat([sequence.und_position[und], sequence.gen_position[gen]])
+            mask = may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])  # (S, S)
+            mask = nn.functional.pad(mask, (before, 0), value=True)  # (S, before + S)
+        plan.append(AttentionCall(und.stop - und.start, gen.stop - gen.start, mask, prefix=before))
     return plan
+
+
+def prefix_length(spans) -> int:
+    """How many of a sample's segments precede its first VAE segment: the und expert alone computes them."""
+    return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
+
+
+class FrozenPrefix(NamedTuple):
+    """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
+
+    hidden: torch.Tensor  # (P, hidden)
+    angles: tuple[torch.Tensor, torch.Tensor]
+    plan: list[AttentionCall]
 
 
 def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
@@ -165,7 +190,7 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
             if span.causal and n > 1 and length > 0:
                 mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
             causal = span.causal and n > 1 and length == 0
-            plan.append(AttentionCall(und, gen, mask, causal, cache, write, read))
+            plan.append(AttentionCall(und, gen, mask, causal, cache=cache, write=write, read=read))
             length += 0 if span.hidden else n
     return plan
 
@@ -237,16 +262,22 @@ class BagelAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn, und, gen, plan):
+    def __call__(self, attn, und, gen, plan, prefix=None):
         # The calls cover both streams in order. One split's backward is one concatenation; a slice for each call would
         # fill and add a whole stream's gradient each time.
         und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
         gen_parts = zip(*(x.split([call.gen for call in plan]) for x in gen), strict=True)
+        seen = zip(*(x.split([call.prefix for call in plan]) for x in prefix)) if prefix else [None] * len(plan)
         attended = []
-        for call, und_part, gen_part in zip(plan, und_parts, gen_parts, strict=True):
+        for call, und_part, gen_part, before in zip(plan, und_parts, gen_parts, seen, strict=True):
             query, key, value = map(_meet, und_part, gen_part)
+            if before is not None:
+                key, value = _meet(before[0], key), _meet(before[1], value)
             if call.cache is not None:
                 key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
+            if query.shape[0] == 0:
+                attended.append((query, query))
+                continue
             out = dispatch_attention_fn(
                 query[None],
                 key[None],
@@ -273,8 +304,8 @@ class BagelAttention(nn.Module, AttentionModuleMixin):
         self.layer_index = layer_index
         self.set_processor(BagelAttnProcessor())
 
-    def forward(self, und, gen, plan):
-        return self.processor(self, und, gen, plan)
+    def forward(self, und, gen, plan, prefix=None):
+        return self.processor(self, und, gen, plan, prefix)
 
 
 class BagelBlock(nn.Module):
@@ -286,18 +317,31 @@ class BagelBlock(nn.Module):
         self.gen = BagelExpert(*sizes)
         self.attn = BagelAttention(layer_index)
 
-    def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan):
-        """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden)."""
+    def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan, prefix=None):
+        """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden).
+
+        Returns both, and the [`FrozenPrefix`] one layer further.
+        """
         # A text-only step has nothing for the gen expert; in training it still runs, on zero rows, so that every
         # parameter takes part in every process's backward pass.
         if hidden_states.shape[0] == 0 and not torch.is_grad_enabled():
-            und = self.und.qkv(encoder_hidden_states, und_angles)
-            attended, _ = self.attn(und, tuple(x[:0] for x in und), plan)
-            return hidden_states, self.und.finish(encoder_hidden_states, attended)
+            return hidden_states, self._read(encoder_hidden_states, und_angles, plan)[0], None
+        seen = None
+        if prefix is not None:
+            with torch.no_grad():
+                read, seen = self._read(*prefix)
+            prefix = prefix._replace(hidden=read)
         und = self.und.qkv(encoder_hidden_states, und_angles)
         gen = self.gen.qkv(hidden_states, gen_angles)
-        und_attended, gen_attended = self.attn(und, gen, plan)
-        return self.gen.finish(hidden_states, gen_attended), self.und.finish(encoder_hidden_states, und_attended)
+        und_attended, gen_attended = self.attn(und, gen, plan, seen)
+        hidden_states = self.gen.finish(hidden_states, gen_attended)
+        return hidden_states, self.und.finish(encoder_hidden_states, und_attended), prefix
+
+    def _read(self, hidden, angles, plan):
+        """Tokens of the und expert alone, one layer further, and their keys and values."""
+        und = self.und.qkv(hidden, angles)
+        attended, _ = self.attn(und, tuple(x[:0] for x in und), plan)
+        return self.und.finish(hidden, attended), und[1:]
 
 
 class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
@@ -351,6 +395,15 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.gradient_checkpointing = False
 
+    def _und_is_frozen(self) -> bool:
+        """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
+        frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
+        return torch.is_grad_enabled() and all(frozen)
+
+    def _angles(self, position: torch.Tensor, like: torch.Tensor):
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return rotary_angles(position, head_dim, self.config.rope_theta, like.dtype)
+
     def new_cache(self) -> BagelKVCache:
         """An empty context."""
         return BagelKVCache(self.config.num_layers)
@@ -387,17 +440,25 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             logit_index: (n,) und tokens whose next-token logits are wanted.
         """
         und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        angles = [
-            rotary_angles(position, head_dim, self.config.rope_theta, und.dtype)
-            for position in (sequence.und_position, sequence.gen_position)
-        ]
-        plan = training_plan(sequence) if contexts is None else inference_plan(sequence, contexts)
+        angles = [self._angles(position, und) for position in (sequence.und_position, sequence.gen_position)]
+        prefix = rest = None
+        if contexts is not None:
+            plan = inference_plan(sequence, contexts)
+        elif und.requires_grad or not self._und_is_frozen():
+            plan = training_plan(sequence)
+        else:
+            before, rest = _split_prefix(sequence)
+            plan = training_plan(sequence, "rest")
+            prefix_angles = tuple(x[before] for x in angles[0])
+            prefix = FrozenPrefix(und[before], prefix_angles, training_plan(sequence, "prefix"))
+            und, angles[0] = und[rest], tuple(x[rest] for x in angles[0])
         for block in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                gen, und = self._gradient_checkpointing_func(block, gen, und, *angles, plan)
+                gen, und, prefix = self._gradient_checkpointing_func(block, gen, und, *angles, plan, prefix)
             else:
-                gen, und = block(gen, und, *angles, plan)
+                gen, und, prefix = block(gen, und, *angles, plan, prefix)
+        if rest is not None:
+            und = torch.cat([prefix.hidden, und])[torch.cat([before, rest]).argsort()]
         und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
         if contexts is not None:
             _advance(sequence, contexts)
@@ -407,6 +468,17 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             und_states=und,
             gen_states=gen,
         )
+
+
+def _split_prefix(sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in the und stream before the samples' first VAE segments, and from there on."""
+    before, rest = [], []
+    for spans in sequence.spans:
+        cut = prefix_length(spans)
+        before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
+        rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
+    device = sequence.input_ids.device
+    return (torch.tensor(part, dtype=torch.long, device=device) for part in (before, rest))
 
 
 def _advance(sequence, contexts: list[Context]) -> None:
