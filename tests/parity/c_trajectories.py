@@ -51,6 +51,9 @@ def _arguments(golden, pipe, case, tensors) -> dict:
     if hyper.get("think", False):
         # The original counts the start token and leaves out the last token that it chose.
         arguments |= {"think": True, "max_think_tokens": hyper["max_think_token_n"] - 1}
+    for ours, theirs in (("do_sample", "do_sample"), ("temperature", "text_temperature")):
+        if theirs in hyper:
+            arguments[ours] = hyper[theirs]
     patch = pipe.transformer.config.latent_patch_size
     _, _, height, width = tensors["decode_in"].shape
     return arguments | {

@@ -27,6 +27,7 @@ from .sequences import (
     Strides,
     attend_mask,
     golden_order,
+    plan_mask,
     sample_lengths,
     sample_segments,
     segments_and_positions,
@@ -167,17 +168,15 @@ def check_masks(sequence: PackedSequence, want: list[torch.Tensor], check: Check
 
 
 def _check_training_plan(sequence: PackedSequence, want: list[torch.Tensor], check: Check) -> None:
-    """The masks that the transformer itself builds per sample, put into the golden order."""
-    und = len(sequence.input_ids)
+    """The masks that the transformer itself builds per sample (und tokens before gen tokens), in the golden order."""
+    plan, offset = training_plan(sequence), len(sequence.input_ids)
     order, start = golden_order(sequence), 0
-    for index, (call, expected) in enumerate(zip(training_plan(sequence), want, strict=True)):
+    for index, (call, spans, expected) in enumerate(zip(plan, sequence.spans, want, strict=True)):
         tokens = order[start : start + len(expected)]
         start += len(expected)
-        inside = torch.where(
-            tokens < und, tokens - call.und.start, tokens - und - call.gen.start + call.und.stop - call.und.start
-        )
-        got = call.mask[inside[:, None], inside[None]]
-        check(f"training_plan.mask.{index}", got, expected)
+        und, gen = slice(spans[0].und.start, spans[-1].und.stop), spans[0].gen.start
+        inside = torch.where(tokens < offset, tokens - und.start, tokens - offset - gen + und.stop - und.start)
+        check(f"training_plan.mask.{index}", plan_mask(call, len(expected))[inside[:, None], inside[None]], expected)
 
 
 def _flex_agrees(sequence: PackedSequence) -> bool:

@@ -6,6 +6,8 @@ import importlib
 import time
 from pathlib import Path
 
+from echo4o.modeling.bagel.convert import JSON_FILES, TOKENIZER_FILES
+
 from .golden import GoldenFile, GoldenSet
 from .report import Report
 
@@ -19,25 +21,29 @@ FILES = {
     "f": "f_transforms",
     "g": "g_packing",
 }
+REST = "m"  # the manifest, the pictures, and whatever else lies in the directory
 OTHERS = {"README.md", "manifest.json", "checkpoint", "inputs"}
+CHECKPOINT = {*JSON_FILES, *TOKENIZER_FILES}
 
 
 def run(directory: str | Path, only: str | None = None, quiet: bool = False) -> Report:
-    """Check `directory`; `only` names the letters of the files to check (all of them without it).
+    """Check `directory`; `only` names the letters of the files to check (all of them, and the rest, without it).
 
     Raises FileNotFoundError when `directory` is no golden directory.
     """
     started = time.perf_counter()
     golden, report = GoldenSet(directory), Report(quiet=quiet)
-    letters = sorted(only or FILES)
+    letters = sorted(only or [*FILES, REST])
     names = sorted(path.name for path in golden.directory.iterdir())
     for letter in letters:
+        if letter == REST:
+            continue
         stems = sorted({Path(n).stem for n in names if n.startswith(f"{letter}_")})
         if not stems:
             report.at(f"{letter}_*").fail("", "no such file in the directory: nothing of its kind was checked")
         for stem in stems:
             _check_file(golden, report, stem, FILES[letter])
-    if only is None:
+    if REST in letters:
         _check_rest(golden, report, names)
     if not quiet:
         note = f" (only {', '.join(letters)})" if only else ""
@@ -56,16 +62,16 @@ def _check_file(golden: GoldenSet, report: Report, stem: str, module: str) -> No
 
 
 def _check_rest(golden: GoldenSet, report: Report, names: list[str]) -> None:
-    """The manifest, the pictures, and whatever else lies in the directory."""
     check = report.at("manifest")
     with check.trying():
         importlib.import_module(".manifest", __package__).check(golden, golden.manifest, check)
         golden.manifest.check_coverage(check)
     for name in golden.unused_pictures():
         report.at("inputs").fail(name, "picture not checked")
+    for path in sorted((golden.directory / "checkpoint").iterdir()):
+        if path.name not in CHECKPOINT and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            report.at("checkpoint").fail(path.name, "file not checked")
     for name in names:
-        known = name in OTHERS or (
-            Path(name).suffix in (".json", ".safetensors") and name[:2] in {f"{x}_" for x in FILES}
-        )
-        if not known:
+        data = Path(name).suffix in (".json", ".safetensors") and name[:2] in {f"{letter}_" for letter in FILES}
+        if not data and name not in OTHERS:
             report.at(name).fail("", "file not checked")

@@ -103,6 +103,11 @@ def attend_mask(sequence: PackedSequence) -> torch.Tensor:
     return may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])
 
 
+def plan_mask(call, size: int) -> torch.Tensor:
+    """The mask of one call of a training plan over `size` tokens; a plan leaves it out where everything sees everything."""
+    return torch.ones(size, size, dtype=torch.bool) if call.mask is None else call.mask
+
+
 def sample_lengths(sequence: PackedSequence) -> list[int]:
     """Tokens of each sample."""
     return [sum(_length(span) for span in spans) for spans in sequence.spans]
