@@ -33,16 +33,22 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """How the VAE is trained. Steps, not minutes, so that a slow machine gives the same weights."""
+    """How the VAE is trained. Counted in steps, so that a slow machine gives the same weights as a fast one.
+
+    ``minutes``, where given, ends the training earlier if the steps are not done by then: the learning rate and the
+    change to whole pictures follow whichever of the two is further on.
+    """
 
     small_steps: int = 7000  # on crops of 2 x 2 cells, where a step is cheap
     whole_steps: int = 2500
     decoder_steps: int = 300  # after the latents are normalised
     small_batch: int = 8
     whole_batch: int = 4
+    measured: int = 256  # pictures whose latents are measured for the normalisation
     lr: float = 2e-3
     kl_weight: float = 3e-4
     seed: int = 0
+    minutes: float | None = None
 
 
 def train_vae(settings: VaeTraining, say: Callable[[str], None] = print) -> AutoencoderKL:
@@ -51,26 +57,32 @@ def train_vae(settings: VaeTraining, say: Callable[[str], None] = print) -> Auto
     rng = np.random.default_rng(settings.seed)
     vae = AutoencoderKL(**CONFIG)
     start_as_linear(vae)
-    steps = settings.small_steps + settings.whole_steps
     optimizer = torch.optim.AdamW(vae.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    began = time.monotonic()
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = settings.lr * _schedule(step / steps)
-        small = step < settings.small_steps
+    steps = settings.small_steps + settings.whole_steps
+    began, step, done = time.monotonic(), 0, 0.0
+    while done < 1:
+        optimizer.param_groups[0]["lr"] = settings.lr * _schedule(done)
+        small = done < settings.small_steps / steps
         pictures = pictures_for_training(
-            settings.small_batch if small else settings.whole_batch, rng, 2 if small else 4
+            settings.small_batch if small else settings.whole_batch, rng, 2 if small else GRID
         )
-        posterior = vae.encode(pictures).latent_dist
-        loss = _error(vae.decode(posterior.sample()).sample, pictures) + settings.kl_weight * posterior.kl().mean() / (
-            posterior.mean[0].numel()
-        )
+        loss = _loss(vae, pictures, settings.kl_weight)
         _update(optimizer, loss)
+        seconds = time.monotonic() - began
         if step % 250 == 0:
-            say(f"VAE step {step}/{steps}: loss {loss.item():.4f}, {time.monotonic() - began:.0f} s")
-    normalise_latents(vae, pictures_for_training(256, rng))
+            say(f"VAE step {step}/{steps}: loss {loss.item():.4f}, {seconds:.0f} s")
+        step += 1
+        done = max(step / steps, seconds / 60 / settings.minutes if settings.minutes else 0.0)
+    normalise_latents(vae, pictures_for_training(settings.measured, rng))
     _tune_decoder(vae, settings, rng)
-    say(f"VAE trained in {time.monotonic() - began:.0f} s")
+    say(f"VAE trained for {step} steps in {time.monotonic() - began:.0f} s")
     return vae.eval()
+
+
+def _loss(vae: AutoencoderKL, pictures: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    posterior = vae.encode(pictures).latent_dist
+    divergence = posterior.kl().mean() / posterior.mean[0].numel()
+    return _error(vae.decode(posterior.sample()).sample, pictures) + kl_weight * divergence
 
 
 def _schedule(done: float) -> float:
