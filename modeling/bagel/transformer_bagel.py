@@ -8,6 +8,7 @@ the generation expert `gen` owns VAE latent tokens. Projections, norms and MLPs 
 Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D head size, C channels of a latent token.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 @dataclass
@@ -164,12 +166,36 @@ def prefix_length(spans) -> int:
     return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
 
 
+class FlexPlan(NamedTuple):
+    """All samples of a training batch in one FlexAttention call, which skips what may not be attended to."""
+
+    block_mask: BlockMask
+
+
+def flex_plan(sequence, queries: list, keys: list) -> FlexPlan:
+    """Plan for query and key tokens given as lists of (segment, position) tensors, in the order they are joined."""
+    q_segment, q_position = (torch.cat(parts) for parts in zip(*queries, strict=True))
+    k_segment, k_position = (torch.cat(parts) for parts in zip(*keys, strict=True))
+
+    def mask_mod(batch, head, q, k):
+        return may_attend(sequence, q_segment[q], q_position[q], k_segment[k], k_position[k])
+
+    sizes = (len(q_segment), len(k_segment))
+    return FlexPlan(create_block_mask(mask_mod, None, None, *sizes, device=q_segment.device))
+
+
+@functools.cache
+def _flex_attention(device_type: str):
+    """FlexAttention is fast only when compiled; on CPU it serves to compare and runs as it is."""
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+
+
 class FrozenPrefix(NamedTuple):
     """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
 
     hidden: torch.Tensor  # (P, hidden)
     angles: tuple[torch.Tensor, torch.Tensor]
-    plan: list[AttentionCall]
+    plan: list[AttentionCall] | FlexPlan
 
 
 def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
@@ -263,6 +289,8 @@ class BagelAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn, und, gen, plan, prefix=None):
+        if isinstance(plan, FlexPlan):
+            return self._flex(und, gen, plan, prefix)
         # The calls cover both streams in order. One split's backward is one concatenation; a slice for each call would
         # fill and add a whole stream's gradient each time.
         und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
@@ -290,6 +318,16 @@ class BagelAttnProcessor:
             )[0]  # (S, H, D)
             attended.append(out.split([call.und, call.gen]))
         return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
+
+    @staticmethod
+    def _flex(und, gen, plan, prefix):
+        query, key, value = map(_meet, und, gen)
+        if prefix:
+            key, value = _meet(prefix[0], key), _meet(prefix[1], value)
+        heads = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, S, D)
+        attend = _flex_attention(query.device.type)
+        out = attend(*heads, block_mask=plan.block_mask, enable_gqa=query.shape[1] != key.shape[1])
+        return out[0].transpose(0, 1).split([und[0].shape[0], gen[0].shape[0]])
 
 
 class BagelAttention(nn.Module, AttentionModuleMixin):
@@ -394,11 +432,32 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.proj_out = nn.Linear(hidden_size, token_channels)
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.training_attention = "auto"
 
     def _und_is_frozen(self) -> bool:
         """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
         frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
         return torch.is_grad_enabled() and all(frozen)
+
+    def set_training_attention(self, backend: str) -> None:
+        """How training attends: "sdpa" (one masked call per sample), "flex" (one block-sparse call for the batch), or
+        "auto": flex on CUDA, sdpa elsewhere (FlexAttention has no backward pass on CPU)."""
+        if backend not in ("auto", "sdpa", "flex"):
+            raise ValueError(f"Training attention {backend!r} must be one of auto, sdpa, flex.")
+        self.training_attention = backend
+
+    def _training_plans(self, sequence, before, rest):
+        """Plans of a training pass, and of its frozen prefix when there is one."""
+        device = sequence.input_ids.device
+        if self.training_attention == "sdpa" or (self.training_attention == "auto" and device.type != "cuda"):
+            if before is None:
+                return training_plan(sequence), None
+            return training_plan(sequence, "rest"), training_plan(sequence, "prefix")
+        und, gen = (sequence.und_segment, sequence.und_position), (sequence.gen_segment, sequence.gen_position)
+        if before is None:
+            return flex_plan(sequence, [und, gen], [und, gen]), None
+        early, late = (tuple(x[part] for x in und) for part in (before, rest))
+        return flex_plan(sequence, [late, gen], [early, late, gen]), flex_plan(sequence, [early], [early])
 
     def _angles(self, position: torch.Tensor, like: torch.Tensor):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
@@ -441,23 +500,22 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         """
         und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
         angles = [self._angles(position, und) for position in (sequence.und_position, sequence.gen_position)]
-        prefix = rest = None
+        prefix = before = rest = None
         if contexts is not None:
             plan = inference_plan(sequence, contexts)
-        elif und.requires_grad or not self._und_is_frozen():
-            plan = training_plan(sequence)
         else:
-            before, rest = _split_prefix(sequence)
-            plan = training_plan(sequence, "rest")
-            prefix_angles = tuple(x[before] for x in angles[0])
-            prefix = FrozenPrefix(und[before], prefix_angles, training_plan(sequence, "prefix"))
+            if not und.requires_grad and self._und_is_frozen():
+                before, rest = _split_prefix(sequence)
+            plan, prefix_plan = self._training_plans(sequence, before, rest)
+        if before is not None:
+            prefix = FrozenPrefix(und[before], tuple(x[before] for x in angles[0]), prefix_plan)
             und, angles[0] = und[rest], tuple(x[rest] for x in angles[0])
         for block in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 gen, und, prefix = self._gradient_checkpointing_func(block, gen, und, *angles, plan, prefix)
             else:
                 gen, und, prefix = block(gen, und, *angles, plan, prefix)
-        if rest is not None:
+        if before is not None:
             und = torch.cat([prefix.hidden, und])[torch.cat([before, rest]).argsort()]
         und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
         if contexts is not None:
@@ -470,15 +528,15 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         )
 
 
-def _split_prefix(sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places in the und stream before the samples' first VAE segments, and from there on."""
+def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Places in the und stream before the samples' first VAE segments (None: there are none), and from there on."""
     before, rest = [], []
     for spans in sequence.spans:
         cut = prefix_length(spans)
         before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
         rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
-    device = sequence.input_ids.device
-    return (torch.tensor(part, dtype=torch.long, device=device) for part in (before, rest))
+    before, rest = (torch.tensor(x, dtype=torch.long, device=sequence.input_ids.device) for x in (before, rest))
+    return (before if len(before) else None), rest
 
 
 def _advance(sequence, contexts: list[Context]) -> None:

@@ -34,17 +34,17 @@ def transformer(pipe):
     model.zero_grad()
 
 
-def run(transformer, samples):
-    """Loss and gradients of everything of the generation side."""
-    sequence = pack(samples, latent_positions=16, patch_positions=16)
+def run(transformer, samples, device="cpu"):
+    """Output and gradients of everything of the generation side."""
+    sequence = pack(samples, latent_positions=16, patch_positions=16).to(device)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(len(sequence.gen_segment), 64, generator=generator)
-    vision = torch.randn(len(sequence.vision_index), 64, generator=generator)
+    latents = torch.randn(len(sequence.gen_segment), 64, generator=generator).to(device)
+    vision = torch.randn(len(sequence.vision_index), 64, generator=generator).to(device)
     learning = {n: p for n, p in transformer.named_parameters() if ".gen." in n or n.startswith("proj_")}
     for parameter in learning.values():
         parameter.requires_grad_(True).grad = None
     index = (sequence.labels != NO_LABEL).nonzero()[:, 0]
-    time = torch.rand(len(latents), generator=generator)
+    time = torch.rand(len(latents), generator=generator).to(device)
     out = transformer(latents, time, sequence, vision, logit_index=index)
     loss = out.sample[sequence.gen_noised].pow(2).mean()
     loss.backward()
@@ -89,3 +89,10 @@ def test_less_is_kept_for_the_backward_pass(transformer):
     short = saved_bytes(transformer, samples)
     transformer.layers[0].und.norm1.weight.requires_grad_(True)
     assert short < 0.5 * saved_bytes(transformer, samples)
+
+
+def test_a_batch_of_answers_alone_is_all_prefix(transformer):
+    random.seed(3)
+    samples = [SAMPLES["answer about a picture"]()]
+    out, _ = run(transformer, samples)
+    assert out.sample.shape == (0, 64) and torch.isfinite(out.logits).all()
