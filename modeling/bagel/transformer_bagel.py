@@ -303,8 +303,9 @@ class BagelAttnProcessor:
                 key, value = _meet(before[0], key), _meet(before[1], value)
             if call.cache is not None:
                 key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
-            if query.shape[0] == 0:
-                attended.append((query, query))
+            if query.shape[0] == 0:  # nothing to compute, but keys and values stay in the graph like any others
+                empty = query + key.sum() + value.sum()
+                attended.append((empty, empty))
                 continue
             out = dispatch_attention_fn(
                 query[None],
