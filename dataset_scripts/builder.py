@@ -1,87 +1,91 @@
-"""``Echo4oImage``: the published Echo-4o-Image as a ``datasets`` builder."""
+"""Echo-4o-Image for `datasets`, straight from the published layout.
 
-import hashlib
-import os
-from collections.abc import Iterator
+    builder = Echo4oImage(config_name="surreal_fantasy", data_dir="Echo-4o-Image")
+    builder.download_and_prepare("out", file_format="parquet", num_proc=4)
+
+`datasets` cannot resume this; `echo4o dataset build` can, and it keeps an account of every row.
+"""
+
+import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import datasets
-from datasets.builder import Key
 
-from echo4o.dataset_scripts.features import ALL, CONFIGURATIONS, PARTS, features, parts_of
-from echo4o.dataset_scripts.report import Report
-from echo4o.dataset_scripts.upstream import PartFiles, find_parts, read_part
+from echo4o.dataset_scripts.features import ALL, CONFIGURATIONS, SPLIT, features
+from echo4o.dataset_scripts.findings import Report
+from echo4o.dataset_scripts.pictures import Verify
+from echo4o.dataset_scripts.schema import parse_map, read_plan
+from echo4o.dataset_scripts.source import Source
+from echo4o.dataset_scripts.upstream import ReadOptions, Shard, read_events
 
-logger = datasets.utils.logging.get_logger(__name__)
-SHOWN_FINDINGS = 5
+log = logging.getLogger(__name__)
+SHARES = 64  # that rows are dealt into for several processes
 
 
 @dataclass
 class Echo4oImageConfig(datasets.BuilderConfig):
-    """One configuration: the parts that it reads from ``data_dir``."""
+    """One configuration.
 
-    parts: tuple[str, ...] = PARTS
+    Args:
+        verify: "full" decodes every picture, "header" is the fast way.
+        map: `column=field` pairs, or the path of a mapping file, for rows of no known shape.
+        max_rejected: fail when more rows than that are rejected; None for any number.
+    """
+
+    verify: str = "full"
+    map: list[str] | str | None = None
+    max_rejected: int | None = None
 
     def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
-        """The usual id with the state of the files in it: a folder that has changed is not read from the cache."""
+        """With the state of the source in it: a folder that has changed is not read from the cache."""
         plain = super().create_config_id(config_kwargs, custom_features)
-        if not self.data_dir or not Path(self.data_dir).is_dir():
-            return plain
-        return f"{plain}-{_state(self.data_dir)}"
-
-
-def _state(folder: str) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file():
-            stat = path.stat()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+        return f"{plain}-{Source(self.data_dir).fingerprint(times=True)[:16]}" if self.data_dir else plain
 
 
 class Echo4oImage(datasets.GeneratorBasedBuilder):
-    """Echo-4o-Image from a local copy of the release: ``Echo4oImage("surreal_fantasy", data_dir=folder)``.
+    """Reads `data_dir`, a folder or `hf://datasets/owner/name`, in the published layout.
 
-    The configurations are ``surreal_fantasy``, ``multi_reference``, ``instruction_following`` and ``all``, which reads
-    the files of the three. Rows that cannot be used are warned about, with their number and reasons; they are listed
-    by :func:`echo4o.dataset_scripts.upstream.read_upstream`.
+    With several processes each reads all archives and takes its share of the rows, so that a row finds its pictures
+    wherever they are, and a duplicate is found wherever it is.
     """
 
     VERSION = datasets.Version("1.0.0")
     BUILDER_CONFIG_CLASS = Echo4oImageConfig
-    BUILDER_CONFIGS = [Echo4oImageConfig(name=name, parts=parts_of(name)) for name in CONFIGURATIONS]
+    BUILDER_CONFIGS = [Echo4oImageConfig(name=name) for name in CONFIGURATIONS]
     DEFAULT_CONFIG_NAME = ALL
-    # Pictures are of the order of a megabyte: the default of a thousand rows would hold them all in memory.
-    DEFAULT_WRITER_BATCH_SIZE = 100
+    DEFAULT_WRITER_BATCH_SIZE = 64
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"dataset_name": "echo-4o-image"} | kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(description="Echo-4o-Image (arXiv 2508.09987)", features=features())
+        return datasets.DatasetInfo(features=features())
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         if not self.config.data_dir:
-            raise ValueError(
-                f"Echo4oImage({self.config.name!r}) needs data_dir, the folder of the release; {self.config.data_dir!r} "
-                'was given. Example: Echo4oImage("all", data_dir="Echo-4o-Image")'
-            )
-        found = find_parts(os.path.expanduser(self.config.data_dir), self.config.parts)
-        # A list is what datasets divides among processes.
-        return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"parts": list(found.values())})]
+            raise ValueError('Echo4oImage needs data_dir, the folder or "hf://datasets/owner/name" that it reads')
+        Source(self.config.data_dir).select(self.config.name, self._options().plan)  # says early what is missing
+        # Streaming reads the archives once; a list here would make it read them once per share.
+        shares = frozenset(range(SHARES)) if dl_manager.is_streaming else list(range(SHARES))
+        return [datasets.SplitGenerator(SPLIT, gen_kwargs={"shares": shares})]
 
-    def _generate_shards(self, parts: list[PartFiles]) -> Iterator[str]:
-        yield from (str(part.rows[0]) for part in parts)
+    def _options(self) -> ReadOptions:
+        given = self.config.map
+        if isinstance(given, str):
+            return ReadOptions(verify=Verify(self.config.verify), plan=read_plan(given))
+        return ReadOptions(verify=Verify(self.config.verify), row_map=parse_map(given) if given else None)
 
-    def _generate_examples(self, parts: list[PartFiles]) -> Iterator[tuple[Key, dict[str, Any]]]:
-        for shard, files in enumerate(parts):
-            report = Report()
-            for number, row in enumerate(read_part(files, report)):
-                yield Key(shard, number), row
-            _warn(files.part, report)
-
-
-def _warn(part: str, report: Report) -> None:
-    if report.findings:
-        shown = "\n  ".join(map(str, report.findings[:SHOWN_FINDINGS]))
-        more = len(report.findings) - SHOWN_FINDINGS
-        logger.warning(f"{part}: {report}\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""))
+    def _generate_examples(self, shares):
+        report = Report()
+        only = Shard(frozenset(shares), SHARES) if len(shares) < SHARES else None
+        for event in read_events(Source(self.config.data_dir), self.config.name, self._options(), only=only):
+            if event.row is not None:
+                report.accept(event.configuration)
+                yield event.row["id"], event.row
+                continue
+            report.add(event.finding)
+            limit = self.config.max_rejected
+            if limit is not None and report.rejected_total > limit:
+                raise ValueError(f"more than max_rejected={limit} rows are rejected; the last: {event.finding}")
+        if report.rejected_total:
+            log.warning("%s. `echo4o dataset validate %s` lists them one by one.", report, self.config.data_dir)

@@ -1,25 +1,29 @@
-"""The columns of Echo-4o-Image and the names of its configurations."""
+"""The columns of Echo-4o-Image."""
 
 from datasets import Features, Image, List, Value
 
-TEXT_TO_IMAGE = "text_to_image"
-MULTI_REFERENCE = "multi_reference"
-TASKS = (TEXT_TO_IMAGE, MULTI_REFERENCE)
+from echo4o.dataset_scripts.names import (
+    ALL,
+    CONFIGURATIONS,
+    MULTI_REFERENCE,
+    PARTS,
+    SPLIT,
+    TASKS,
+    TEXT_TO_IMAGE,
+    parts_of,
+)
 
-PARTS = ("surreal_fantasy", "multi_reference", "instruction_following")
-ALL = "all"  # the same files as the parts, not a copy of them
-CONFIGURATIONS = (*PARTS, ALL)
-
-
-def parts_of(configuration: str) -> tuple[str, ...]:
-    """The parts that a configuration reads.
-
-    Raises:
-        ValueError: an unknown configuration.
-    """
-    if configuration not in CONFIGURATIONS:
-        raise ValueError(f"configuration is {configuration!r}; allowed are {', '.join(CONFIGURATIONS)}")
-    return PARTS if configuration == ALL else (configuration,)
+__all__ = [
+    "ALL",
+    "CONFIGURATIONS",
+    "MULTI_REFERENCE",
+    "PARTS",
+    "SPLIT",
+    "TASKS",
+    "TEXT_TO_IMAGE",
+    "features",
+    "parts_of",
+]
 
 
 def features() -> Features:

@@ -1,276 +1,409 @@
-"""Reads the published layout of Echo-4o-Image: folders of tar.gz archives beside JSON-lines files.
+"""Reads Echo-4o-Image in its published layout: row files beside tar archives, in a folder or on the Hub.
 
-The rows' texts are held in memory, the pictures are not: archives are read once, in a stream, and a row leaves as soon
-as its last picture has come by. Only rows with several pictures wait, with those that have come so far.
+    for row in read_upstream("Echo-4o-Image", "surreal_fantasy"):
+        ...
+
+Every archive is read once, from front to back. A row comes out when the last of its pictures has come by, so that the
+order follows the archives and is the same every time. `read_events` also tells what is rejected and where reading is.
 """
 
 import hashlib
 import json
-import re
-import tarfile
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+import logging
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from echo4o.dataset_scripts.features import MULTI_REFERENCE, PARTS, TEXT_TO_IMAGE
-from echo4o.dataset_scripts.report import Finding, Reason, Report
-from echo4o.dataset_scripts.upstream_rows import UpstreamRow, read_rows
+from echo4o.dataset_scripts.archives import Member, read_members
+from echo4o.dataset_scripts.findings import Finding, Reason, Remark, Report
+from echo4o.dataset_scripts.flow import ordered, read_ahead
+from echo4o.dataset_scripts.index import PartIndex, Slot, base
+from echo4o.dataset_scripts.names import ALL, MULTI_REFERENCE, TEXT_TO_IMAGE, parts_of
+from echo4o.dataset_scripts.pictures import MAX_PICTURE_BYTES, Picture, Verify, check_picture
+from echo4o.dataset_scripts.schema import FolderPlan, RowMap
+from echo4o.dataset_scripts.source import Part, Source
 
-ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
-ROWS_SUFFIXES = (".jsonl", ".json")
-MAX_MEMBER_BYTES = 256 * 2**20  # a hundred times the largest picture of the release
+log = logging.getLogger(__name__)
 
-# How a part's folder is recognised: all of these words in its name, in any case. "Surrel-Fantasy-Image" is upstream's
-# spelling; the name of the multi-reference folder is not confirmed.
-_FOLDER_WORDS = {
-    "surreal_fantasy": ("fantasy",),
-    "multi_reference": ("multi", "ref"),
-    "instruction_following": ("instruction", "following"),
+AHEAD_BYTES = 48 << 20  # pictures read before their turn
+HELD_BYTES = 64 << 20  # pictures in memory that wait for others of their row; more wait in a temporary file
+
+
+class Place(NamedTuple):
+    """How far reading has come. `archive` -1 is before the first one."""
+
+    part: int
+    archive: int
+    member: int
+
+
+_REASONS = {
+    Remark.UNSAFE_MEMBER: Reason.UNSAFE_MEMBER,
+    Remark.DECOMPRESSION_BOMB: Reason.DECOMPRESSION_BOMB,
 }
+BEGINNING = Place(0, -1, -1)
+
+
+class Event(NamedTuple):
+    """One accepted row, one rejected row, or one remark (without number)."""
+
+    place: Place
+    number: tuple[int, int] | None  # part and row in it
+    row: dict | None
+    finding: Finding | None
+    configuration: str
+    held_from: int  # the first archive that rows still to come hold pictures of
 
 
 @dataclass(frozen=True)
-class PartFiles:
-    """The files of one part, in the order in which they are read; ``root`` is the release's folder."""
+class ReadOptions:
+    """How a source is read.
 
-    part: str
-    root: Path
-    rows: tuple[Path, ...]
-    archives: tuple[Path, ...]
-
-    def relative(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
-
-
-def find_parts(root: str | Path, parts: Sequence[str] = PARTS) -> dict[str, PartFiles]:
-    """The files of the parts that lie under a folder.
-
-    Raises:
-        ValueError: an unknown part.
-        FileNotFoundError: no folder, or a part that is asked for is not in it or lacks its rows or its archives.
+    Args:
+        verify: decode pictures fully, or only look at header and end mark.
+        workers: pictures checked at a time. Threads do it: the decoders let go of the interpreter.
+        reencode: store pictures of other formats as PNG instead of rejecting them.
+        row_map: the mapping of all folders whose plan has none.
+        plan: what was decided for single folders.
+        spool_dir: where temporary files go; None for the system's place.
     """
-    root = Path(root)
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"part is {part!r}; allowed are {', '.join(PARTS)}")
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; expected the release's: one folder for each part")
-    return {part: _part_files(root, part) for part in parts}
 
-
-def _part_files(root: Path, part: str) -> PartFiles:
-    words = _FOLDER_WORDS[part]
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and all(word in p.name.lower() for word in words)]
-    if len(folders) != 1:
-        here = ", ".join(p.name for p in (folders or sorted(root.iterdir()))) or "nothing"
-        raise FileNotFoundError(
-            f"{root} has {len(folders)} folders for {part} (a name with {' and '.join(map(repr, words))}); "
-            f"exactly one is needed. {'They are' if folders else 'There is'}: {here}"
-        )
-    files = sorted((p for p in folders[0].rglob("*") if p.is_file()), key=_natural)
-    rows = tuple(p for p in files if p.name.lower().endswith(ROWS_SUFFIXES))
-    archives = tuple(p for p in files if p.name.lower().endswith(ARCHIVE_SUFFIXES))
-    for kind, found, suffixes in (("rows", rows, ROWS_SUFFIXES), ("archives", archives, ARCHIVE_SUFFIXES)):
-        if not found:
-            raise FileNotFoundError(f"{folders[0]} has no {kind}: no file ends in {' or '.join(suffixes)}")
-    return PartFiles(part, root, rows, archives)
-
-
-def _natural(path: Path) -> list:
-    """Numbers by value, so that 5000-10000 comes after 0-5000 and before 10000-15000."""
-    return [(0, int(bit), "") if bit.isdigit() else (1, 0, bit) for bit in re.split(r"(\d+)", path.as_posix()) if bit]
+    verify: str = Verify.full
+    workers: int = 1
+    reencode: bool = False
+    row_map: RowMap | None = None
+    plan: Mapping[str, FolderPlan] = field(default_factory=dict)
+    spool_dir: str | None = None
 
 
 def read_upstream(
-    root: str | Path, parts: Sequence[str] = PARTS, report: Report | None = None
-) -> Iterator[dict[str, Any]]:
-    """Rows with the features of :func:`.features.features`, pictures as ``{"bytes", "path"}``, bytes untouched.
+    src: str, configuration: str = ALL, options: ReadOptions = ReadOptions(), report: Report | None = None
+) -> Iterator[dict]:
+    """The accepted rows of a folder or of `hf://datasets/owner/name`, pictures as {"bytes", "path"}.
 
-    The order is that of the archives and their members, the same every time.
-
-    Args:
-        root: The release's folder.
-        parts: Which parts to read, in this order.
-        report: Filled while reading; what was rejected, and why, is known when the iterator has ended.
-
-    Raises:
-        As :func:`find_parts`, before the first row.
+    What is rejected is counted in `report`, logged at the end, and told row by row by `read_events`.
     """
     report = Report() if report is None else report
-    return _read_parts(find_parts(root, parts), report)
+    for event in read_events(Source(src), configuration, options):
+        if event.row is not None:
+            report.accept(event.configuration)
+            yield event.row
+        else:
+            report.add(event.finding)
+    if report.rejected_total:
+        log.warning("%s: %s. `echo4o dataset validate` lists them one by one.", src, report)
 
 
-def _read_parts(found: dict[str, PartFiles], report: Report) -> Iterator[dict[str, Any]]:
-    for files in found.values():
-        yield from read_part(files, report)
+def read_events(
+    source: Source,
+    configuration: str = ALL,
+    options: ReadOptions = ReadOptions(),
+    *,
+    done: Collection[tuple[int, int]] = (),
+    seen: Iterable[str] = (),
+    start: Place = BEGINNING,
+    held_from: int = 0,
+    only: "Shard | None" = None,
+) -> Iterator[Event]:
+    """All events of a reading, in their order.
 
-
-def read_part(files: PartFiles, report: Report) -> Iterator[dict[str, Any]]:
-    """The rows of one part; see :func:`read_upstream`."""
-    waiting = _Waiting(
-        files.part, [row for path in files.rows for row in read_rows(path, files.relative(path), report)]
-    )
-    for archive in files.archives:
-        for member in read_archive(archive, files.relative(archive), report):
-            complete = waiting.take(member, report)
-            report.accepted += len(complete)
-            yield from complete
-    for finding in waiting.findings():
-        report.add(finding)
-
-
-# --- archives -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Member:
-    """A picture in an archive."""
-
-    archive: str
-    name: str
-    data: bytes
-
-
-def read_archive(path: Path, name: str, report: Report) -> Iterator[Member]:
-    """Streams the plain files of an archive, and reports whatever else is in it. Nothing is written anywhere."""
-    try:
-        with tarfile.open(path, "r|*") as archive:
-            for info in archive:
-                problem = _problem(info)
-                if problem:
-                    report.add(Finding(Reason.UNSAFE_MEMBER, name, member=info.name, detail=problem))
-                elif info.isreg():
-                    yield Member(name, info.name, archive.extractfile(info).read())
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        report.add(Finding(Reason.UNREADABLE_ARCHIVE, name, detail=f"{type(error).__name__}: {error}"))
-
-
-def _problem(info: tarfile.TarInfo) -> str | None:
-    path = PurePosixPath(info.name.replace("\\", "/"))
-    try:
-        info.name.encode()
-    except UnicodeEncodeError:
-        return "a name that is not UTF-8"
-    if path.is_absolute():
-        return "an absolute path"
-    if ".." in path.parts:
-        return "a path that leads out of the archive"
-    if not (info.isreg() or info.isdir()):
-        return "a link" if info.islnk() or info.issym() else "neither a file nor a folder"
-    if info.size > MAX_MEMBER_BYTES:
-        return f"{info.size} bytes; at most {MAX_MEMBER_BYTES} are read"
-    return None
-
-
-# --- joining rows and members -------------------------------------------------------------------------------------
+    To go on after an earlier reading, give the numbers of rows that are `done`, the ids already `seen`, the `start`
+    up to which events were told, and the archive that pictures were `held_from` there.
+    """
+    seen = set(seen)
+    parts_of(configuration)  # refuses an unknown name
+    parts = source.select(configuration, options.plan)
+    for part in parts:
+        _index(source, part, options).check_shape()
+    for number, part in enumerate(parts):
+        if number >= start.part:
+            here = start if number == start.part else Place(number, -1, -1)
+            with _PartReading(source, part, options, here, done, seen, only) as reading:
+                yield from reading.events(held_from if number == start.part else 0)
 
 
 @dataclass(frozen=True)
-class _Name:
-    """What a row's path and a member's have in common: the last component without its extension, and its folder."""
+class Shard:
+    """Some of `count` disjoint shares of all rows. Rows with equal instructions are in one share."""
 
-    stem: str
-    folder: str
+    shares: frozenset[int]
+    count: int
 
-    @classmethod
-    def of(cls, path: str) -> "_Name":
-        path = PurePosixPath(path.replace("\\", "/"))
-        return cls(path.stem, path.parent.name)
-
-
-@dataclass
-class _Pending:
-    """A row and those of its pictures that have come: references in their order, the answer last."""
-
-    row: UpstreamRow
-    pictures: list[Member | None]
-
-    @property
-    def missing(self) -> list[str]:
-        return [path for path, picture in zip(self.row.pictures, self.pictures) if picture is None]
+    def holds(self, instruction: str) -> bool:
+        digest = hashlib.sha256(instruction.encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:4], "big") % self.count in self.shares
 
 
-@dataclass
-class _Waiting:
-    """The rows of a part that still lack pictures, found by the pictures' names."""
+def _index(source: Source, part: Part, options: ReadOptions) -> PartIndex:
+    plan = options.plan.get(part.folder, FolderPlan())
+    return PartIndex(source, part, plan.map or options.row_map, options.spool_dir)
 
-    part: str
-    rows: list[UpstreamRow]
-    _places: dict[str, list[tuple[str, _Pending, int]]] = field(init=False)
-    _pending: list[_Pending] = field(init=False)
-    _seen: dict[str, set[str]] = field(init=False)
-    _told_apart: set[str] = field(init=False)
 
-    def __post_init__(self):
-        self._pending = [_Pending(row, [None] * len(row.pictures)) for row in self.rows]
-        self._places, self._seen, self._told_apart = defaultdict(list), defaultdict(set), set()
-        for pending in self._pending:
-            names = [_Name.of(path) for path in pending.row.pictures]
-            for index, name in enumerate(names):
-                self._places[name.stem].append((name.folder, pending, index))
-            # A row's path need not be the member's, so folders count only for names that one row has in two folders.
-            folders = Counter(stem for stem, _ in {(name.stem, name.folder) for name in names})
-            self._told_apart.update(stem for stem, number in folders.items() if number > 1)
+class _Item(NamedTuple):
+    """A member with the slot it fills, on its way to the check."""
 
-    def take(self, member: Member, report: Report) -> list[dict[str, Any]]:
-        """Gives a member to every row that names it; the rows that are complete with it."""
-        name = _Name.of(member.name)
-        places = self._places.get(name.stem, [])
-        key = ""
-        if name.stem in self._told_apart:
-            places, key = [place for place in places if place[0] == name.folder], name.folder
-        if not places:
-            report.add(Finding(Reason.MEMBER_WITHOUT_ROW, member.archive, member=member.name))
-            return []
-        if key in self._seen[name.stem]:
-            report.add(
-                Finding(Reason.DUPLICATE_MEMBER, member.archive, member=member.name, detail="the first is used")
+    archive: int
+    member: Member
+    slot: Slot | str | None
+
+
+class _PartReading:
+    """Joins the rows of one part with the pictures of its archives as they stream by."""
+
+    def __init__(self, source, part, options, start, done, seen, only):
+        self.source, self.part, self.options, self.only = source, part, options, only
+        self.start, self.seen = start, seen
+        self.number = start.part
+        self.index = _index(source, part, options)
+        self.files = [*part.archives, *part.pictures]
+        self.damaged: list[str] = []
+        self.place = start
+        self.finished = {row for p, row in done if p == self.number}
+        self.pending: list[int] = []
+        self.held: dict[Slot, int] = {}  # slot -> archive
+        self.held_bytes = 0
+        self.spool = None
+
+    def __enter__(self) -> "_PartReading":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.index.close()
+        if self.spool:
+            self.spool.close()
+
+    def events(self, held_from: int) -> Iterator[Event]:
+        for number, finding in self.index.scan():
+            if number is None:
+                if self.start.archive < 0:
+                    yield self._remark(finding)
+            elif number not in self.finished:
+                yield from self._reject(number, finding)
+        self.pending = [len(set(slots)) if slots else 0 for slots in self.index.slots]
+        for number in sorted(self.finished):
+            self._forget(number)
+        if self.only:
+            self._leave_out_other_shares()
+        first = held_from if self.start.archive >= 0 else 0
+        items = read_ahead(self._items(first), _weight, AHEAD_BYTES)
+        workers = max(1, self.options.workers)
+        with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
+            try:
+                for item, future in ordered(
+                    lambda item: self._submit(pool, item), items, _weight, AHEAD_BYTES, 4 * workers
+                ):
+                    self.place = Place(self.number, item.archive, item.member.number)
+                    yield from self._arrive(item, future.result() if future else None)
+            finally:
+                items.close()
+                pool.shutdown(cancel_futures=True)
+        yield from self._rest()
+
+    # --- pictures, in the order of the archives ---
+
+    def _items(self, first: int) -> Iterator[_Item]:
+        """Runs in the reading thread."""
+        for number in range(first, len(self.files)):
+            file = self.files[number]
+            if number < len(self.part.archives):
+                with self.source.open(file.path) as stream:
+                    for member in read_members(stream, file.path, lambda name, f=file: self._is_open(f.path, name)):
+                        yield _Item(number, member, self.index.match(file.path, member.name))
+            else:
+                yield _Item(number, self._loose(file), self.index.match("", file.path))
+
+    def _is_open(self, archive: str, name: str) -> bool:
+        slot = self.index.match(archive, name)
+        return isinstance(slot, Slot) and slot.left > 0
+
+    def _loose(self, file) -> Member:
+        if not self._is_open("", file.path):
+            return Member(0, file.path)
+        if file.size > MAX_PICTURE_BYTES:
+            detail = f"{file.size:,} bytes; at most {MAX_PICTURE_BYTES:,} are read"
+            return Member(0, file.path, problem=Remark.DECOMPRESSION_BOMB, detail=detail)
+        with self.source.open(file.path) as stream:
+            return Member(0, file.path, stream.read())
+
+    def _submit(self, pool: ThreadPoolExecutor, item: _Item):
+        slot = item.slot
+        if item.member.data is None or not isinstance(slot, Slot) or slot.taken or not slot.left:
+            return None
+        slot.taken = True
+        return pool.submit(check_picture, item.member.data, self.options.verify, self.options.reencode)
+
+    def _arrive(self, item: _Item, picture: Picture | None) -> Iterator[Event]:
+        member, slot = item.member, item.slot
+        archive = self.files[item.archive].path
+        if picture is None:
+            yield from self._pass_over(member, slot, archive)
+            return
+        slot.archive, slot.member = archive, member.name
+        if picture.reason is None:
+            slot.picture = picture
+        waiting = False
+        for number in slot.rows:
+            if number in self.finished:
+                continue
+            if picture.reason is not None:
+                yield from self._reject(number, self._spoiled(number, slot, picture.reason, picture.detail))
+                continue
+            self.pending[number] -= 1
+            if self.pending[number] == 0:
+                yield from self._complete(number)
+            else:
+                waiting = True
+        if waiting:
+            self._hold(slot, item.archive)
+        elif slot not in self.held:
+            slot.picture = None
+
+    def _pass_over(self, member: Member, slot: Slot | str | None, archive: str) -> Iterator[Event]:
+        """A member whose bytes are not used."""
+        remark, detail = member.problem, member.detail
+        if remark is Remark.DAMAGED_ARCHIVE or (remark and not member.name):
+            self.damaged.append(archive)
+        elif remark and isinstance(slot, Slot) and not slot.problem:
+            slot.problem = (_REASONS[remark], detail, archive, member.name)
+        elif remark is None and isinstance(slot, str):
+            remark, detail = Remark.AMBIGUOUS_MEMBER, slot
+        elif remark is None and slot is None:
+            remark, detail = Remark.UNUSED_MEMBER, "no row names it"
+        elif remark is None and slot.taken:
+            remark, detail = Remark.REPEATED_MEMBER, f"the first one, in {slot.archive or 'this archive'}, counts"
+        told = self.place <= self.start
+        if remark and not told and not self.only:
+            yield self._remark(
+                Finding(remark, detail, self.part.configuration, archive=archive, member=member.name or None)
             )
-            return []
-        self._seen[name.stem].add(key)
-        complete = []
-        for _, pending, index in places:
-            pending.pictures[index] = member
-            if not pending.missing:
-                complete.append(_example(pending, self.part))
-                pending.pictures = []
-        return complete
 
-    def findings(self) -> Iterator[Finding]:
-        """One finding for each row that never became complete."""
-        for pending in self._pending:
-            if pending.pictures and pending.missing:
-                row, missing = pending.row, pending.missing
-                reason = Reason.MISSING_IMAGE if pending.pictures[-1] is None else Reason.MISSING_REFERENCE
-                yield Finding(reason, row.file, row.line, detail=f"no archive has {', '.join(missing)}")
+    # --- rows ---
+
+    def _complete(self, number: int) -> Iterator[Event]:
+        row, file, line = self.index.row(number)
+        fields = self.index.fields_of(row)
+        target, *references = [(slot, self._picture(slot)) for slot in self.index.slots[number]]
+        identity = row_id(fields.instruction, target[1])
+        if identity in self.seen:
+            finding = Finding(
+                Reason.DUPLICATE, f"the same instruction and image as an earlier row, id {identity}",
+                self.part.configuration, file, line, target[0].archive, target[0].member, row,
+            )  # fmt: skip
+            yield from self._reject(number, finding)
+            return
+        self.seen.add(identity)
+        metadata = {
+            "file": file,
+            "line": line,
+            "image": _origin(*target),
+            "reference_images": [_origin(*reference) for reference in references],
+            "row": fields.rest,
+        }
+        result = {
+            "id": identity,
+            "instruction": fields.instruction,
+            "task": MULTI_REFERENCE if references else TEXT_TO_IMAGE,
+            "category": fields.category,
+            "reference_images": [_stored(*reference) for reference in references],
+            "image": _stored(*target),
+            "source": self.part.folder,
+            "metadata": json.dumps(metadata, ensure_ascii=False),
+        }
+        self._forget(number)
+        yield self._event(number, row=result)
+
+    def _spoiled(self, number: int, slot: Slot, reason: Reason, detail: str) -> Finding:
+        row, file, line = self.index.row(number)
+        slots = self.index.slots[number]
+        if slot is not slots[0]:
+            detail = f"reference {slots.index(slot, 1)}: {detail}"
+        return Finding(
+            reason, detail, self.part.configuration, file, line, slot.archive, slot.member, row
+        )  # fmt: skip
+
+    def _rest(self) -> Iterator[Event]:
+        """What is left when all archives have been read."""
+        self.place = Place(self.number, len(self.files), 0)
+        damaged = f"; damaged: {', '.join(self.damaged[:5])}" if self.damaged else ""
+        for number, slots in enumerate(self.index.slots):
+            if not slots or number in self.finished:
+                continue
+            slot = next(s for s in slots if not s.taken)
+            absent = Reason.MISSING_IMAGE if slot is slots[0] else Reason.MISSING_REFERENCE
+            detail = f"no archive holds {base(slot.path)}{damaged}"
+            reason, detail, slot.archive, slot.member = slot.problem or (absent, detail, None, None)
+            yield from self._reject(number, self._spoiled(number, slot, reason, detail))
+
+    def _reject(self, number: int, finding: Finding) -> Iterator[Event]:
+        self._forget(number)
+        yield self._event(number, finding=finding)
+
+    def _forget(self, number: int) -> None:
+        """The row is done: let go of pictures that only it was waiting for."""
+        self.finished.add(number)
+        slots = self.index.slots[number] if number < len(self.index.slots) else None
+        for slot in dict.fromkeys(slots or ()):
+            slot.left -= 1
+            if not slot.left and slot in self.held:
+                self._release(slot)
+
+    def _leave_out_other_shares(self) -> None:
+        for number, slots in enumerate(self.index.slots):
+            if slots and not self.only.holds(self.index.fields_of(self.index.row(number)[0]).instruction):
+                self._forget(number)
+
+    def _remark(self, finding: Finding) -> Event:
+        return self._event(None, finding=finding)
+
+    def _event(self, number: int | None, row: dict | None = None, finding: Finding | None = None) -> Event:
+        first = min(self.held.values(), default=max(self.place.archive, 0))
+        key = None if number is None else (self.number, number)
+        return Event(self.place, key, row, finding, self.part.configuration, first)
+
+    # --- pictures that wait for others ---
+
+    def _hold(self, slot: Slot, archive: int) -> None:
+        self.held[slot] = archive
+        size = len(slot.picture.data)
+        if self.held_bytes + size <= HELD_BYTES:
+            self.held_bytes += size
+            return
+        if self.spool is None:
+            self.spool = tempfile.TemporaryFile(dir=self.options.spool_dir, prefix=".pictures-")
+        start = self.spool.seek(0, 2)
+        self.spool.write(slot.picture.data)
+        slot.spooled = (start, size)
+        slot.picture = replace(slot.picture, data=b"")
+
+    def _picture(self, slot: Slot) -> Picture:
+        if slot.spooled is None:
+            return slot.picture
+        self.spool.seek(slot.spooled[0])
+        return replace(slot.picture, data=self.spool.read(slot.spooled[1]))
+
+    def _release(self, slot: Slot) -> None:
+        del self.held[slot]
+        if slot.spooled is None:
+            self.held_bytes -= len(slot.picture.data)
+        slot.picture = slot.spooled = None
+        if self.spool and not any(s.spooled for s in self.held):
+            self.spool.truncate(0)
 
 
-def _example(pending: _Pending, part: str) -> dict[str, Any]:
-    row, (*references, image) = pending.row, pending.pictures
-    metadata = {**row.extra, "archive": image.archive, "member": image.name}
-    return {
-        "id": content_id(row.instruction, [reference.data for reference in references], image.data),
-        "instruction": row.instruction,
-        "task": MULTI_REFERENCE if references else TEXT_TO_IMAGE,
-        "category": row.category or part,
-        "reference_images": [_picture(reference) for reference in references],
-        "image": _picture(image),
-        "source": f"{row.file}:{row.line}",
-        "metadata": json.dumps(metadata, ensure_ascii=False, sort_keys=True),
-    }
+def row_id(instruction: str, picture: Picture) -> str:
+    """What names a row wherever it is found: its instruction and the bytes of its image."""
+    return hashlib.sha256(instruction.encode() + b"\0" + picture.sha256).hexdigest()[:32]
 
 
-def _picture(member: Member) -> dict[str, Any]:
-    return {"bytes": member.data, "path": PurePosixPath(member.name).name}
+def _weight(item: _Item) -> int:
+    return len(item.member.data or b"") + 1024
 
 
-def content_id(instruction: str, references: Sequence[bytes], image: bytes) -> str:
-    """32 hex digits of what the row says and shows: equal rows have equal ids, wherever and whenever they are read."""
-    digest = hashlib.sha256()
-    for piece in (instruction.encode(), *references, image):
-        digest.update(len(piece).to_bytes(8, "big"))
-        digest.update(piece)
-    return digest.hexdigest()[:32]
+def _origin(slot: Slot, picture: Picture) -> dict:
+    return {"archive": slot.archive, "member": slot.member} | picture.facts()
+
+
+def _stored(slot: Slot, picture: Picture) -> dict:
+    return {"bytes": picture.data, "path": base(slot.member)}

@@ -1,0 +1,94 @@
+"""What can be wrong with a row or with a member of an archive, and how it is told."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a row is rejected. Every row that was given is accepted, or rejected for exactly one of these."""
+
+    MISSING_IMAGE = "missing image"
+    UNDECODABLE = "undecodable"
+    TRUNCATED = "truncated"
+    DECOMPRESSION_BOMB = "decompression bomb"
+    EMPTY_INSTRUCTION = "empty instruction"
+    DUPLICATE = "duplicate"  # the same instruction and the same image bytes as an earlier row
+    MISSING_REFERENCE = "missing reference"
+    UNREADABLE_ROW = "unreadable row"
+    UNSAFE_MEMBER = "unsafe member"  # what the row names is a link, a device, or lies outside the archive
+
+
+class Remark(StrEnum):
+    """What is told about the source without rejecting a row by itself. No name equals that of a reason."""
+
+    UNSAFE_MEMBER = "refused member"
+    DECOMPRESSION_BOMB = "oversized member"
+    UNUSED_MEMBER = "member without row"
+    REPEATED_MEMBER = "repeated member"  # the first one of a name counts
+    AMBIGUOUS_MEMBER = "ambiguous member"  # several rows' paths fit its name equally well
+    DAMAGED_ARCHIVE = "damaged archive"
+    OPEN_ARRAY = "unclosed array"  # a JSON array of rows without its end
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row that is rejected or one remark on the source. `row` or `raw` is the whole row as it was given."""
+
+    reason: Reason | Remark
+    detail: str
+    configuration: str = ""
+    file: str | None = None
+    line: int | None = None
+    archive: str | None = None
+    member: str | None = None
+    row: dict | None = None
+    raw: str | None = None
+
+    def to_dict(self) -> dict:
+        """Without the fields that are empty."""
+        return {"reason": str(self.reason)} | {
+            key: value for key, value in asdict(self).items() if key != "reason" and value not in (None, "")
+        }
+
+    def __str__(self) -> str:
+        row = f"{self.file}:{self.line}" if self.line else self.file
+        picture = f"{self.archive}: {self.member}" if self.member is not None else self.archive
+        return f"{self.reason}: {', '.join(filter(None, (row, picture)))}: {self.detail}"
+
+
+@dataclass
+class Report:
+    """The account of one reading: `given` equals accepted plus rejected rows."""
+
+    accepted: Counter = field(default_factory=Counter)  # by configuration
+    rejected: dict[str, Counter] = field(default_factory=dict)  # configuration -> reasons
+    remarks: Counter = field(default_factory=Counter)
+
+    def accept(self, configuration: str) -> None:
+        self.accepted[configuration] += 1
+
+    def add(self, finding: Finding) -> None:
+        if isinstance(finding.reason, Reason):
+            self.rejected.setdefault(finding.configuration, Counter())[str(finding.reason)] += 1
+        else:
+            self.remarks[str(finding.reason)] += 1
+
+    @property
+    def given(self) -> int:
+        return self.accepted.total() + self.rejected_total
+
+    @property
+    def rejected_total(self) -> int:
+        return sum(reasons.total() for reasons in self.rejected.values())
+
+    def reasons(self) -> dict[str, int]:
+        """Rejected rows by reason, over all configurations, sorted by name."""
+        total = sum(self.rejected.values(), Counter())
+        return {reason: total[reason] for reason in sorted(total)}
+
+    def __str__(self) -> str:
+        text = f"{self.given} rows given, {self.accepted.total()} accepted, {self.rejected_total} rejected"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons().items())
+        remarks = ", ".join(f"{count} {name}" for name, count in sorted(self.remarks.items()))
+        return text + (f" ({reasons})" if reasons else "") + (f"; remarks: {remarks}" if remarks else "")

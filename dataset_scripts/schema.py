@@ -1,0 +1,157 @@
+"""From the keys of an upstream row to our columns. Known shapes are recognised, an unknown one is never guessed."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+INSTRUCTIONS = ("instruction", "instruction_list[0]")
+REFERENCES = ("input_images", "input_image", "reference_images")
+LISTED = "image_list"  # with output_image: the references; alone: the last picture is the target
+TARGET = "output_image"
+CATEGORIES = ("type", "category")
+
+_FIELD = re.compile(r"([\w.\- ]+)(\[(-?\d*)(:)?(-?\d*)\])?")
+
+
+class SchemaError(ValueError):
+    """Rows whose keys fit no known shape."""
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Which field of an upstream row is which of our columns.
+
+    A field is a key, perhaps with one index or slice: `output_image`, `image_list[-1]`, `image_list[:-1]`; a dot leads
+    into an object (`output.path`). `reference_images` takes several fields, joined with commas.
+    """
+
+    instruction: str = "instruction"
+    image: str = TARGET
+    reference_images: str | None = None
+    category: str | None = None
+
+    def __post_init__(self):
+        for name, text in self.to_dict().items():
+            parts = text.split(",") if name == "reference_images" else [text]
+            for part in parts:
+                if not _FIELD.fullmatch(part):
+                    raise ValueError(f"the mapping of {name} is {text!r}: a field is key, key[0], key[-1] or key[:-1]")
+
+    def to_dict(self) -> dict[str, str]:
+        """The columns that are mapped."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def keys(self) -> set[str]:
+        """The row keys that are used."""
+        return {
+            _FIELD.fullmatch(part)[1].split(".")[0] for text in self.to_dict().values() for part in text.split(",")
+        }
+
+
+def recognise(keys: Iterable[str]) -> RowMap | None:
+    """The mapping of a known shape, or None."""
+    keys = set(keys)
+    instruction = next((field for field in INSTRUCTIONS if field.split("[")[0] in keys), None)
+    references = [key for key in REFERENCES if key in keys]
+    category = next((key for key in CATEGORIES if key in keys), None)
+    if instruction is None or len(references) > 1 or (references and LISTED in keys):
+        return None
+    if TARGET in keys:
+        listed = LISTED if LISTED in keys else None
+        return RowMap(instruction, TARGET, references[0] if references else listed, category)
+    if LISTED in keys:
+        return RowMap(instruction, f"{LISTED}[-1]", f"{LISTED}[:-1]", category)
+    return None
+
+
+def parse_map(pairs: Iterable[str]) -> RowMap:
+    """A mapping from `column=field` pairs. Columns that are not named keep the published fields."""
+    allowed = [f.name for f in fields(RowMap)]
+    given = {}
+    for pair in pairs:
+        column, equals, field = pair.partition("=")
+        if not equals or column not in allowed or not field:
+            raise ValueError(f"--map {pair}: write column=field; the columns are {', '.join(allowed)}")
+        given[column] = field
+    return RowMap(**given)
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """What a person decided for one folder of the source."""
+
+    configuration: str | None = None
+    map: RowMap | None = None
+
+
+def read_plan(path: str | Path) -> dict[str, FolderPlan]:
+    """The YAML file that `echo4o dataset inspect --write FILE` starts and a person completes."""
+    import yaml
+
+    try:
+        text = yaml.safe_load(Path(path).read_text("utf-8"))
+        folders = text["folders"]
+        return {
+            name: FolderPlan(entry.get("configuration"), RowMap(**entry["map"]) if entry.get("map") else None)
+            for name, entry in folders.items()
+        }
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        example = "folders: {FOLDER: {configuration: multi_reference, map: {image: output_image}}}"
+        raise ValueError(f"{path}: no mapping that can be read ({error}); write {example}") from error
+
+
+class FieldError(ValueError):
+    """A field of one row that does not hold what it should."""
+
+
+def text_of(row: Mapping, field: str) -> str | None:
+    """The text in a field; None when it is absent or null."""
+    value = _get(row, field)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or isinstance(value, str):
+        return value
+    raise FieldError(f"{field} holds {_kind(value)}, a text is needed")
+
+
+def label_of(row: Mapping, field: str | None) -> str:
+    """A category: a text, or what else it is as text."""
+    value = _get(row, field) if field else None
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def paths_of(row: Mapping, fields_: str | None) -> list[str]:
+    """The picture paths in one or several fields, in order. An absent field holds none."""
+    paths = []
+    for field in fields_.split(",") if fields_ else []:
+        value = _get(row, field)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for path in values:
+            if path is not None and not isinstance(path, str):
+                raise FieldError(f"{field} holds {_kind(path)}, a path is needed")
+        paths += ["" if path is None else path for path in values]
+    return paths
+
+
+def _get(row: Mapping, field: str):
+    key, indexed, first, colon, last = _FIELD.fullmatch(field).groups()
+    value = row.get(key)
+    if value is None and "." in key:
+        value = row
+        for step in key.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+    if not indexed or value is None:
+        return value
+    if not isinstance(value, list):
+        raise FieldError(f"{key} holds {_kind(value)}, a list is needed")
+    if colon:
+        return value[int(first) if first else None : int(last) if last else None]
+    try:
+        return value[int(first)]
+    except IndexError:
+        return None
+
+
+def _kind(value) -> str:
+    return {dict: "an object", list: "a list", bool: "a truth value"}.get(type(value), f"{type(value).__name__}")

@@ -1,0 +1,153 @@
+"""Finds the parts of the published layout in a folder or a Hub repository (hf://): row files, archives, loose pictures."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from echo4o.dataset_scripts.archives import is_archive
+from echo4o.dataset_scripts.names import PARTS
+from echo4o.dataset_scripts.schema import FolderPlan
+
+ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Folder names (letters only, lower case) that say which part they are; the upstream spelling is "Surrel".
+_NAMES = {
+    "surreal_fantasy": re.compile(r"surr?eal|surrel|fantasy"),
+    "multi_reference": re.compile(r"multi\w*(ref|image)|reference"),
+    "instruction_following": re.compile(r"following"),
+}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the source; `path` is relative to its root."""
+
+    path: str
+    size: int
+    modified: float = 0.0  # local files only
+
+
+@dataclass
+class Part:
+    """One folder of the published layout. `configuration` is None when nothing says which it is."""
+
+    folder: str
+    configuration: str | None
+    rows: list[SourceFile] = field(default_factory=list)
+    archives: list[SourceFile] = field(default_factory=list)
+    pictures: list[SourceFile] = field(default_factory=list)  # that lie there unpacked
+    others: list[SourceFile] = field(default_factory=list)
+
+
+class Source:
+    """A folder or a Hub repository in the published layout. Hidden files are left out."""
+
+    def __init__(self, location: str):
+        self.location = os.path.expanduser(str(location)).rstrip("/")
+        self.fs, self.root, self.revision = _open(self.location)
+        self.name = PurePosixPath(self.root.split("@")[0]).name
+        self.files = self._list()
+        self.parts = self._parts()
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading from front to back."""
+        options = {"block_size": 0} if self.revision else {}  # hf: one request that goes on where it broke off
+        return self.fs.open(f"{self.root}/{path}", "rb", **options)
+
+    def fingerprint(self, times: bool = False) -> str:
+        """A digest of the names and sizes of all files (with `times`, also of their dates) and of the revision."""
+        stated = (f"{f.size} {f.modified if times else 0} {f.path}" for f in self.files)
+        text = "\n".join([self.revision or "", *stated])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def select(self, configuration: str, plan: Mapping[str, FolderPlan]) -> list[Part]:
+        """The parts of a configuration, in the order of their folders; `all` takes every one.
+
+        Raises:
+            ValueError: there is none, or `all` is asked for and nothing says what a folder is.
+        """
+        named = {part.folder for part in self.parts}
+        if unknown := sorted(set(plan) - named):
+            raise ValueError(f"the mapping names {unknown[0]!r}; the folders with rows are {', '.join(sorted(named))}")
+        chosen = []
+        for part in self.parts:
+            decided = plan.get(part.folder, FolderPlan()).configuration or part.configuration
+            if decided is None and configuration == "all":
+                raise ValueError(
+                    f"nothing says which configuration the folder {part.folder!r} is: assign it with "
+                    f"--assign {part.folder}=multi_reference, or in a mapping file (echo4o dataset inspect --write)"
+                )
+            if configuration in ("all", decided):
+                chosen.append(Part(part.folder, decided, part.rows, part.archives, part.pictures, part.others))
+        if not chosen:
+            found = (
+                ", ".join(f"{p.folder} ({p.configuration or 'unknown'})" for p in self.parts) or "no folder with rows"
+            )
+            raise ValueError(f"{self.location} holds nothing for the configuration {configuration}; it holds {found}")
+        return chosen
+
+    def _list(self) -> list[SourceFile]:
+        found = self.fs.find(self.root, detail=True)
+        files = []
+        for path, info in found.items():
+            relative = path[len(self.root) :].lstrip("/")
+            if not any(step.startswith(".") for step in relative.split("/")):
+                files.append(SourceFile(relative, info["size"] or 0, info.get("mtime") or 0.0))
+        return sorted(files, key=lambda f: _natural(f.path))
+
+    def _parts(self) -> list[Part]:
+        depths = {f.path.count("/") for f in self.files if f.path.lower().endswith(ROW_SUFFIXES)}
+        is_part = depths == {0}  # the source is one of the folders itself
+        parts: dict[str, Part] = {}
+        for f in self.files:
+            top = self.name if is_part else f.path.split("/")[0] if "/" in f.path else None
+            if top is None:
+                continue
+            part = parts.setdefault(top, Part(top, configuration_of(top)))
+            suffix = PurePosixPath(f.path).suffix.lower()
+            if is_archive(f.path):
+                part.archives.append(f)
+            elif suffix in ROW_SUFFIXES:
+                part.rows.append(f)
+            elif suffix in PICTURE_SUFFIXES:
+                part.pictures.append(f)
+            else:
+                part.others.append(f)
+        order = {name: number for number, name in enumerate(PARTS)}
+        return sorted((p for p in parts.values() if p.rows), key=lambda p: order.get(p.configuration, len(order)))
+
+
+def configuration_of(folder: str) -> str | None:
+    """Which configuration a folder's name says it is."""
+    letters = re.sub(r"[^a-z]", "", folder.lower())
+    matches = [name for name, pattern in _NAMES.items() if pattern.search(letters)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _natural(path: str) -> tuple:
+    """Sorts 5000-10000 before 10000-15000."""
+    steps = re.split(r"(\d+)", path)
+    return tuple((1, int(s), s) if s.isdigit() and s.isascii() else (0, 0, s) for s in steps), path
+
+
+def _open(location: str):
+    """The file system, the root in it and, for the Hub, the commit that is read."""
+    if location.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        fs = HfFileSystem()
+        resolved = fs.resolve_path(location)
+        if not fs.exists(location):
+            raise FileNotFoundError(f"{location}: there is no such repository or folder on the Hub")
+        commit = fs._api.repo_info(resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision).sha
+        return fs, f"{resolved.repo_type}s/{resolved.repo_id}@{commit}/{resolved.path_in_repo}".rstrip("/"), commit
+    from fsspec.implementations.local import LocalFileSystem
+
+    fs = LocalFileSystem()
+    if not fs.isdir(location):
+        raise FileNotFoundError(f"{location}: there is no such folder")
+    return fs, fs._strip_protocol(location), None
