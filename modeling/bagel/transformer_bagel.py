@@ -278,8 +278,10 @@ class BagelExpert(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-def _meet(und: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    return und if gen.shape[0] == 0 else torch.cat([und, gen])  # (S, heads, D)
+def _meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    if second.shape[0] == 0 and not second.requires_grad:
+        return first
+    return torch.cat([first, second])  # (S, heads, D)
 
 
 class BagelAttnProcessor:
