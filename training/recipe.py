@@ -64,6 +64,7 @@ class Recipe(_Strict):
     max_seconds: float | None = Field(None, gt=0)  # stop, with the schedule run to its end, when this comes first
     batch_size: int = Field(gt=0)  # samples per optimizer step, over all processes
     micro_batch_size: int | None = Field(None, gt=0)  # samples per forward pass and process; None: no accumulation
+    device: Literal["auto", "cpu"] = "auto"
     mixed_precision: Literal["no", "bf16"] = "no"
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = Field(0, ge=0)

@@ -128,7 +128,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, pipeline: Echo4oPipeline | None = None, dataset=None):
         self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=recipe.device == "cpu")
         # Small steps vanish in 16-bit weights: learn in float32 and store at the end in `save_dtype`.
         self.pipeline = pipeline or Echo4oPipeline.from_pretrained(recipe.model, dtype=torch.float32)
         cast(self.pipeline, torch.float32)
@@ -152,8 +152,11 @@ class Trainer:
         """Train, log every step to `train_log.jsonl`, and save the pipeline folder."""
         recipe, start, log = self.recipe, time.monotonic(), []
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=recipe.steps, desc="training", unit="step", disable=not self.accelerator.is_main_process)
-        with open(recipe.output_dir / "train_log.jsonl", "w", encoding="utf-8") as file:
+        quiet = not self.accelerator.is_main_process
+        with (
+            open(recipe.output_dir / "train_log.jsonl", "w", encoding="utf-8") as file,
+            tqdm(total=recipe.steps, desc="training", unit="step", disable=quiet) as bar,
+        ):
             for step in range(recipe.steps):
                 progress = self._progress(step, time.monotonic() - start)
                 if progress >= 1:
@@ -161,11 +164,10 @@ class Trainer:
                 entry = {"step": step, **self._step(step, progress), "seconds": time.monotonic() - start}
                 entry["samples"] = (step + 1) * recipe.batch_size
                 log.append(entry)
-                if self.accelerator.is_main_process:
+                if not quiet:
                     file.write(json.dumps({k: round(v, 6) for k, v in entry.items()}) + "\n")
                 bar.update()
                 bar.set_postfix_str(f"loss {smoothed(log):.4f}, {entry['samples'] / entry['seconds']:.0f} samples/s")
-        bar.close()
         return TrainingResult(self.save(), log, time.monotonic() - start)
 
     def _progress(self, step: int, seconds: float) -> float:

@@ -125,6 +125,7 @@ def train_base(
         pipeline = build_pipeline(tokenizer, vae, seed)
         result = Trainer(recipe, pipeline, Rows(single_object_rows(rows, seed))).run()
     pipeline.save_pretrained(folder)
+    _strip(Path(folder))
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
     drawn = draw_and_score(pipeline, single_object_prompts(30), seed=seed)
     facts = {
@@ -137,3 +138,13 @@ def train_base(
     }
     (Path(folder) / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
+
+
+def _strip(folder: Path) -> None:
+    """Drop what would grow old in the package's tree: copies of its own code, and paths of this machine."""
+    for code in [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+        code.unlink()
+    for file in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        values = json.loads(file.read_text("utf-8"))
+        if values.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -94,7 +94,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     if not (base / "model_index.json").is_file():
         raise ValueError(f"{base} holds no pipeline: make the base model first, with `make tiny-base`.")
     out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(8)
+    stages = Stages(7)
     with stages("rendering Shapes-4o in the upstream layout"):
         shutil.rmtree(out / "upstream", ignore_errors=True)
         written = render_upstream(out / "upstream", size.rows, seed, LAYOUT)
@@ -141,7 +141,8 @@ def read_upstream(upstream: Path, folder: Path, cache: Path):
     shutil.rmtree(folder, ignore_errors=True)
     builder = Echo4oImage(config_name="all", data_dir=str(upstream), cache_dir=str(cache))
     builder.download_and_prepare(str(folder), file_format="parquet")
-    folder.with_name(folder.name + "_builder.lock").unlink(missing_ok=True)
+    for lock in [*folder.parent.glob(f"{folder.name}*.lock")]:
+        lock.unlink()
     return load_dataset(str(folder), split="train", cache_dir=str(cache))
 
 
@@ -192,11 +193,11 @@ def summary(
 ) -> dict:
     """Everything measured, as plain values."""
     samples = training.log[-1]["samples"]
-    facts = base / "base.json"
+    notes = {name: base / f"{name}.json" for name in ("base", "control")}
     return {
+        **{name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in notes.items()},
         "scores": {"before": score_table(before), "after": score_table(after)},
         "base_on_single_objects": score_table(own)["overall"],
-        "base": json.loads(facts.read_text("utf-8")) if facts.is_file() else None,
         "layout": LAYOUT,
         "layout_words": LAYOUT_WORDS[LAYOUT],
         "prompts": len(before.prompts),

@@ -24,6 +24,7 @@ def recipe(tmp_path, **changes) -> Recipe:
         "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 1e-2},
         "steps": 20,
         "batch_size": 8,
+        "device": "cpu",
     }
     return Recipe.model_validate(values | changes)
 
