@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +173,28 @@ class FakePipeline:
     def chat(self, prompt, **options):
         self.calls.append(("chat", prompt, options))
         return "a red field"
+
+
+def test_quickstart_hands_everything_over(folder, monkeypatch):
+    calls = []
+    module = SimpleNamespace(run=lambda **options: calls.append(options))
+    monkeypatch.setitem(sys.modules, "echo4o.quickstart.run", module)
+    result = run("quickstart", "--short", "--out", "here", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert calls == [{"out": Path("here"), "short": True, "seed": 3}]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_convert_writes_the_layout_asked_for(layout, folder, monkeypatch):
+    from echo4o.modeling.bagel import convert
+
+    calls = []
+    monkeypatch.setattr(convert, f"convert_to_{layout}", lambda src, dst: calls.append((src, dst)))
+    result = run("convert", "model", "new folder", "--to", layout)
+    assert result.exit_code == 0, result.output
+    assert calls == [(Path("model"), Path("new folder"))]
+    assert result.stdout.strip() == "new folder"
+    assert "'new folder'" in result.stderr, "the next command can be pasted"
 
 
 @pytest.fixture
