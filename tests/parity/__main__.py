@@ -8,16 +8,17 @@ import sys
 from .run import FILES, REST, run
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 when every check passes, 1 when one fails, 2 when the directory cannot be checked at all."""
     known = "".join([*FILES, REST])  # the last: the manifest and all the rest
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("directory", help="a golden directory (tests/parity/golden, or one of the same form)")
     parser.add_argument("--only", metavar="LETTERS", help=f"check only files that begin so: {known}")
-    arguments = parser.parse_args()
-    if arguments.only and set(arguments.only) - set(known):
-        parser.error(f"--only takes letters of {known}, got {arguments.only!r}.")
+    options = parser.parse_args(arguments)
+    if options.only and set(options.only) - set(known):
+        parser.error(f"--only takes letters of {known}, got {options.only!r}.")
     try:
-        report = run(arguments.directory, only=arguments.only)
+        report = run(options.directory, only=options.only)
     except FileNotFoundError as error:
         parser.error(str(error))
     return 1 if report.failures or not report.rows else 0

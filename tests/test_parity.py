@@ -1,0 +1,270 @@
+"""The golden set passes with nothing unchecked, and the checker fails on whatever is altered, added or missing."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .parity.__main__ import main
+from .parity.golden import Record
+from .parity.report import EXACT, SINGLE, Report, Row, distance
+from .parity.run import FILES, REST, run
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "parity" / "golden"
+
+
+@pytest.mark.parametrize("letter", [*FILES, REST])
+def test_golden_set(letter):
+    report = run(GOLDEN, only=letter, quiet=True)
+    assert [str(row) for row in report.failures] == []
+    assert len(report.rows) > 20
+
+
+def test_tolerances_are_the_documented_ones():
+    from .parity import report
+
+    assert (report.EXACT, report.SINGLE, report.TRAJECTORY, report.PICTURE) == (0.0, 1e-4, 3e-4, 1.0)
+
+
+# --- a copy to spoil ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The manifest, the pictures and the smallest file of the golden set, free to be spoilt."""
+    for name in ("manifest.json", "a_vit.json", "a_vit.safetensors", "README.md"):
+        shutil.copy(GOLDEN / name, tmp_path)
+    shutil.copytree(GOLDEN / "inputs", tmp_path / "inputs")
+    (tmp_path / "checkpoint").symlink_to(GOLDEN / "checkpoint", target_is_directory=True)
+    return tmp_path
+
+
+def change_tensors(folder: Path, change, stem: str = "a_vit") -> None:
+    path = folder / f"{stem}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def change_json(folder: Path, change, stem: str = "a_vit") -> None:
+    path = folder / f"{stem}.json"
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def failures(folder: Path, letters: str = "a") -> dict[str, str]:
+    """Failed rows: what they are about -> what they say."""
+    return {f"{row.file}:{row.case}": row.message for row in run(folder, only=letters, quiet=True).failures}
+
+
+def test_the_copy_itself_passes(copy):
+    assert failures(copy, "am") == {}
+
+
+def test_an_altered_value_fails_in_its_row_alone(copy):
+    change_tensors(copy, lambda t: t["one.vit_out"][0].add_(1.1e-4))
+    assert list(failures(copy)) == ["a_vit:one.vit_out"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none_fail(copy, value):
+    change_tensors(copy, lambda t: t["two.llm_in"][0, 0].fill_(value))
+    assert failures(copy) == {"a_vit:two.llm_in": "not finite"}
+
+
+def test_another_shape_fails_and_the_rest_goes_on(copy):
+    change_tensors(copy, lambda t: t.update({"three.llm_in": t["three.llm_in"][1:]}))
+    got = failures(copy)
+    assert set(got) == {"a_vit:shapes and types as listed", "a_vit:three.llm_in"}
+    assert got["a_vit:three.llm_in"] == "shape [20, 64] instead of [19, 64]"
+
+
+def test_an_exception_is_a_row_and_the_rest_goes_on(copy):
+    change_json(copy, lambda j: j["cases"]["two"]["images"].append("no_such_picture.png"))
+    got = failures(copy)
+    assert got["a_vit:two"].startswith("FileNotFoundError")
+    assert "a_vit:two.vit_out" in got and not any(name.startswith("a_vit:one") for name in got)
+
+
+def test_an_unknown_tensor_is_not_passed_over(copy):
+    change_tensors(copy, lambda t: t.update({"one.attention_maps": torch.zeros(2)}))
+    got = failures(copy)
+    assert got["a_vit:one.attention_maps"] == "tensor not checked"
+    assert "a_vit:tensors listed in the json" in got
+
+
+def test_a_missing_tensor_fails(copy):
+    change_tensors(copy, lambda t: t.pop("one.connector_out"))
+    assert "a_vit:tensors listed in the json" in failures(copy)
+
+
+def test_an_unknown_case_or_field_is_not_passed_over(copy):
+    def change(content):
+        content["temporal_cases"] = {"clip": {"frames": 3}}
+        content["cases"]["one"]["frame_rate"] = 24
+
+    change_json(copy, change)
+    got = failures(copy)
+    assert got["a_vit:temporal_cases"] == got["a_vit:cases.one.frame_rate"] == "field of the json not checked"
+
+
+def test_a_case_without_tensors_fails(copy):
+    change_json(copy, lambda j: j["cases"].update({"four": dict(j["cases"]["one"])}))
+    assert failures(copy)["a_vit:four"].startswith("KeyError")
+
+
+def test_unknown_files_and_pictures_are_not_passed_over(copy):
+    (copy / "h_audio.json").write_text("{}")
+    shutil.copy(copy / "inputs" / "img_a.png", copy / "inputs" / "img_z.png")
+    assert failures(copy, "m") == {"h_audio.json:": "file not checked", "inputs:img_z.png": "picture not checked"}
+
+
+@pytest.mark.parametrize("name", ["a_vit.json", "a_vit.safetensors"])
+def test_half_a_file_fails(copy, name):
+    (copy / name).unlink()
+    assert failures(copy)
+
+
+def test_a_whole_kind_missing_fails(copy):
+    for path in copy.glob("a_vit.*"):
+        path.unlink()
+    assert "no such file" in failures(copy)["a_*:"]
+
+
+def test_other_names_and_fewer_cases_pass(copy):
+    """Nothing about names, numbers or order of cases is fixed: the directory alone says what there is."""
+    for name in ("img_a.png", "img_b.png"):
+        (copy / "inputs" / name).rename(copy / "inputs" / f"other_{name}")
+
+    def rename(content):
+        cases = content["cases"]
+        content["cases"] = {"pair": cases["two"]}
+        cases["two"]["images"] = [f"other_{name}" for name in cases["two"]["images"]]
+        content["tensors"] = {f"pair{n[3:]}": v for n, v in content["tensors"].items() if n.startswith("two.")}
+
+    change_json(copy, rename)
+
+    def keep(tensors):
+        kept = {f"pair{name[3:]}": value for name, value in tensors.items() if name.startswith("two.")}
+        tensors.clear()
+        tensors.update(kept)
+
+    change_tensors(copy, keep)
+    assert failures(copy) == {}
+    for suffix in (".json", ".safetensors"):
+        (copy / f"a_vit{suffix}").rename(copy / f"a_second{suffix}")
+    assert failures(copy) == {}
+
+
+@pytest.mark.parametrize(
+    ("stem", "name", "row"),
+    [
+        ("c_inference_prefill_flow", "p2_vae.cache.key.1", "p2_vae.cache.key.1"),
+        (
+            "c_inference_prefill_flow",
+            "flow.v_cfg_text4.0_img2.0_channel_min0.5",
+            "flow.v_cfg_text4.0_img2.0_channel_min0.5",
+        ),
+        ("g_packing", "pack_many.attend_mask.2", "pack_many.attend_mask.2"),
+        ("e_vae", "single.encode_sampled_scaled", "single.encode_sampled_scaled"),
+    ],
+)
+def test_alterations_elsewhere_fail_too(copy, stem, name, row):
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(GOLDEN / f"{stem}{suffix}", copy)
+
+    def change(tensors):
+        flat = tensors[name].view(-1)
+        flat[-1] = 1 - flat[-1] if flat.dtype == torch.uint8 else flat[-1] + 2e-4
+
+    change_tensors(copy, change, stem)
+    assert f"{stem}:{row}" in failures(copy, stem[0])
+
+
+def test_sizes_are_exact(copy):
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(GOLDEN / f"f_transforms{suffix}", copy)
+
+    def change(content):
+        content["cases"] = content["cases"][:3]  # enough, and fast
+        content["cases"][2]["shape"][1] += 1
+
+    change_json(copy, change, "f_transforms")
+    case = json.loads((copy / "f_transforms.json").read_text("utf-8"))["cases"][2]
+    name = f"f_transforms:{case['transform']}.{case['image']}.n{case['img_num']}.shape"
+    assert name in failures(copy, "f")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_exit_status_says_whether_all_passed(copy, capsys):
+    assert main([str(copy), "--only", "a"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("pass: ")
+    change_tensors(copy, lambda t: t["one.llm_in"].add_(1.0))
+    assert main([str(copy), "--only", "a"]) == 1
+    failed = [line.split() for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert failed[0] == ["a_vit", "one.llm_in", "1.00e+00", "1e-04", "FAIL"]
+    assert failed[-1][0] == "FAIL:"
+
+
+def test_it_runs_as_a_module_and_refuses_a_folder_of_another_kind(tmp_path):
+    command = [sys.executable, "-m", "tests.parity", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2 and "no golden directory" in done.stderr
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "error"),
+    [
+        ([1, 2], torch.tensor([1.0, 2.5]), 0.5),
+        ([], torch.zeros(0), 0.0),
+        ("a", "a", 0.0),
+        ("a", "b", None),
+        (None, 1.0, None),
+        ([1, 2], [1, 2, 3], None),
+        ([[1], [2, 3]], [[1], [2, 3]], 0.0),
+        ([-math.inf, 1.0], [-math.inf, 1.0], 0.0),
+        (True, torch.tensor(1, dtype=torch.uint8), 0.0),
+        (["causal"], ["noise"], None),
+    ],
+)
+def test_distance(got, want, error):
+    assert distance(got, want)[0] == error
+
+
+@pytest.mark.parametrize("got", [[math.nan], [math.inf], [-math.inf]])
+def test_distance_from_what_is_not_finite_fails(got):
+    error, message = distance(got, [1.0])
+    assert not Row("file", "case", error, SINGLE).passed and message == "not finite"
+
+
+def test_an_empty_report_does_not_pass():
+    assert Report().summary().startswith("FAIL")
+
+
+def test_rows_pass_up_to_their_tolerance():
+    assert Row("f", "c", 1e-4, SINGLE).passed and not Row("f", "c", 1.01e-4, SINGLE).passed
+    assert Row("f", "c", 0.0, EXACT).passed and not Row("f", "c", 1e-9, EXACT).passed
+
+
+def test_records_know_what_was_read():
+    record = Record(
+        {"a": 1, "note": "prose", "cases": {"x": {"n": 1, "m": [1, 2]}, "y": {"n": 2}}, "list": [{"k": 1}]}
+    )
+    assert list(record.unread()) == ["a", "cases", "list"]
+    assert record["cases"]["x"]["n"] == 1 and record["list"][0]["k"] == 1
+    assert list(record.unread()) == ["a", "cases.x.m", "cases.y"]
+    record.note("a", "cases")
+    assert list(record.unread()) == []
