@@ -29,6 +29,7 @@ def evaluate() -> None:
     """Score a model with GenEval++, Imagine-Bench or OmniContext: draw, judge, score, report.
 
     Example: [bold]echo4o evaluate genevalpp --model echo-4o --judge openai:gpt-4.1-2025-04-14 --out runs/echo-4o[/bold]
+    (the word run is understood; its options: [bold]echo4o evaluate run --help[/bold])
     Pictures of any other model: [bold]echo4o evaluate genevalpp --images DIR --judge J --out DIR[/bold]
     """
 
@@ -84,7 +85,7 @@ MinCoverage = Annotated[float, typer.Option(min=0, max=1, help="No overall score
 BootstrapSeed = Annotated[int, typer.Option(min=0, help="Seed of the intervals.")]
 
 
-@app.command("run", hidden=True)
+@app.command("run")
 def run(
     benchmark: Benchmark,
     out: Out,
@@ -137,7 +138,7 @@ def run(
     if images is None:
         if not steps_of.draw(_drawing(locals()), device, dtype):
             return
-    ask(steps_of, model, device, dtype)
+    ask()
     steps_of.score(min_coverage, bootstrap_seed)
 
 
@@ -208,7 +209,7 @@ def judge(
     Example: [bold]echo4o evaluate judge --out runs/echo-4o --judge openai:gpt-4.1-2025-04-14 --budget 5[/bold]
     """
     steps_of = _Steps(benchmark, out, prompts, revision, group, limit)
-    _judging(locals())(steps_of, model, device, dtype)
+    _judging(locals())()
     say("the judgements:")
     finish(out / "records.jsonl", shlex.join(["echo4o", "evaluate", "score", "--out", str(out)]))
 
@@ -420,7 +421,7 @@ def _judging(given: dict):
         "judge_prompts": load_judge_prompts(steps_of.benchmark, given["judge_prompt"]),
         "allow_missing": given["allow_missing"],
     }
-    return lambda steps_of, model, device, dtype: steps_of.judge(judge, options, **rest)
+    return lambda: steps_of.judge(judge, options, **rest)
 
 
 def _temperature(text: str) -> float | None:

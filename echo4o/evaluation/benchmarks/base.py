@@ -1,0 +1,116 @@
+"""What a benchmark is: its prompts, what the judge sees, how the answer is read, and how scores are formed."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROMPTS = Path(__file__).parents[1] / "prompts"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw.
+
+    Args:
+        id: names its pictures (`<id>.png`), its records and its place in every comparison.
+        group: what its score is averaged with; `type` is finer where the benchmark has types within groups.
+        text: what the model gets.
+        facts: the rest of the row, which the judge's question is made from.
+        references: pictures that the model gets beside the text.
+    """
+
+    id: str
+    group: str
+    text: str
+    type: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    references: tuple[Path, ...] = ()
+
+
+class Verdict(BaseModel):
+    """What a judge must return. Reason first: a judge that has to explain before it decides decides better."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    reason: str
+
+    def scores(self) -> dict[str, float]:
+        return {name: value for name, value in self.model_dump().items() if name != "reason"}
+
+
+# From 0 to 10; neither infinite nor "not a number".
+Grade = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """One judgement about a picture: the file of its question and the fields of its answer."""
+
+    name: str
+    prompt_file: str
+    verdict: type[Verdict]
+    shows_references: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the official prompts are: a file at a pinned revision, and the checksum of its content."""
+
+    url: str
+    revision: str
+    sha256: str
+    count: int
+
+    @property
+    def address(self) -> str:
+        return self.url.format(revision=self.revision)
+
+
+class Benchmark(ABC):
+    """The small interface that every benchmark fills in."""
+
+    name: str
+    title: str
+    groups: tuple[str, ...]
+    aspects: tuple[Aspect, ...]
+    scale: float  # the best score
+    source: Source | None = None
+    # The number of result.json that published ones are compared with.
+    published_as: str = "score"
+    # The judges that can answer; None: whoever reads text and sees pictures.
+    only_judge: str | None = None
+
+    @abstractmethod
+    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+        """A prompt from line `number` (from 1) of a prompt file in `folder`; ValueError says what is wrong with it."""
+
+    @abstractmethod
+    def question(self, prompt: Prompt) -> dict[str, Any]:
+        """What the judge's prompt file is filled with."""
+
+    @abstractmethod
+    def sample_score(self, scores: dict[str, float]) -> float:
+        """A picture's score from the fields of all its verdicts."""
+
+    @abstractmethod
+    def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:
+        """Each overall number as weights of the groups' means; the headline is called "score"."""
+
+
+def text_field(row: dict, name: str) -> str:
+    """A field that has to hold words."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'"{name}" must be a text, it is {value!r}' if name in row else f'"{name}" is missing')
+    return value
+
+
+def known_field(row: dict, name: str, known) -> str:
+    """A field that has to hold one of some names."""
+    value = text_field(row, name)
+    if value not in known:
+        raise ValueError(f'"{name}" is {value!r}; known are {", ".join(known)}')
+    return value

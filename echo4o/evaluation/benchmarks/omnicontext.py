@@ -1,0 +1,92 @@
+"""OmniContext (arXiv 2506.18871): pictures from reference pictures, 8 tasks, two judgements per picture."""
+
+from pathlib import Path
+from typing import Any
+
+from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Grade, Prompt, Verdict, known_field, text_field
+from echo4o.evaluation.metrics.omnicontext import formula
+
+REPOSITORY = "OmniGen2/OmniContext"
+
+
+class PromptFollowing(Verdict):
+    prompt_following: Grade
+
+
+class SubjectConsistency(Verdict):
+    subject_consistency: Grade
+
+
+class OmniContext(Benchmark):
+    name = "omnicontext"
+    title = "OmniContext"
+    groups = formula.TASKS
+    aspects = (
+        Aspect("prompt_following", "omnicontext_prompt_following.md", PromptFollowing, shows_references=True),
+        Aspect("subject_consistency", "omnicontext_subject_consistency.md", SubjectConsistency, shows_references=True),
+    )
+    scale = 10.0
+    published_as = "score_6_tasks"
+
+    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+        """Our fields, or those of the original's converter (`ins_en`, `ori_img`; pictures in `images/<task>/`)."""
+        task = known_field(row, "task_type", self.groups)
+        text = text_field(row, "instruction" if "instruction" in row else "ins_en")
+        names = row.get("input_images", row.get("ori_img"))
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError('"input_images" must list at least one picture file')
+        references = tuple(_find(folder, task, name) for name in names)
+        key = str(row.get("key", row.get("id", number)))
+        return Prompt(key, task, text, task, {"references": len(references)}, references)
+
+    def question(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "instruction": prompt.text,
+            "task": prompt.group,
+            "scene": prompt.group.startswith("scene_"),
+            "references": len(prompt.references),
+        }
+
+    def sample_score(self, scores: dict[str, float]) -> float:
+        return formula.sample_score(**scores)
+
+    def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:
+        return formula.aggregates(counts)
+
+
+def _find(folder: Path, task: str, name: str) -> Path:
+    for path in (folder / name, folder / "images" / name, folder / "images" / task / name):
+        if path.is_file():
+            return path.resolve()
+    raise ValueError(f"the reference picture {name} is not in {folder}")
+
+
+def download(revision: str | None, cache: Path) -> Path:
+    """Fetch the official set at a commit of the Hub into `cache`; returns its prompt file."""
+    import json
+    import re
+
+    if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"omnicontext: give --prompts FILE, or --revision with the 40-digit commit of the Hub dataset {REPOSITORY} "
+            "to download; this project pins none, because it could not check one"
+        )
+    folder = cache / f"omnicontext-{revision}"
+    done = folder / "prompts.jsonl"
+    if done.is_file():
+        return done
+    from datasets import load_dataset
+
+    rows = []
+    for sample in load_dataset(REPOSITORY, revision=revision, split="train"):
+        names = [f"{sample['key']}_{i}.png" for i in range(len(sample["input_images"]))]
+        target = folder / "images" / sample["task_type"]
+        target.mkdir(parents=True, exist_ok=True)
+        for name, picture in zip(names, sample["input_images"]):
+            picture.convert("RGB").save(target / name)
+        keep = {name: sample[name] for name in ("key", "task_type", "instruction")}
+        rows.append(json.dumps(keep | {"input_images": names}, ensure_ascii=False))
+    part = done.with_suffix(".part")
+    part.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    part.replace(done)
+    return done

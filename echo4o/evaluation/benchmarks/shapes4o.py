@@ -1,0 +1,33 @@
+"""The quickstart's own benchmark: held-out prompts of Shapes-4o, scored as GenEval++ is, by reading the pixels."""
+
+from pathlib import Path
+from typing import Any
+
+from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Prompt, text_field
+from echo4o.evaluation.benchmarks.genevalpp import Correct
+from echo4o.evaluation.metrics.genevalpp import formula
+
+
+class Shapes4o(Benchmark):
+    name = "shapes4o"
+    title = "Shapes-4o"
+    groups = ()  # whatever tags the prompts have
+    aspects = (Aspect("correct", "genevalpp.md", Correct),)
+    scale = 1.0
+    only_judge = "pixels"
+
+    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+        tag, text = text_field(row, "tag"), text_field(row, "prompt")
+        if not isinstance(row.get("include"), list) or not row["include"]:
+            raise ValueError('"include" is missing: it lists what the picture must show')
+        return Prompt(str(row.get("id", number)), tag, text, tag, {"include": row["include"]})
+
+    def question(self, prompt: Prompt) -> dict[str, Any]:
+        lines = [", ".join(f"{name}: {value}" for name, value in item.items()) for item in prompt.facts["include"]]
+        return {"instruction": prompt.text, "checklist": lines, "tag": prompt.group}
+
+    def sample_score(self, scores: dict[str, float]) -> float:
+        return formula.sample_score(scores["correct"])
+
+    def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:
+        return formula.aggregates(counts)

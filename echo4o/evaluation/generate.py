@@ -1,0 +1,214 @@
+"""Step 1: draw the pictures. Sharded over processes and nodes by Accelerate; each picture has a seed of its own."""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from echo4o.evaluation.benchmarks.base import Prompt
+from echo4o.evaluation.folder import GENERATION, IMAGES, read_json, write_atomically, write_json
+from echo4o.evaluation.pictures import picture_name, why_unreadable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pictures depend on beside the model; None leaves a setting to the model's presets.
+
+    Args:
+        batch_size: prompts that are drawn together. Batches are cut before they are dealt to processes, so that the
+            pictures depend on it (in their last bits) but never on the number of processes.
+    """
+
+    model: str
+    seed: int = 0
+    per_prompt: int = 1
+    batch_size: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    think: bool = False
+    adapter: str | None = None
+    requested_dtype: str = "auto"
+
+
+def picture_seed(seed: int, prompt_id: str, picture: int) -> int:
+    """The seed of one picture: of nothing but the run's seed, the prompt's id and the picture's number."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{picture}".encode()).digest()[:7])
+
+
+def world(cpu: bool = False):
+    """Accelerate's view of the processes. A process may be done long before the others: they wait for up to a week."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=cpu, timeout=timedelta(days=7)) if _launched() else PartialState(cpu=cpu)
+
+
+def _launched() -> bool:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def generate_pictures(
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    out: Path,
+    load_pipeline: Callable[[], Any],
+    state=None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Draw what `out/images` does not hold yet; returns how many pictures this process drew.
+
+    Args:
+        load_pipeline: called once, and only if there is something to draw.
+        state: Accelerate's `PartialState`; None: made here.
+        on_progress: called after each batch of this process as (pictures done, pictures of this process).
+
+    Raises:
+        ValueError: `out` holds pictures that were drawn with other settings.
+    """
+    state = state or world()
+    folder = out / IMAGES
+    if state.is_main_process:
+        _require_same_settings(out, settings, prompts)
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    size = settings.batch_size
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    mine = batches[state.process_index :: state.num_processes]
+    open_batches = [batch for batch in mine if any(_missing(folder, settings, batch))]
+    total, drawn = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
+    pipe = load_pipeline() if open_batches else None
+    for batch in open_batches:
+        for path, picture in zip(_paths(folder, settings, batch), _draw(pipe, settings, batch), strict=True):
+            if path in _missing(folder, settings, batch):
+                data = io.BytesIO()
+                picture.save(data, "PNG")
+                write_atomically(path, data.getvalue())
+            drawn += 1
+            on_progress(drawn, total)
+    if pipe is not None and state.is_main_process:
+        write_json(out / GENERATION, _description(settings, prompts) | describe_model(pipe, settings))
+    state.wait_for_everyone()
+    return drawn
+
+
+def _paths(folder: Path, settings: Settings, batch: Sequence[Prompt]) -> list[Path]:
+    return [
+        folder / f"{picture_name(prompt.id, number, settings.per_prompt)}.png"
+        for prompt in batch
+        for number in range(1, settings.per_prompt + 1)
+    ]
+
+
+def _missing(folder: Path, settings: Settings, batch: Sequence[Prompt]) -> list[Path]:
+    return [path for path in _paths(folder, settings, batch) if not path.is_file() or why_unreadable(path)]
+
+
+def _draw(pipe, settings: Settings, batch: Sequence[Prompt]) -> list:
+    import torch
+
+    generators = [
+        torch.Generator().manual_seed(picture_seed(settings.seed, prompt.id, number))
+        for prompt in batch
+        for number in range(1, settings.per_prompt + 1)
+    ]
+    wanted = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "image_guidance_scale": settings.image_guidance,
+        "height": settings.height,
+        "width": settings.width,
+    }
+    references = [_open(prompt.references) for prompt in batch]
+    result = pipe(
+        prompt=[prompt.text for prompt in batch],
+        image=references if any(references) else None,
+        think=settings.think,
+        num_images_per_prompt=settings.per_prompt,
+        generator=generators,
+        **{name: value for name, value in wanted.items() if value is not None},
+    )
+    return result.images
+
+
+def _open(paths: Sequence[Path]) -> list:
+    from PIL import Image, ImageOps
+
+    pictures = []
+    for path in paths:
+        with Image.open(path) as picture:
+            pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
+    return pictures
+
+
+def _description(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    texts = "\n".join(f"{prompt.id} {prompt.text}" for prompt in prompts)
+    return asdict(settings) | {"prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()}
+
+
+def _require_same_settings(out: Path, settings: Settings, prompts: Sequence[Prompt]) -> None:
+    known, wanted = read_json(out / GENERATION), _description(settings, prompts)
+    if known is not None:
+        for name, value in wanted.items():
+            # "asked" keeps what was asked for where the description holds what the model made of it.
+            before = known.get("asked", {}).get(name, known.get(name))
+            if before != value:
+                raise ValueError(
+                    f"{out} holds pictures that were drawn with {name} {before!r}, not {value!r}: use another --out"
+                )
+        return
+    write_json(out / GENERATION, wanted)
+
+
+def describe_model(pipe, settings: Settings) -> dict[str, Any]:
+    """What the pictures depend on in the loaded model: revision, type, and the presets that were used."""
+    presets = dict(getattr(pipe.config, "presets", None) or {})
+    guidance = settings.guidance if settings.guidance is not None else _of_presets(presets, "guidance_scale")
+    image = settings.image_guidance
+    return {
+        "asked": {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance")},
+        "model_revision": _revision(settings.model, pipe),
+        "dtype": str(getattr(pipe, "dtype", None)).removeprefix("torch."),
+        "steps": settings.steps if settings.steps is not None else _default_steps(pipe),
+        "guidance": guidance,
+        "image_guidance": image if image is not None else _of_presets(presets, "image_guidance_scale"),
+    }
+
+
+def _of_presets(presets: dict, name: str) -> dict[str, float] | None:
+    return {task: of[name] for task, of in presets.items() if name in of} or None
+
+
+def _default_steps(pipe) -> int | None:
+    import inspect
+
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter else None
+
+
+def _revision(model: str, pipe) -> str:
+    """The commit of a Hub model, or the hash of the configurations and of the weights' sizes of a folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        name = Path(str(getattr(pipe.config, "_name_or_path", "")))
+        parts = name.parts
+        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
+    content = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        content.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if path.suffix == ".json":
+            content.update(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:  # names and shapes, and a sample of the values
+                content.update(file.read(1 << 20))
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                content.update(file.read())
+    return f"folder:{content.hexdigest()[:16]}"

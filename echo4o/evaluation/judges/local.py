@@ -1,0 +1,126 @@
+"""`hf:MODEL` and `self`: judges that run in this process."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question
+
+MAX_TOKENS = 512
+
+
+class _LocalJudge(Judge):
+    """Answers one question at a time, in a thread, so that an interrupt is heard meanwhile."""
+
+    parallel = 1
+
+    async def ask(self, question: Question, key: str) -> Answer:
+        try:
+            return await asyncio.to_thread(self.answer, question)
+        except (ValueError, RuntimeError) as error:
+            raise JudgeFault("model_error", f"{self.name}: {error}") from error
+
+    def answer(self, question: Question) -> Answer:
+        raise NotImplementedError
+
+
+class TransformersJudge(_LocalJudge):
+    """A vision-language model of transformers with a chat template; decodes greedily."""
+
+    def __init__(self, model: str, device: str | None = None, max_tokens: int | None = None):
+        self.model_id, self.name = model, f"hf:{model}"
+        self.device, self.max_tokens = device or "auto", max_tokens or MAX_TOKENS
+        self._model = self._processor = None
+        self._require_vision()
+
+    def _require_vision(self) -> None:
+        """Before anything is drawn for it, from the configuration alone."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        config = AutoConfig.from_pretrained(self.model_id)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(f"--judge {self.name}: a {config.model_type} model sees no pictures; a judge has to")
+
+    def identity(self) -> dict[str, Any]:
+        self.prepare()
+        return {
+            "judge": self.name,
+            "revision": getattr(self._model.config, "_commit_hash", None),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "max_tokens": self.max_tokens,
+        }
+
+    def prepare(self) -> None:
+        if self._model is not None:
+            return
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self._processor = AutoProcessor.from_pretrained(self.model_id)
+        if not getattr(self._processor, "chat_template", None):
+            raise ValueError(f"--judge {self.name}: its processor has no chat template")
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = AutoModelForImageTextToText.from_pretrained(self.model_id, dtype="auto").to(device).eval()
+
+    def answer(self, question: Question) -> Answer:
+        import torch
+        from PIL import Image
+
+        content = []
+        for shown in question.shown:
+            with Image.open(shown.picture.path) as picture:
+                content += [
+                    {"type": "text", "text": f"{shown.label}:"},
+                    {"type": "image", "image": picture.convert("RGB")},
+                ]
+        content.append({"type": "text", "text": question.text})
+        system = (
+            [{"role": "system", "content": [{"type": "text", "text": question.system}]}] if question.system else []
+        )
+        inputs = self._processor.apply_chat_template(
+            [*system, {"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self._model.device, self._model.dtype)
+        with torch.no_grad():
+            output = self._model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+        said = output[0, inputs["input_ids"].shape[1] :]
+        text = self._processor.decode(said, skip_special_tokens=True)
+        return Answer(text, cut=False, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(said))
+
+
+class PipelineJudge(_LocalJudge):
+    """The evaluated pipeline itself, through its `chat`: what it thinks of its own pictures."""
+
+    def __init__(self, model: str, load_pipeline: Callable | None = None, max_tokens: int | None = None):
+        self.model_id, self.name = model, f"self:{model}"
+        self._load, self.max_tokens = load_pipeline, max_tokens or MAX_TOKENS
+        self._pipe = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"judge": self.name, "max_tokens": self.max_tokens}
+
+    def prepare(self) -> None:
+        if self._pipe is None:
+            if self._load is None:
+                from echo4o import Echo4oPipeline
+
+                self._load = Echo4oPipeline.from_pretrained
+            self._pipe = self._load(self.model_id)
+            self._pipe.set_progress_bar_config(disable=True)
+
+    def answer(self, question: Question) -> Answer:
+        from PIL import Image
+
+        self.prepare()
+        pictures = []
+        for shown in question.shown:
+            with Image.open(shown.picture.path) as picture:
+                pictures.append(picture.convert("RGB"))
+        prompt = "\n\n".join(part for part in (question.system, question.text) if part)
+        return Answer(self._pipe.chat(prompt, image=pictures, max_new_tokens=self.max_tokens))

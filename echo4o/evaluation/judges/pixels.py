@@ -1,0 +1,47 @@
+"""`pixels`: the quickstart's detector, which reads Shapes-4o pictures exactly and costs nothing."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question
+
+_SIZES = {"larger": "large", "smaller": "small"}
+
+
+class PixelsJudge(Judge):
+    """Answers what a picture of Shapes-4o shows from its pixels; knows only its shapes and colours."""
+
+    name = "pixels"
+    parallel = 1
+
+    def identity(self) -> dict[str, Any]:
+        from echo4o.quickstart import detector
+
+        return {"judge": self.name, "detector": hashlib.sha256(Path(detector.__file__).read_bytes()).hexdigest()[:16]}
+
+    async def ask(self, question: Question, key: str) -> Answer:
+        from PIL import Image
+
+        from echo4o.quickstart.detector import check, detect
+
+        if "include" not in question.facts:
+            raise JudgeFault("wrong_benchmark", "the judge pixels can only check lists of objects", fatal=True)
+        try:
+            groups = [group_of(item) for item in question.facts["include"]]
+        except ValueError as error:
+            raise JudgeFault("unknown_object", f"the judge pixels knows Shapes-4o only: {error}", fatal=True) from None
+        with Image.open(question.shown[-1].picture.path) as picture:
+            found = detect(picture)
+        right, reasons = check(groups, found)
+        reason = "; ".join(reasons) or "exactly the objects that were asked for"
+        return Answer(json.dumps({"reason": reason, "correct": int(right)}))
+
+
+def group_of(item: dict[str, Any]):
+    """The detector's group of an entry of a checklist."""
+    from echo4o.quickstart.scene import Group
+
+    size = item.get("size")
+    return Group(item["class"], item.get("color"), item.get("count", 1), item.get("region"), _SIZES.get(size, size))

@@ -1,0 +1,148 @@
+"""Prompts of a benchmark: read from a file, or fetched once from their source, checked and kept."""
+
+import hashlib
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from echo4o.evaluation.benchmarks.base import Benchmark, Prompt, Source
+from echo4o.evaluation.folder import write_atomically
+
+# An id names files: no separators, no leading dot.
+_ID = re.compile(r"[^./\\\0][^/\\\0]*")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a run.
+
+    Args:
+        prompts: those that are evaluated.
+        sha256: of the file they come from.
+        official: whether that file is the benchmark's own; None where no checksum is known.
+        part: what was picked out of the file, in words; None: all of it.
+    """
+
+    prompts: tuple[Prompt, ...]
+    sha256: str
+    official: bool | None
+    part: str | None = None
+
+
+def cache_folder() -> Path:
+    """Where downloads and paid answers are kept: ECHO4O_CACHE, else echo4o in the user's cache folder."""
+    if os.environ.get("ECHO4O_CACHE"):
+        return Path(os.environ["ECHO4O_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo4o"
+
+
+def load_prompts(
+    benchmark: Benchmark,
+    file: Path | None = None,
+    revision: str | None = None,
+    groups: Sequence[str] = (),
+    limit: int | None = None,
+) -> PromptSet:
+    """The prompts of a file, or of the benchmark's source if no file is named; of some groups, or the first ones."""
+    if file is None:
+        file = fetch_official(benchmark, revision)
+    prompts = read_prompts(benchmark, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    official = digest == benchmark.source.sha256 if benchmark.source else None
+    kept, part = prompts, []
+    if groups:
+        known = list(dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.type)))
+        for group in groups:
+            if group not in known:
+                raise ValueError(f"there is no group or type {group!r} in {file}; it has {', '.join(known)}")
+        kept = [prompt for prompt in kept if prompt.group in groups or prompt.type in groups]
+        part.append(f"only {', '.join(groups)}")
+    if limit is not None and limit < len(kept):
+        kept = kept[:limit]
+        part.append(f"only the first {limit}")
+    return PromptSet(tuple(kept), digest, official, ", ".join(part) or None)
+
+
+def read_prompts(benchmark: Benchmark, file: Path) -> list[Prompt]:
+    """Read a prompt file, JSON lines or one JSON list; ValueError names the bad line."""
+    text = file.read_text("utf-8-sig")
+    is_list = text.lstrip().startswith("[")
+    rows = _read_list(text, file) if is_list else list(enumerate(text.splitlines(), start=1))
+    prompts, seen = [], {}
+    for number, row in rows:
+        where = f"{file}, {'entry' if is_list else 'line'} {number}"
+        if isinstance(row, str):
+            if not row.strip():
+                continue
+            try:
+                row = json.loads(row)
+            except ValueError as error:
+                raise ValueError(f"{where}: this is no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON object is needed")
+        try:
+            prompt = benchmark.read_row(row, number, file.parent)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not _ID.fullmatch(prompt.id):
+            raise ValueError(f"{where}: the id {prompt.id!r} cannot name a picture file")
+        if prompt.id in seen:
+            raise ValueError(f"{where}: the id {prompt.id!r} stands in line {seen[prompt.id]}, too")
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{file}: there is no prompt in it")
+    return prompts
+
+
+def _read_list(text: str, file: Path) -> list[tuple[int, object]]:
+    try:
+        return list(enumerate(json.loads(text), start=1))
+    except ValueError as error:
+        raise ValueError(f"{file}: this is no JSON ({error})") from None
+
+
+def to_row(prompt: Prompt) -> dict:
+    """A prompt as JSON, for the folder of the evaluation."""
+    return asdict(prompt) | {"references": [str(path) for path in prompt.references]}
+
+
+def from_row(row: dict) -> Prompt:
+    return Prompt(**(row | {"references": tuple(Path(path) for path in row["references"])}))
+
+
+def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
+    """The official prompt file of a benchmark: downloaded once at its pinned revision."""
+    if benchmark.name == "omnicontext":
+        from echo4o.evaluation.benchmarks.omnicontext import download
+
+        return download(revision, cache_folder() / "prompts")
+    if benchmark.source is None:
+        raise ValueError(f"{benchmark.name}: give --prompts FILE; there is no place to download its prompts from")
+    return fetch(benchmark.source, benchmark.name, cache_folder() / "prompts")
+
+
+def fetch(source: Source, name: str, cache: Path) -> Path:
+    """Download a file and check it, or take the kept copy, checked again."""
+    target = cache / f"{name}-{source.revision[:12]}.jsonl"
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == source.sha256:
+        return target
+    try:
+        with urllib.request.urlopen(source.address, timeout=60) as answer:
+            data = answer.read()
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{source.address}: {reason}; give the official file with --prompts FILE") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != source.sha256:
+        raise ValueError(
+            f"{source.address} has the SHA-256 {digest}, expected is {source.sha256}; if you trust another file, give "
+            "it with --prompts FILE"
+        )
+    write_atomically(target, data)
+    return target

@@ -1,0 +1,258 @@
+"""Step 3: from records to numbers. Only what was judged counts, and how much was judged stands beside every number."""
+
+import hashlib
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from echo4o.evaluation import statistics
+from echo4o.evaluation.benchmarks import get_benchmark
+from echo4o.evaluation.benchmarks.base import Benchmark, Prompt
+from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT, Records, read_json, write_json
+from echo4o.evaluation.pictures import picture_name
+from echo4o.evaluation.prompt_files import from_row
+
+STATUSES = ("scored", "judge_error", "missing_image", "not_judged")
+_LIBRARIES = ("torch", "diffusers", "transformers", "openai", "numpy", "pillow")
+_FROM_GENERATION = (
+    "model", "model_revision", "adapter", "dtype", "seed", "steps", "guidance", "image_guidance", "height", "width",
+    "think",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture judged once, with all aspects: how it ended, and its score if it has one."""
+
+    prompt: Prompt
+    picture: int
+    repeat: int
+    status: str
+    score: float | None
+    records: tuple[dict, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A judged folder as it was read."""
+
+    benchmark: Benchmark
+    prompts: list[Prompt]
+    header: dict[str, Any]  # of the prompts' file
+    judge: dict[str, Any]
+    generation: dict[str, Any]
+    samples: list[Sample]
+    out: Path
+
+    def values(self) -> dict[str, dict[str, float]]:
+        """By group, each prompt's mean score over its scored samples."""
+        by_prompt = defaultdict(list)
+        for sample in self.samples:
+            if sample.score is not None:
+                by_prompt[sample.prompt.id].append(sample.score)
+        values = {group: {} for group in dict.fromkeys(prompt.group for prompt in self.prompts)}
+        for prompt in self.prompts:
+            if prompt.id in by_prompt:
+                values[prompt.group][prompt.id] = fmean(by_prompt[prompt.id])
+        return values
+
+
+def read_evaluation(out: Path) -> Evaluation:
+    """Read a folder in which pictures were judged."""
+    rows = list(Records(out / PROMPTS))
+    judge = read_json(out / JUDGE)
+    if not rows or judge is None:
+        raise ValueError(f"{out}: nothing was judged here yet; run echo4o evaluate judge first")
+    header, prompts = rows[0], [from_row(row) for row in rows[1:]]
+    benchmark = get_benchmark(header["benchmark"])
+    _require_unchanged(judge)
+    samples = list(_samples(benchmark, prompts, judge, Records(out / RECORDS)))
+    return Evaluation(benchmark, prompts, header, judge, read_json(out / GENERATION) or {}, samples, out)
+
+
+def _require_unchanged(judge: dict) -> None:
+    changed = []
+    for name, digest in judge["pictures"].items():
+        path = Path(judge["files"][name])
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"{len(changed)} pictures have changed since they were judged ({', '.join(changed[:8])}): judge them again"
+        )
+
+
+def _samples(benchmark: Benchmark, prompts: Sequence[Prompt], judge: dict, records: Records):
+    latest = {}
+    for record in records:
+        if record["judge"] == judge["fingerprint"]:
+            latest[record["id"], record["picture"], record["repeat"], record["aspect"], record["image_sha256"]] = (
+                record
+            )
+    per_prompt = judge["pictures_per_prompt"]
+    for prompt in prompts:
+        for picture in range(1, per_prompt + 1):
+            digest = judge["pictures"].get(picture_name(prompt.id, picture, per_prompt))
+            for repeat in range(1, judge["repeats"] + 1):
+                keys = [(prompt.id, picture, repeat, aspect.name, digest) for aspect in benchmark.aspects]
+                found = tuple(latest[key] for key in keys if key in latest)
+                yield _sample(benchmark, prompt, picture, repeat, digest, found)
+
+
+def _sample(benchmark: Benchmark, prompt: Prompt, picture: int, repeat: int, digest, found) -> Sample:
+    statuses = {record["status"] for record in found}
+    score = None
+    if digest is None:
+        status = "missing_image"
+    elif "judge_error" in statuses:
+        status = "judge_error"
+    elif len(found) < len(benchmark.aspects):
+        status = "not_judged"
+    else:
+        status = "scored"
+        scores = {name: value for record in found for name, value in record["scores"].items()}
+        score = benchmark.sample_score(scores)
+    return Sample(prompt, picture, repeat, status, score, found)
+
+
+def score_folder(out: Path, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """Score a judged folder and write `result.json`; the same inputs give the same bytes."""
+    if not 0 <= min_coverage <= 1:
+        raise ValueError(f"--min-coverage is {min_coverage}; it must be from 0 to 1")
+    result = score(read_evaluation(out), min_coverage, seed)
+    write_json(out / RESULT, result)
+    return result
+
+
+def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """The result of a judged folder; see `docs/evaluation.md` for its fields."""
+    benchmark, samples = evaluation.benchmark, evaluation.samples
+    values = {group: list(of.values()) for group, of in evaluation.values().items()}
+    totals = statistics.overall(values, benchmark.aggregates)
+    intervals, group_intervals = statistics.bootstrap(values, benchmark.aggregates, seed, benchmark.scale)
+    scored = sum(sample.score is not None for sample in samples)
+    coverage = scored / len(samples)
+    withheld = _why_withheld(evaluation, values, coverage, min_coverage)
+    means = statistics.group_means(values)
+    counts = {group: _count(samples, "group", group) for group in values}
+    result = {
+        "benchmark": benchmark.name,
+        "score": None if withheld else totals["score"],
+        "withheld": withheld,
+        "coverage": coverage,
+        "min_coverage": min_coverage,
+        "groups": {group: {"score": means.get(group)} | counts[group] for group in values},
+        "also": {} if withheld else {name: value for name, value in totals.items() if name != "score"},
+        "statuses": {status: sum(sample.status == status for sample in samples) for status in STATUSES},
+        "intervals": {
+            "level": statistics.LEVEL,
+            "method": "percentile bootstrap over prompts within groups; Wilson where all values are 0 or all are 1",
+            "resamples": statistics.RESAMPLES,
+            "seed": seed,
+            "score": None if withheld else intervals["score"],
+            "also": {} if withheld else {name: of for name, of in intervals.items() if name != "score"},
+            "groups": group_intervals,
+        },
+        "fields": _field_means(samples),
+        "types": _types(evaluation),
+        "repeats": _repeats(evaluation, benchmark),
+    }
+    return result | _origin(evaluation)
+
+
+def _why_withheld(evaluation: Evaluation, values: dict, coverage: float, min_coverage: float) -> str | None:
+    if not any(values.values()):
+        return "nothing was scored"
+    if coverage < min_coverage:
+        return f"coverage is {coverage:.4f}, below --min-coverage {min_coverage:g}"
+    empty = [group for group, of in values.items() if not of]
+    if empty:
+        return f"nothing was scored in {', '.join(empty)}"
+    if evaluation.header.get("part"):
+        return f"a part of the prompts was evaluated: {evaluation.header['part']}"
+    return None
+
+
+def _count(samples: Sequence[Sample], field: str, name: str) -> dict[str, int]:
+    of = [sample for sample in samples if getattr(sample.prompt, field) == name]
+    return {"scored": sum(sample.score is not None for sample in of), "total": len(of)}
+
+
+def _field_means(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of each field of the verdicts, over the scored samples."""
+    fields = defaultdict(list)
+    for sample in samples:
+        if sample.score is not None:
+            for record in sample.records:
+                for name, value in record["scores"].items():
+                    fields[name].append(value)
+    return {name: fmean(of) for name, of in fields.items()}
+
+
+def _types(evaluation: Evaluation) -> dict[str, dict]:
+    """Scores by type, where the benchmark has types within groups."""
+    types = list(dict.fromkeys(prompt.type for prompt in evaluation.prompts))
+    if all(prompt.type in ("", prompt.group) for prompt in evaluation.prompts):
+        return {}
+    values = {prompt_id: value for of in evaluation.values().values() for prompt_id, value in of.items()}
+    found = {}
+    for kind in types:
+        of = [values[prompt.id] for prompt in evaluation.prompts if prompt.type == kind and prompt.id in values]
+        found[kind] = {"score": fmean(of) if of else None} | _count(evaluation.samples, "type", kind)
+    return found
+
+
+def _repeats(evaluation: Evaluation, benchmark: Benchmark) -> dict[str, Any] | None:
+    """How much the judge differs from itself: None without repeats."""
+    repeats = evaluation.judge["repeats"]
+    if repeats < 2:
+        return None
+    by_picture = defaultdict(dict)
+    for sample in evaluation.samples:
+        if sample.score is not None:
+            by_picture[sample.prompt.id, sample.picture][sample.repeat] = (sample.prompt.group, sample.score)
+    complete = [of for of in by_picture.values() if len(of) == repeats]
+    if not complete:
+        return {"repeats": repeats, "pictures": 0}
+    headlines = []
+    for repeat in range(1, repeats + 1):
+        values = defaultdict(list)
+        for of in complete:
+            values[of[repeat][0]].append(of[repeat][1])
+        headlines.append(statistics.overall(values, benchmark.aggregates)["score"])
+    scores = [[score for _, score in of.values()] for of in complete]
+    return {
+        "repeats": repeats,
+        "pictures": len(complete),
+        "score_of_each": headlines,
+        "score_std": pstdev(headlines),
+        "mean_std_of_a_picture": fmean(pstdev(of) for of in scores),
+        "pictures_judged_differently": sum(len(set(of)) > 1 for of in scores) / len(scores),
+    }
+
+
+def _origin(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything that a score depends on beside the pictures' content; nothing that changes from run to run."""
+    judge, generation, header = evaluation.judge, evaluation.generation, evaluation.header
+    pictures = "".join(f"{name} {digest}\n" for name, digest in sorted(judge["pictures"].items()))
+    return {
+        **{name: generation.get(name) for name in _FROM_GENERATION},
+        "pictures_per_prompt": judge["pictures_per_prompt"],
+        "pictures_sha256": hashlib.sha256(pictures.encode()).hexdigest(),
+        "judge": judge["judge"],
+        "prompt_hashes": {"prompts": header["sha256"], **judge["prompt_hashes"]},
+        "prompts": {"count": len(evaluation.prompts), "official": header["official"], "part": header["part"]},
+        "versions": {"echo4o": _echo4o(), "python": platform.python_version()}
+        | {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def _echo4o() -> str:
+    from echo4o import __version__
+
+    return __version__
