@@ -78,21 +78,25 @@ class LossTerms(NamedTuple):
 
 
 def loss_terms(transformer, vision_model, sequence: PackedSequence, noised: NoisedLatents | None) -> LossTerms:
-    """One forward pass in training mode; `noised` is None for a batch without VAE pictures."""
-    vision = None
-    if sequence.patches is not None:
-        vision = vision_model(sequence.patches, sequence.patch_position_ids, sequence.patch_lengths).embeds
+    """One forward pass in training mode; `noised` is None for a batch without VAE pictures.
+
+    What a batch has nothing for runs on nothing: every parameter is in every graph and gets a gradient, if only of
+    zeros, so that processes with different batches agree on what to reduce.
+    """
+    patches, lengths = sequence.patches, sequence.patch_lengths
+    if patches is None:
+        values = vision_model.config.patch_size**2 * vision_model.config.num_channels
+        patches, lengths = torch.zeros(0, values, device=sequence.input_ids.device), [0]
+    vision = vision_model(patches, sequence.patch_position_ids, lengths).embeds
     labelled = (sequence.labels != NO_LABEL).nonzero()[:, 0]
     out = transformer(
         None if noised is None else noised.hidden_states,
         None if noised is None else noised.timestep,
         sequence,
         vision,
-        logit_index=labelled if len(labelled) else None,
+        logit_index=labelled,
     )
-    nothing = torch.zeros(0, device=sequence.input_ids.device)
-    mse = nothing if noised is None else (out.sample[sequence.gen_noised].float() - noised.target.float()).square()
-    cross_entropy = nothing
-    if out.logits is not None:
-        cross_entropy = F.cross_entropy(out.logits.float(), sequence.labels[labelled], reduction="none")
+    velocity = out.sample[sequence.gen_noised].float()  # (N, C)
+    mse = (velocity if noised is None else velocity - noised.target.float()).square()
+    cross_entropy = F.cross_entropy(out.logits.float(), sequence.labels[labelled], reduction="none")
     return LossTerms(mse, cross_entropy, sequence.label_weights[labelled])
