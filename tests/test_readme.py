@@ -45,7 +45,9 @@ def test_links_lead_somewhere():
 @pytest.mark.timeout(900)
 def test_examples_run(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "BAGEL-7B-MoT")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # The model is tiny: more threads would only wait for each other.
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     for script in _scripts():
         done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace")
         assert done.returncode == 0, f"{script[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
