@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ class Trainer:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         quiet = not self.accelerator.is_main_process
         with (
-            open(recipe.output_dir / "train_log.jsonl", "w", encoding="utf-8") as file,
+            open(os.devnull if quiet else recipe.output_dir / "train_log.jsonl", "w", encoding="utf-8") as file,
             tqdm(total=recipe.steps, desc="training", unit="step", disable=quiet) as bar,
         ):
             for step in range(recipe.steps):

@@ -163,3 +163,12 @@ def test_changes_by_dotted_name(tmp_path):
 @pytest.mark.parametrize("file", sorted(shipped_recipe("x").parent.glob("*.yaml")), ids=lambda f: f.stem)
 def test_shipped_recipes_are_valid(file):
     load_recipe(file)
+
+
+def test_every_parameter_has_a_gradient_without_references(tmp_path, tiny_pipeline, rows):
+    """Else processes whose samples have no references would wait for each other's gradients without end."""
+    trainer = Trainer(recipe(tmp_path), tiny_pipeline, rows.select([0, 2, 4, 6]))
+    (batch,) = trainer.batches.next_step()
+    assert batch.sequence.patches is None
+    trainer.model(batch, 1.0).sums()[[0, 2]].sum().backward()
+    assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []
