@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack
+
 from .parity.__main__ import main
+from .parity.g_packing import latent_grids
 from .parity.golden import Record
 from .parity.report import EXACT, SINGLE, Report, Row, distance
 from .parity.run import FILES, REST, run
@@ -257,6 +260,16 @@ def test_an_empty_report_does_not_pass():
 def test_rows_pass_up_to_their_tolerance():
     assert Row("f", "c", 1e-4, SINGLE).passed and not Row("f", "c", 1.01e-4, SINGLE).passed
     assert Row("f", "c", 0.0, EXACT).passed and not Row("f", "c", 1e-9, EXACT).passed
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_grids_are_read_off_position_tables_of_any_size(side):
+    """Also where a picture is as wide as the table, so that its places are consecutive numbers."""
+    tokens = SpecialTokens(1, 2, 3, 4)
+    shapes = [(2, 3), (3, 1), (1, 3), (3, 3)]
+    segments = [image_segment(kind, shape, tokens) for kind, shape in zip(["vae", "noise"] * 2, shapes)]
+    sequence = pack([segments[:3], segments[3:]], latent_positions=side, patch_positions=1)
+    assert latent_grids(sequence, side) == [list(shape) for shape in shapes]
 
 
 def test_records_know_what_was_read():

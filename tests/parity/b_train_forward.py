@@ -65,7 +65,7 @@ def _check_inputs(golden, file, sequence, check) -> None:
             "packed_timesteps",
         ]
         want |= {name: tensors[name] for name in names} | {"ce_loss_weights": file.tensors["ce_loss_weights"]}
-        check_packed(sequence, want, check.of("in"))
+        check_packed(sequence, golden.components["transformer"].config.max_latent_size, want, check.of("in"))
     with check.trying("attend_mask"):
         check_masks(sequence, tensors.series("attend_mask"), check)
         check("flex_mask_equals_dense_mask", file.json["flex_mask_equals_dense_mask"], True)

@@ -47,7 +47,7 @@ def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:
             if draws is not None:
                 check(f"{name}.random_draws used", draws.used, len(case["random_draws"]))
             sequence = pack(samples, **sides)
-            check_packed(sequence, case["packed"].plain(), check.of(name))
+            check_packed(sequence, sides["latent_positions"], case["packed"].plain(), check.of(name))
             check_masks(sequence, file.tensors.series(f"{name}.attend_mask"), check.of(name))
             check(f"{name}.flex_mask_equals_dense_mask", _flex_agrees(sequence), case["flex_mask_equals_dense_mask"])
             _check_tail(sequence, case["flex_to_tensor_tail"], check.of(f"{name}.flex_to_tensor_tail"))
@@ -79,8 +79,11 @@ def _draws(case: Record, check: Check) -> Draws | None:
     return Draws(values, probabilities)
 
 
-def check_packed(sequence: PackedSequence, want: dict[str, Any], check: Check) -> None:
-    """Compare with the original's packed sequence; `want` maps its names to values and is used up."""
+def check_packed(sequence: PackedSequence, latent_side: int, want: dict[str, Any], check: Check) -> None:
+    """Compare with the original's packed sequence; `want` maps its names to values.
+
+    `latent_side`: of the latent position table that the sequence was packed for.
+    """
     want = dict(want)
     order = golden_order(sequence)
     und = len(sequence.input_ids)
@@ -103,7 +106,7 @@ def check_packed(sequence: PackedSequence, want: dict[str, Any], check: Check) -
         "packed_vit_position_ids": sequence.patch_position_ids,
     }
     got |= _losses(sequence, order)
-    got |= _pictures(sequence, want)
+    got |= {"vae_latent_shapes": latent_grids(sequence, latent_side), "packed_timesteps": _raw_times(sequence, want)}
     for name in got:
         if name in ("packed_latent_position_ids", "packed_vit_position_ids"):
             want[name] = _flat(want[name])  # the original keeps one list per picture
@@ -128,23 +131,21 @@ def _losses(sequence: PackedSequence, order: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _pictures(sequence: PackedSequence, want: dict[str, Any]) -> dict[str, Any]:
-    """Grids of latent tokens, and raw times: one draw per noised split, spread over its tokens; clean ones have -inf."""
-    raw = [-torch.inf if x is None else x for x in _flat(want.pop("packed_timesteps"))]
-    want["packed_timesteps"] = raw
+def latent_grids(sequence: PackedSequence, side: int) -> list[list[int]]:
+    """[rows, columns] of every VAE picture, from the places of its tokens in the position table."""
+    places = [sequence.latent_position_ids[span.gen] for spans in sequence.spans for span in spans]
+    grids = [(len((ids // side).unique()), len((ids % side).unique())) for ids in places if len(ids)]
+    return [list(grid) for grid in grids]
+
+
+def _raw_times(sequence: PackedSequence, want: dict[str, Any]) -> torch.Tensor:
+    """(G,) raw times: one draw per noised split, spread over its tokens; clean ones have -inf (null in the json)."""
+    raw = want["packed_timesteps"] = [-torch.inf if x is None else x for x in _flat(want["packed_timesteps"])]
     times = torch.full((len(sequence.gen_segment),), -torch.inf, dtype=torch.float64)
     for number in sequence.gen_segment[sequence.gen_noised].unique().tolist():
         tokens = (sequence.gen_segment == number).nonzero()[:, 0]
         times[tokens] = float(raw[int(tokens[0])])
-    grids, start = [], 0
-    for spans in sequence.spans:
-        for span in spans:
-            ids = sequence.latent_position_ids[span.gen]
-            if len(ids):
-                rows = 1 + int((ids[1:] - ids[:-1] != 1).sum()) if len(ids) > 1 else 1
-                grids.append([rows, len(ids) // rows])
-                start += len(ids)
-    return {"packed_timesteps": times, "vae_latent_shapes": grids}
+    return times
 
 
 def _flat(values: Any) -> list:
