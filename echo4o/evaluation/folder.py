@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, GENERATION, JUDGE = "prompts.jsonl", "generation.json", "judge.json"
-RECORDS, SPENDING, RESULT, REPORT = "records.jsonl", "spending.json", "result.json", "report.html"
+RECORDS, SPENDING, RESULT, REPORT = "records.jsonl", "spending.jsonl", "result.json", "report.html"
 IMAGES = "images"
 
 
