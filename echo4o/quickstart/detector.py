@@ -119,9 +119,11 @@ def _nearest_shape(piece: np.ndarray) -> tuple[str, float]:
 
 
 def _normalised(piece: np.ndarray) -> np.ndarray:
-    """A mask cropped to its box, stretched to a fixed square: bool (32, 32)."""
+    """A mask cropped to the square around its box, in a fixed size: bool (32, 32). A half square stays a half."""
     rows, columns = np.nonzero(piece > 0.5)
     piece = piece[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    missing = [max(piece.shape) - length for length in piece.shape]
+    piece = np.pad(piece, [(lack // 2, lack - lack // 2) for lack in missing])
     return np.asarray(Image.fromarray(piece).resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR)) > 0.5
 
 

@@ -50,7 +50,8 @@ def test_two_toned_things_are_no_objects():
     pixels = np.array(draw([SceneObject("square", "red", 0, 0)]))
     pixels[8:16] = np.asarray(draw([SceneObject("square", "blue", 0, 0)]))[8:16]
     assert not check([Group("square", "red")], detect(pixels))[0]
-    assert not check([Group("square")], detect(pixels))[0]
+    assert [thing.shape for thing in detect(pixels)] == [None, None]
+    assert "a red thing of no clear shape at (8, 5)" in check([Group("square")], detect(pixels))[1]
 
 
 def test_an_empty_picture_has_no_objects():
@@ -74,8 +75,13 @@ def test_an_empty_picture_has_no_objects():
         ),
         (
             [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
-            [("star", "red", 0, 0), ("heart", "red", 1, 0)],
-            "not beside",
+            [("star", "red", 0, 0), ("heart", "red", 1, 1)],
+            "16 across and 1[67] down: not beside",
+        ),
+        (
+            [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
+            [("star", "red", 0, 0), ("heart", "red", 0, 3)],
+            "48 across and . down: not beside",
         ),
     ],
 )
