@@ -1,6 +1,6 @@
 """Makes what the quickstart starts from, and what is committed under ``base/``: ``python -m echo4o.quickstart.tiny_base``.
 
-Everything comes from seeds: the tokenizer in a second, the VAE in about a quarter of an hour on one thread, and then
+Everything comes from seeds: the tokenizer in a second, the VAE in about a quarter of an hour of one free core, and then
 the base model. None of it sees held-out content; the VAE sees pictures only.
 """
 

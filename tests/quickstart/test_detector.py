@@ -76,7 +76,7 @@ def test_an_empty_picture_has_no_objects():
         (
             [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
             [("star", "red", 0, 0), ("heart", "red", 1, 1)],
-            "16 across and 1[67] down: not beside",
+            "16 across and 1[567] down: not beside",
         ),
         (
             [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
