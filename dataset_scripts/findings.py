@@ -25,7 +25,7 @@ class Remark(StrEnum):
     UNSAFE_MEMBER = "refused member"
     DECOMPRESSION_BOMB = "oversized member"
     UNUSED_MEMBER = "member without row"
-    REPEATED_MEMBER = "repeated member"  # the first one of a name counts
+    SURPLUS_MEMBER = "surplus member"  # its rows have their picture already, or are rejected for another reason
     AMBIGUOUS_MEMBER = "ambiguous member"  # several rows' paths fit its name equally well
     DAMAGED_ARCHIVE = "damaged archive"
     OPEN_ARRAY = "unclosed array"  # a JSON array of rows without its end

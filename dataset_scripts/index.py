@@ -19,13 +19,14 @@ _ROWS_TO_JUDGE = 1000  # readable rows, after which a folder without any known s
 class Slot:
     """A picture that rows want."""
 
-    __slots__ = ("path", "rows", "left", "taken", "picture", "archive", "member", "spooled", "problem")
+    __slots__ = ("path", "rows", "left", "taken", "joined", "picture", "archive", "member", "spooled", "problem")
 
     def __init__(self, path: str):
         self.path = path
         self.rows: list[int] = []
         self.left = 0  # rows that may still need it
-        self.taken = False
+        self.taken = False  # its picture is on the way
+        self.joined = False  # its picture has come
         self.picture = self.archive = self.member = self.spooled = self.problem = None
 
 

@@ -79,7 +79,7 @@ class ReadOptions:
 
 
 def read_upstream(
-    src: str, configuration: str = ALL, options: ReadOptions = ReadOptions(), report: Report | None = None
+    src: str, configuration: str = ALL, options: ReadOptions | None = None, report: Report | None = None
 ) -> Iterator[dict]:
     """The accepted rows of a folder or of `hf://datasets/owner/name`, pictures as {"bytes", "path"}.
 
@@ -99,29 +99,38 @@ def read_upstream(
 def read_events(
     source: Source,
     configuration: str = ALL,
-    options: ReadOptions = ReadOptions(),
+    options: ReadOptions | None = None,
     *,
     done: Collection[tuple[int, int]] = (),
     seen: Iterable[str] = (),
     start: Place = BEGINNING,
     held_from: int = 0,
+    remarks: Iterable[dict] = (),
     only: "Shard | None" = None,
 ) -> Iterator[Event]:
     """All events of a reading, in their order.
 
     To go on after an earlier reading, give the numbers of rows that are `done`, the ids already `seen`, the `start`
-    up to which events were told, and the archive that pictures were `held_from` there.
+    up to which events were told, the archive that pictures were `held_from` there, and the `remarks` told on its part.
     """
-    seen = set(seen)
-    parts_of(configuration)  # refuses an unknown name
-    parts = source.select(configuration, options.plan)
-    for part in parts:
-        _index(source, part, options).check_shape()
+    seen, options = set(seen), options or ReadOptions()
+    parts = check_source(source, configuration, options)
     for number, part in enumerate(parts):
         if number >= start.part:
             here = start if number == start.part else Place(number, -1, -1)
             with _PartReading(source, part, options, here, done, seen, only) as reading:
-                yield from reading.events(held_from if number == start.part else 0)
+                yield from reading.events(held_from, remarks) if number == start.part else reading.events()
+
+
+def check_source(source: Source, configuration: str, options: ReadOptions) -> list[Part]:
+    """The parts that will be read; ValueError when one is missing, unnamed or has rows of no known shape."""
+    parts_of(configuration)  # refuses an unknown name
+    parts = source.select(configuration, options.plan)
+    for part in parts:
+        index = _index(source, part, options)
+        index.check_shape()
+        index.close()
+    return parts
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class _PartReading:
         if self.spool:
             self.spool.close()
 
-    def events(self, held_from: int) -> Iterator[Event]:
+    def events(self, held_from: int = 0, remarks: Iterable[dict] = ()) -> Iterator[Event]:
         for number, finding in self.index.scan():
             if number is None:
                 if self.start.archive < 0:
@@ -184,6 +193,8 @@ class _PartReading:
         self.pending = [len(set(slots)) if slots else 0 for slots in self.index.slots]
         for number in sorted(self.finished):
             self._forget(number)
+        for remark in remarks:
+            self._keep_in_mind(Remark(remark["reason"]), remark["detail"], remark["archive"], remark.get("member", ""))
         if self.only:
             self._leave_out_other_shares()
         first = held_from if self.start.archive >= 0 else 0
@@ -237,10 +248,10 @@ class _PartReading:
     def _arrive(self, item: _Item, picture: Picture | None) -> Iterator[Event]:
         member, slot = item.member, item.slot
         archive = self.files[item.archive].path
-        if picture is None:
+        if picture is None or slot.joined or not slot.left:
             yield from self._pass_over(member, slot, archive)
             return
-        slot.archive, slot.member = archive, member.name
+        slot.joined, slot.archive, slot.member = True, archive, member.name
         if picture.reason is None:
             slot.picture = picture
         waiting = False
@@ -263,21 +274,28 @@ class _PartReading:
     def _pass_over(self, member: Member, slot: Slot | str | None, archive: str) -> Iterator[Event]:
         """A member whose bytes are not used."""
         remark, detail = member.problem, member.detail
-        if remark is Remark.DAMAGED_ARCHIVE or (remark and not member.name):
-            self.damaged.append(archive)
-        elif remark and isinstance(slot, Slot) and not slot.problem:
-            slot.problem = (_REASONS[remark], detail, archive, member.name)
-        elif remark is None and isinstance(slot, str):
+        if remark:
+            self._keep_in_mind(remark, detail, archive, member.name)
+        elif isinstance(slot, str):
             remark, detail = Remark.AMBIGUOUS_MEMBER, slot
-        elif remark is None and slot is None:
+        elif slot is None:
             remark, detail = Remark.UNUSED_MEMBER, "no row names it"
-        elif remark is None and slot.taken:
-            remark, detail = Remark.REPEATED_MEMBER, f"the first one, in {slot.archive or 'this archive'}, counts"
+        else:
+            remark, detail = Remark.SURPLUS_MEMBER, "no row waits for it: the first of a name counts"
         told = self.place <= self.start
         if remark and not told and not self.only:
             yield self._remark(
                 Finding(remark, detail, self.part.configuration, archive=archive, member=member.name or None)
             )
+
+    def _keep_in_mind(self, remark: Remark, detail: str, archive: str, member: str) -> None:
+        """What explains, at the end, why a row's picture never came."""
+        if remark is Remark.DAMAGED_ARCHIVE or (remark in _REASONS and not member):
+            self.damaged.append(archive)
+        elif remark in _REASONS:
+            slot = self.index.match(archive, member)
+            if isinstance(slot, Slot) and not slot.problem:
+                slot.problem = (_REASONS[remark], detail, archive, member)
 
     # --- rows ---
 
@@ -330,7 +348,7 @@ class _PartReading:
         for number, slots in enumerate(self.index.slots):
             if not slots or number in self.finished:
                 continue
-            slot = next(s for s in slots if not s.taken)
+            slot = next(s for s in slots if not s.joined)
             absent = Reason.MISSING_IMAGE if slot is slots[0] else Reason.MISSING_REFERENCE
             detail = f"no archive holds {base(slot.path)}{damaged}"
             reason, detail, slot.archive, slot.member = slot.problem or (absent, detail, None, None)

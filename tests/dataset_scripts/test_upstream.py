@@ -281,7 +281,7 @@ def test_every_row_of_a_nasty_folder_is_accounted_for(nasty):
         Remark.OPEN_ARRAY: 1,
         Remark.UNSAFE_MEMBER: 1,
         Remark.UNUSED_MEMBER: 2,
-        Remark.REPEATED_MEMBER: 1,
+        Remark.SURPLUS_MEMBER: 1,
     }
     by_line = {f.line: f for f in findings if f.line}
     assert by_line[14].raw == NASTY_LINES[13] and "longer than" in by_line[14].detail

@@ -1,0 +1,314 @@
+"""Builds Echo-4o-Image as a folder of Parquet shards that `load_dataset` reads, streams and that can be published.
+
+Work happens in `OUT/.build`. A shard gets its name when it is on the disk, a line of the journal then says where reading
+was, and the last rename puts the data where it can be loaded. Killed at any moment, the same call goes on from the last
+shard and ends with the same bytes.
+"""
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from echo4o.dataset_scripts import files
+from echo4o.dataset_scripts.card import write_card
+from echo4o.dataset_scripts.findings import Report
+from echo4o.dataset_scripts.manifest import MANIFEST, make_manifest, read_manifest, versions
+from echo4o.dataset_scripts.names import ALL, SPLIT
+from echo4o.dataset_scripts.shards import ROW_GROUP_BYTES, ShardWriter
+from echo4o.dataset_scripts.source import Source
+from echo4o.dataset_scripts.upstream import BEGINNING, Event, Place, ReadOptions, check_source, read_events
+
+SHARD_BYTES = 500 << 20
+WORK = ".build"
+_REMOVED = ".build.done"
+JOURNAL = "journal.jsonl"
+REJECTED, REMARKS, CARD = "rejected.jsonl", "remarks.jsonl", "README.md"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides the bytes of the result, with the source and the versions of the libraries."""
+
+    configuration: str = ALL
+    shard_bytes: int = SHARD_BYTES
+    row_group_bytes: int = ROW_GROUP_BYTES
+
+
+def build(
+    src: str,
+    out: str | Path,
+    options: BuildOptions | None = None,
+    reading: ReadOptions | None = None,
+    *,
+    max_rejected: int | None = None,
+    progress: Callable[[int, Report], object] = lambda rows, report: None,
+) -> dict:
+    """Build `src`, a folder or `hf://datasets/owner/name` in the published layout, into the folder `out`.
+
+    A build that was broken off goes on; one that is finished is left alone. Rows that fail the checks are written whole
+    to rejected.jsonl, what else is to tell about the source to remarks.jsonl. `progress` is told after every row.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a source that cannot be mapped, or more than `max_rejected` rejected rows.
+        FileExistsError: `out` holds something else, or is being built by another process.
+        OSError: the disk is full; the same call goes on once there is room.
+    """
+    out = Path(out)
+    options, reading = options or BuildOptions(), reading or ReadOptions()
+    source = Source(src)
+    terms = _terms(source, options, reading)
+    shutil.rmtree(out / _REMOVED, ignore_errors=True)
+    if (out / "data").exists() and (out / MANIFEST).is_file() and not (out / WORK).exists():
+        return _finished(out, terms)
+    _prepare(out, terms)
+    with _alone(out):
+        work = _Work(out, source, terms, options, max_rejected)
+        try:
+            if not work.complete:
+                work.run(replace(reading, spool_dir=str(out / WORK)), progress)
+        finally:
+            work.close()
+        return work.publish()
+
+
+def _terms(source: Source, options: BuildOptions, reading: ReadOptions) -> dict:
+    """All that the result depends on. A build goes on only where these are the same."""
+    parts = check_source(source, options.configuration, reading)
+    row_files = {}
+    for file in (file for part in parts for file in part.rows):
+        with source.open(file.path) as stream:
+            row_files[file.path] = files.hashlib.file_digest(stream, "sha256").hexdigest()
+    plan = {
+        folder: {"configuration": p.configuration, "map": p.map and p.map.to_dict()}
+        for folder, p in sorted(reading.plan.items())
+    }
+    return {
+        "source": {
+            "name": source.location if source.revision else source.name,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint(),
+            "row_files": row_files,
+        },
+        "options": {
+            "configuration": options.configuration,
+            "verify": str(reading.verify),
+            "reencode": reading.reencode,
+            "map": reading.row_map and reading.row_map.to_dict(),
+            "folders": plan,
+            "shard_bytes": options.shard_bytes,
+            "row_group_bytes": options.row_group_bytes,
+        },
+        "versions": versions(),
+    }
+
+
+def _finished(out: Path, terms: dict) -> dict:
+    manifest = read_manifest(out)
+    if difference := _difference(manifest, terms):
+        raise FileExistsError(f"{out} holds a dataset that was built with another {difference}: choose a new folder")
+    return manifest
+
+
+def _difference(before: dict, now: dict) -> str:
+    return ", ".join(
+        key if section == "options" else f"{section} ({key})"
+        for section in now
+        for key in now[section]
+        if before.get(section, {}).get(key) != now[section][key]
+    )
+
+
+def _prepare(out: Path, terms: dict) -> None:
+    """Make the work folder, or see that the one that is there belongs to the same build."""
+    begun = out / WORK / "terms.json"
+    if begun.is_file() and _size(out / WORK / JOURNAL):
+        if difference := _difference(json.loads(begun.read_text("utf-8")), terms):
+            raise FileExistsError(
+                f"{out / WORK} was begun with another {difference}: use what it was begun with, or remove it"
+            )
+        return
+    others = [p.name for p in out.iterdir() if p.name != WORK] if out.exists() else []
+    if others:
+        raise FileExistsError(f"{out} is not empty (it holds {others[0]}): choose a new folder")
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    files.write_file(begun, files.to_json(terms))
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    lock = FileLock(out / WORK / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"{out} is being built by another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Work:
+    """A build under way: its journal, the shard that is being written, the account of rows."""
+
+    def __init__(self, out: Path, source: Source, terms: dict, options: BuildOptions, max_rejected: int | None):
+        self.out, self.folder, self.source, self.terms = out, out / WORK, source, terms
+        self.options, self.max_rejected = options, max_rejected
+        self.entries = self._read_journal()
+        last = self.entries[-1] if self.entries else {}
+        self.complete = last.get("complete", False)
+        self.place = Place(*last.get("place", BEGINNING))
+        self.held_from = last.get("held_from", 0)
+        self.report = _report(last)
+        self.rejected = self.remarks = self.journal = None
+        if not self.complete:
+            self.rejected = files.Lines(self.folder / REJECTED, last.get("rejected_bytes", 0))
+            self.remarks = files.Lines(self.folder / REMARKS, last.get("remarks_bytes", 0))
+            self.journal = files.Lines(self.folder / JOURNAL, last.get("journal_bytes", 0))
+        self.shard: ShardWriter | None = None
+        self.shard_name = self.configuration = ""
+        self.numbers: list[tuple[int, int]] = []  # of rows done since the last entry
+
+    def _read_journal(self) -> list[dict]:
+        """The entries up to the first whose shard is not there as it was written."""
+        path, entries = self.folder / JOURNAL, []
+        for entry, end in files.read_lines(path) if path.exists() else ():
+            if shard := entry.get("shard"):
+                there = _size(self.folder / shard["file"]) or _size(self.out / shard["file"])
+                if there != shard["bytes"]:
+                    break
+            entries.append(entry | {"journal_bytes": end})
+        return entries
+
+    def close(self) -> None:
+        for lines in filter(None, (self.rejected, self.remarks, self.journal)):
+            lines.close()
+        if self.shard:
+            self.shard.give_up()
+
+    def run(self, reading: ReadOptions, progress: Callable[[int, Report], object]) -> None:
+        done = {tuple(number) for entry in self.entries for number in entry["numbers"]}
+        remarks = [r for r, _ in files.read_lines(self.folder / REMARKS) if r["part"] == self.place.part]
+        events = read_events(
+            self.source,
+            self.options.configuration,
+            reading,
+            done=done,
+            seen=self._ids(),
+            start=self.place,
+            held_from=self.held_from,
+            remarks=[r for r in remarks if "archive" in r],
+        )
+        progress(len(done), self.report)
+        with contextlib.closing(events):  # its threads end with it, whatever happens here
+            for event in events:
+                if event.place.part != self.place.part:
+                    self._end_shard(Place(event.place.part, -1, -1), 0)
+                self._take(event)
+                progress(event.number is not None, self.report)
+        self._end_shard(self.place, self.held_from, complete=True)
+
+    def _ids(self) -> Iterable[str]:
+        for entry in self.entries:
+            if entry.get("shard"):
+                yield from pq.read_table(self.folder / entry["shard"]["file"], columns=["id"])["id"].to_pylist()
+
+    def _take(self, event: Event) -> None:
+        self.place, self.held_from = event.place, event.held_from
+        if event.number is not None:
+            self.numbers.append(event.number)
+        if event.row is None:
+            self._tell(event)
+            return
+        self.report.accept(event.configuration)
+        if self.shard is None:
+            self._begin_shard(event.configuration)
+        self.shard.add(event.row)
+        if self.shard.bytes >= self.options.shard_bytes:
+            self._end_shard(event.place, event.held_from)
+
+    def _tell(self, event: Event) -> None:
+        self.report.add(event.finding)
+        if event.number is None:
+            self.remarks.append(event.finding.to_dict() | {"part": event.place.part})
+            return
+        self.rejected.append(event.finding.to_dict())
+        if self.max_rejected is not None and self.report.rejected_total > self.max_rejected:
+            raise ValueError(
+                f"more than {self.max_rejected} rows are rejected (--max-rejected); the last: {event.finding}; "
+                f"all of them: {self.folder / REJECTED}"
+            )
+
+    def _begin_shard(self, configuration: str) -> None:
+        number = sum((entry.get("shard") or {}).get("configuration") == configuration for entry in self.entries)
+        self.configuration, self.shard_name = configuration, f"data/{configuration}/{SPLIT}-{number:05d}.parquet"
+        path = self.folder / self.shard_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.shard = ShardWriter(path, self.options.row_group_bytes)
+
+    def _end_shard(self, place: Place, held_from: int, complete: bool = False) -> None:
+        """Finish the shard, if one is open, and note in the journal that everything up to `place` is done."""
+        shard, self.shard = self.shard, None
+        facts = None
+        if shard:
+            try:
+                facts = {"file": self.shard_name, "configuration": self.configuration} | shard.finish()
+            except BaseException:
+                shard.give_up()
+                raise
+        self.rejected.sync()
+        self.remarks.sync()
+        entry = {
+            "shard": facts,
+            "numbers": self.numbers,
+            "place": place,
+            "held_from": held_from,
+            "rejected_bytes": self.rejected.length,
+            "remarks_bytes": self.remarks.length,
+            "report": {
+                "accepted": self.report.accepted,
+                "rejected": self.report.rejected,
+                "remarks": self.report.remarks,
+            },
+            "complete": complete,
+        }
+        self.journal.append(entry)
+        self.journal.sync()
+        self.entries.append(entry | {"numbers": []})  # they are on the disk
+        self.numbers, self.place, self.held_from = [], place, held_from
+
+    def publish(self) -> dict:
+        """Write card and manifest, and move everything into place; `data` comes last and makes it loadable."""
+        shards = [entry["shard"] for entry in self.entries if entry.get("shard")]
+        manifest = make_manifest(shards, self.report, self.terms)
+        if not (self.out / "data").exists():
+            (self.folder / "data").mkdir(exist_ok=True)  # also when no row was accepted
+        for name in (REJECTED, REMARKS):
+            if (self.folder / name).exists():
+                files.rename(self.folder / name, self.out / name)
+        files.write_file(self.out / MANIFEST, files.to_json(manifest))
+        write_card(self.out / CARD, manifest)
+        if (self.folder / "data").exists():
+            files.rename(self.folder / "data", self.out / "data")
+        files.rename(self.folder, self.out / _REMOVED)  # all of it goes at once
+        shutil.rmtree(self.out / _REMOVED)
+        return manifest
+
+
+def _report(entry: dict) -> Report:
+    counts = entry.get("report", {})
+    rejected = {name: Counter(reasons) for name, reasons in counts.get("rejected", {}).items()}
+    return Report(Counter(counts.get("accepted", {})), rejected, Counter(counts.get("remarks", {})))
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None

@@ -1,0 +1,110 @@
+"""Writes rows as one Parquet shard: pages cut by content, a page index, row groups that a stream can take one by one."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from echo4o.dataset_scripts.features import features
+from echo4o.dataset_scripts.files import HashingFile
+
+ROW_GROUP_BYTES = 32 << 20
+ROW_GROUP_ROWS = 1000
+# The values that `datasets` writes with: two versions of a dataset share the pages that did not change.
+CHUNKING = {"min_chunk_size": 256 * 1024, "max_chunk_size": 1024 * 1024, "norm_level": 0}
+_PICTURES = ("image.bytes", "reference_images.list.element.bytes")
+_WORDS = ("task", "category", "source")
+_TEXTS = ("id", "instruction", "metadata", "image.path", "reference_images.list.element.path")
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+class ShardWriter:
+    """One shard under a temporary name until `finish`."""
+
+    def __init__(self, path: Path, row_group_bytes: int = ROW_GROUP_BYTES):
+        self.schema = features().arrow_schema
+        self.row_group_bytes = row_group_bytes
+        self.file = HashingFile(path)
+        self.rows: list[dict] = []
+        self.waiting = 0  # bytes in `rows`
+        self.bytes = 0  # of all rows
+        self.groups: list[int] = []
+        self.categories: dict[str, Counter] = {}
+        self.writer = pq.ParquetWriter(
+            self.file,
+            self.schema,
+            compression={name: "none" for name in _PICTURES} | {name: "snappy" for name in (*_WORDS, *_TEXTS)},
+            use_dictionary=list(_WORDS),
+            write_page_index=True,
+            use_content_defined_chunking=CHUNKING,
+        )
+
+    def add(self, row: dict) -> None:
+        size = row_bytes(row)
+        self.rows.append(row)
+        self.waiting += size
+        self.bytes += size
+        self.categories.setdefault(row["category"], Counter()).update(rows=1, bytes=size)
+        if self.waiting >= self.row_group_bytes or len(self.rows) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def finish(self) -> dict:
+        """Give the file its name; what the manifest says about it."""
+        if self.rows:
+            self._flush()
+        self.writer.add_key_value_metadata({"content_defined_chunking": json.dumps(CHUNKING)})
+        self.writer.close()
+        self.file.finish()
+        return {
+            "rows": sum(self.groups),
+            "bytes": self.file.size,
+            "sha256": self.file.digest.hexdigest(),
+            "row_groups": self.groups,
+            "content_bytes": self.bytes,
+            "categories": {name: dict(count) for name, count in sorted(self.categories.items())},
+        }
+
+    def give_up(self) -> None:
+        """Remove the temporary file."""
+        try:
+            self.writer.close()
+        except (OSError, pa.ArrowException):
+            pass  # it cannot write its end either
+        self.file.give_up()
+
+    def _flush(self) -> None:
+        rows, self.rows, self.waiting = self.rows, [], 0
+        self.groups.append(len(rows))
+        self.writer.write_table(to_table(rows, self.schema), row_group_size=len(rows))
+
+
+def row_bytes(row: dict) -> int:
+    """About how much a row takes."""
+    pictures = sum(len(p["bytes"]) for p in (row["image"], *row["reference_images"]))
+    return pictures + len(row["instruction"]) + len(row["metadata"] or "") + 100
+
+
+def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
+    """Rows of our features as a table, pictures copied once."""
+    columns = []
+    for name in schema.names:
+        values = [row[name] for row in rows]
+        if name == "image":
+            columns.append(_images(values))
+        elif name == "reference_images":
+            offsets = [0]
+            for pictures in values:
+                offsets.append(offsets[-1] + len(pictures))
+            flat = _images([picture for pictures in values for picture in pictures])
+            columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat))
+        else:
+            columns.append(pa.array(values, pa.string()))
+    return pa.Table.from_arrays([c.cast(schema.field(i).type) for i, c in enumerate(columns)], schema=schema)
+
+
+def _images(pictures: list[dict]) -> pa.StructArray:
+    data = pa.array([p["bytes"] for p in pictures], pa.binary())
+    paths = pa.array([p["path"] for p in pictures], pa.string())
+    return pa.StructArray.from_arrays([data, paths], fields=list(_IMAGE))
