@@ -26,6 +26,7 @@ from .inputs_bagel import (
     read_requests,
 )
 from .loading_bagel import PortablePipelineMixin
+from .lora_bagel import Echo4oLoraLoaderMixin
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
     Segment,
@@ -78,7 +79,7 @@ class Echo4oPipelineOutput(BaseOutput):
     texts: list[str] | None
 
 
-class Echo4oPipeline(PortablePipelineMixin, DiffusionPipeline):
+class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipeline):
     """Text to image, editing, several references, interleaved inputs, plans before pictures, and answers.
 
     Args:
