@@ -1,13 +1,13 @@
 """``echo4o evaluate``: draw, judge, score and compare; each step can be called alone and goes on where it stopped."""
 
 import shlex
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
+from echo4o.cli.evaluate_output import print_comparison, print_result, progress
 from echo4o.cli.frame import finish, say
 from echo4o.cli.pictures import Device, Dtype, DtypeOption, Think, check_model, choose_device, load_pipeline
 
@@ -247,7 +247,7 @@ def compare(
 
         print(json.dumps(found, indent=2))
     else:
-        _print_comparison(found)
+        print_comparison(found)
     finish(None, shlex.join(["echo4o", "evaluate", "compare", str(a), str(b), "--json"]))
 
 
@@ -319,11 +319,13 @@ class _Steps:
         def load():
             pipe = load_pipeline(settings.model, where, dtype)
             pipe.set_progress_bar_config(disable=True)
+            if settings.adapter and not hasattr(pipe, "load_lora_weights"):
+                raise ValueError(f"--adapter {settings.adapter}: {type(pipe).__name__} cannot load adapters")
             if settings.adapter:
                 pipe.load_lora_weights(settings.adapter)
             return pipe
 
-        with _progress("pictures", state.is_main_process) as advance:
+        with progress("pictures", state.is_main_process) as advance:
             generate_pictures(self.prompts.prompts, settings, self.out, load, state, advance)
         return state.is_main_process
 
@@ -332,7 +334,7 @@ class _Steps:
 
         from echo4o.evaluation.run import judge_folder
 
-        with _progress("judgements") as advance:
+        with progress("judgements") as advance:
 
             def on_progress(done, total, ledger):
                 spent = "" if ledger.spent is None else f", {ledger.spent:.3f} USD"
@@ -351,7 +353,7 @@ class _Steps:
 
         result = score_folder(self.out, min_coverage, seed)
         report = write_report(self.out)
-        _print_result(result)
+        print_result(result)
         finish(
             [self.out / "result.json", report], shlex.join(["echo4o", "evaluate", "compare", "OTHER", str(self.out)])
         )
@@ -360,20 +362,20 @@ class _Steps:
 def _drawing(given: dict):
     from echo4o.evaluation.generate import Settings
 
-    return Settings(
-        model=given["model"],
-        seed=given["seed"],
-        per_prompt=given["pictures"],
-        batch_size=given["batch_size"],
-        steps=given["steps"],
-        guidance=given["guidance"],
-        image_guidance=given["image_guidance"],
-        height=given["height"],
-        width=given["width"],
-        think=given["think"],
-        adapter=given["adapter"],
-        requested_dtype=given["dtype"].value,
+    names = (
+        "model",
+        "seed",
+        "batch_size",
+        "steps",
+        "guidance",
+        "image_guidance",
+        "height",
+        "width",
+        "think",
+        "adapter",
     )
+    same = {name: given[name] for name in names}
+    return Settings(per_prompt=given["pictures"], requested_dtype=given["dtype"].value, **same)
 
 
 def _judging(given: dict):
@@ -449,63 +451,3 @@ def _is_main_process() -> bool:
     import os
 
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _progress(what: str, shown: bool = True):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total, text="": progress.update(task, completed=done, total=total, description=text)
-
-
-def _print_result(result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("group", "score", "95% interval", "scored", box=None)
-    for name, of in result["groups"].items():
-        limits = result["intervals"]["groups"].get(name)
-        value = "-" if of["score"] is None else f"{of['score']:.3f}"
-        interval = "" if limits is None else f"{limits[0]:.3f} to {limits[1]:.3f}"
-        table.add_row(name, value, interval, f"{of['scored']}/{of['total']}")
-    console = Console(stderr=True)
-    console.print(table)
-    coverage = f"coverage {result['coverage']:.1%}"
-    if result["score"] is None:
-        say(f"no overall score: {result['withheld']} ({coverage})")
-        return
-    low, high = result["intervals"]["score"]
-    say(f"score {result['score']:.3f} ({low:.3f} to {high:.3f}), {coverage}")
-    for name, value in result["also"].items():
-        say(f"{name.replace('_', ' ')} {value:.3f}")
-
-
-def _print_comparison(found: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "A", "B", "B - A", "95% interval", "p", box=None)
-    lines = {"score": found["score"], **found["also"], **found["groups"]}
-    for name, of in lines.items():
-        low, high = of["interval"]
-        p = of.get("p_holm", of["p"])
-        table.add_row(
-            name,
-            f"{of['a']:.3f}",
-            f"{of['b']:.3f}",
-            f"{of['difference']:+.3f}",
-            f"{low:+.3f} to {high:+.3f}",
-            f"{p:.4f}",
-        )
-    Console(stderr=False).print(table)
-    say(f"{found['prompts']} of {found['of']} prompts are scored in both; {found['test']}")

@@ -168,12 +168,13 @@ def _require_same_settings(out: Path, settings: Settings, prompts: Sequence[Prom
 
 def describe_model(pipe, settings: Settings) -> dict[str, Any]:
     """What the pictures depend on in the loaded model: revision, type, and the presets that were used."""
-    presets = dict(getattr(pipe.config, "presets", None) or {})
+    presets = dict(pipe.config.get("presets") or {})
     guidance = settings.guidance if settings.guidance is not None else _of_presets(presets, "guidance_scale")
     image = settings.image_guidance
     return {
         "asked": {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance")},
         "model_revision": _revision(settings.model, pipe),
+        "adapter_revision": _revision(settings.adapter, None) if settings.adapter else None,
         "dtype": str(getattr(pipe, "dtype", None)).removeprefix("torch."),
         "steps": settings.steps if settings.steps is not None else _default_steps(pipe),
         "guidance": guidance,
@@ -193,11 +194,10 @@ def _default_steps(pipe) -> int | None:
 
 
 def _revision(model: str, pipe) -> str:
-    """The commit of a Hub model, or the hash of the configurations and of the weights' sizes of a folder."""
+    """The commit of a Hub model, or the hash of a folder: its files' sizes, its configurations, samples of weights."""
     folder = Path(model)
     if not folder.is_dir():
-        name = Path(str(getattr(pipe.config, "_name_or_path", "")))
-        parts = name.parts
+        parts = Path(str(pipe.config.get("_name_or_path", ""))).parts if pipe is not None else ()
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
     content = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

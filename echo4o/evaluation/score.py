@@ -20,7 +20,7 @@ from echo4o.evaluation.prompt_files import from_row
 STATUSES = ("scored", "judge_error", "missing_image", "not_judged")
 _LIBRARIES = ("torch", "diffusers", "transformers", "openai", "numpy", "pillow")
 _FROM_GENERATION = (
-    "model", "model_revision", "adapter", "dtype", "seed", "steps", "guidance", "image_guidance", "height", "width",
+    "model", "model_revision", "adapter", "adapter_revision", "dtype", "seed", "steps", "guidance", "image_guidance", "height", "width",
     "think",
 )  # fmt: skip
 
@@ -134,7 +134,7 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
     benchmark, samples = evaluation.benchmark, evaluation.samples
     values = {group: list(of.values()) for group, of in evaluation.values().items()}
     totals = statistics.overall(values, benchmark.aggregates)
-    intervals, group_intervals = statistics.bootstrap(values, benchmark.aggregates, seed, benchmark.scale)
+    intervals, group_intervals = statistics.bootstrap(values, benchmark.aggregates, seed, benchmark.scale == 1.0)
     scored = sum(sample.score is not None for sample in samples)
     coverage = scored / len(samples)
     withheld = _why_withheld(evaluation, values, coverage, min_coverage)
@@ -151,7 +151,7 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
         "statuses": {status: sum(sample.status == status for sample in samples) for status in STATUSES},
         "intervals": {
             "level": statistics.LEVEL,
-            "method": "percentile bootstrap over prompts within groups; Wilson where all values are 0 or all are 1",
+            "method": "percentile bootstrap over prompts within groups; Jeffreys' posterior where a group is all right or all wrong",
             "resamples": statistics.RESAMPLES,
             "seed": seed,
             "score": None if withheld else intervals["score"],

@@ -1,7 +1,6 @@
 """Intervals and tests over prompts. A prompt is the unit: its pictures and repeats are averaged first."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
 
 import numpy as np
 
@@ -26,47 +25,41 @@ def overall(values: Mapping[str, Sequence[float]], aggregates: Aggregates) -> di
 
 
 def bootstrap(
-    values: Mapping[str, Sequence[float]], aggregates: Aggregates, seed: int = 0, scale: float | None = None
+    values: Mapping[str, Sequence[float]], aggregates: Aggregates, seed: int = 0, binary: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """95% percentile intervals of the overall numbers and of the groups' means.
 
     Prompts are drawn with replacement within each group, because the benchmark fixes how many prompts a group has.
-    Where all values are 0 or all are 1 (`scale` 1), a bootstrap has no spread to show: Wilson's interval stands there.
+    A group that is all right or all wrong has no spread that could be resampled, which is not certainty: for `binary`
+    scores its mean is drawn from Jeffreys' posterior, Beta(right + 1/2, wrong + 1/2).
     """
     values = {group: np.asarray(of, float) for group, of in values.items() if len(of)}
     if not values:
         return {}, {}
     rng = np.random.default_rng(seed)
-    drawn = {group: _resampled_means(of, rng) for group, of in values.items()}
+    drawn = {group: _resampled_means(of, rng, binary) for group, of in values.items()}
     weights = aggregates({group: len(of) for group, of in values.items()})
     totals = {name: sum(w * drawn[group] for group, w in of.items()) for name, of in weights.items()}
-    every = np.concatenate(list(values.values()))
+    points = overall(values, aggregates)
     return (
-        {name: _interval(of, every, scale) for name, of in totals.items()},
-        {group: _interval(drawn[group], of, scale) for group, of in values.items()},
+        {name: _interval(of, points[name]) for name, of in totals.items()},
+        {group: _interval(drawn[group], of.mean()) for group, of in values.items()},
     )
 
 
-def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(values: np.ndarray, rng: np.random.Generator, binary: bool) -> np.ndarray:
+    if binary and np.ptp(values) == 0 and values[0] in (0.0, 1.0):
+        right = values.sum()
+        return rng.beta(right + 0.5, len(values) - right + 0.5, RESAMPLES)
     blocks = [
         values[rng.integers(len(values), size=(_BLOCK, len(values)))].mean(axis=1) for _ in range(RESAMPLES // _BLOCK)
     ]
     return np.concatenate(blocks)
 
 
-def _interval(drawn: np.ndarray, values: np.ndarray, scale: float | None) -> list[float]:
-    if scale == 1.0 and np.ptp(values) == 0 and values[0] in (0.0, 1.0):
-        return list(wilson(values.sum(), len(values)))
+def _interval(drawn: np.ndarray, point: float) -> list[float]:
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [float(low), float(high)]
-
-
-def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    z, share = 1.959963984540054, right / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return [min(float(low), float(point)), max(float(high), float(point))]
 
 
 def sign_flip_test(differences: Mapping[str, Sequence[float]], weights: Mapping[str, float], seed: int = 0) -> float:

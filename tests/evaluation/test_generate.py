@@ -14,7 +14,7 @@ from echo4o.evaluation.prompt_files import read_prompts
 class Drawer:
     """A pipeline whose pictures show what it was given: the generator's seed and the batch's size."""
 
-    config = SimpleNamespace(presets={"text_to_image": {"guidance_scale": 4.0, "image_guidance_scale": 1.0}})
+    config = {"presets": {"text_to_image": {"guidance_scale": 4.0, "image_guidance_scale": 1.0}}}
     dtype = "torch.float32"
 
     def __init__(self):

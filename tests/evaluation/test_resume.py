@@ -1,10 +1,12 @@
 """Kill it anywhere, run it again: the same result, and nothing is asked or paid for twice."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -143,6 +145,16 @@ def test_changed_pictures_and_questions_are_judged_again(slow_server, set_up, tm
     assert score_folder(out)["score"] == pytest.approx((1 + 1 / 24) / 2)
 
 
-def test_in_flight_calls_reach_the_concurrency_and_never_exceed_it(slow_server, set_up, tmp_path):
-    running.judge(slow_server.url, *set_up, tmp_path / "out", None, 32)
-    assert slow_server.peak == 32
+def test_calls_in_flight_reach_the_concurrency_and_never_exceed_it(server, set_up, tmp_path):
+    """Counted and not timed: the first 32 are answered only when all 32 are open."""
+    together, begun = threading.Barrier(32, timeout=20), itertools.count()
+
+    def verdict(call):
+        if next(begun) < 32:
+            together.wait()
+        return even_is_correct(call)
+
+    server.verdict = verdict
+    running.judge(server.url, *set_up, tmp_path / "out", None, 32)
+    assert server.peak == 32
+    assert score_folder(tmp_path / "out")["coverage"] == 1.0

@@ -201,7 +201,7 @@ def test_the_bootstrap_agrees_with_the_binomial():
             if total >= level:
                 return k / 40
 
-    totals, groups = statistics.bootstrap({"all": [1.0] * 30 + [0.0] * 10}, mean_only, scale=1.0)
+    totals, groups = statistics.bootstrap({"all": [1.0] * 30 + [0.0] * 10}, mean_only, binary=True)
     assert totals["score"] == groups["all"] == pytest.approx([quantile(0.025), quantile(0.975)], abs=0.026)
 
 
@@ -218,9 +218,15 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
 
 
 def test_all_right_is_not_certain():
-    # Wilson for 10 of 10: the lower end is 1 / (1 + z^2 / 10) = 0.7225.
-    totals, _ = statistics.bootstrap({"a": [1.0] * 10}, mean_only, scale=1.0)
-    assert totals["score"] == pytest.approx([0.7225, 1.0], abs=1e-4)
+    # 10 of 10: the 2.5% quantile of Beta(10.5, 0.5), as tables of Jeffreys' interval have it, is 0.783.
+    totals, groups = statistics.bootstrap({"a": [1.0] * 10}, mean_only, binary=True)
+    assert totals["score"] == groups["a"] == pytest.approx([0.783, 1.0], abs=0.01)
+    # Where one tag is all right and another all wrong, the mean of both is not certain either.
+    totals, _ = statistics.bootstrap({"a": [1.0] * 4, "b": [0.0] * 4}, mean_only, binary=True)
+    low, high = totals["score"]
+    assert 0.2 < low < 0.45 and 0.55 < high < 0.8
+    # Grades have no such excuse: three equal grades are three equal grades.
+    assert statistics.bootstrap({"a": [7.0] * 3}, mean_only)[0]["score"] == [7.0, 7.0]
 
 
 def test_intervals_are_the_same_for_the_same_seed():

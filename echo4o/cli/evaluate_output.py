@@ -1,0 +1,68 @@
+"""What ``echo4o evaluate`` shows: progress, scores, differences."""
+
+from contextlib import contextmanager
+
+from echo4o.cli.frame import say
+
+
+@contextmanager
+def progress(what: str, shown: bool = True):
+    """A bar on stderr; yields a function (done, total, text)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, description=text)
+
+
+def print_result(result: dict) -> None:
+    """The scores of a folder, on stderr: stdout names the files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("group", "score", "95% interval", "scored", box=None)
+    for name, of in result["groups"].items():
+        limits = result["intervals"]["groups"].get(name)
+        value = "-" if of["score"] is None else f"{of['score']:.3f}"
+        interval = "" if limits is None else f"{limits[0]:.3f} to {limits[1]:.3f}"
+        table.add_row(name, value, interval, f"{of['scored']}/{of['total']}")
+    console = Console(stderr=True)
+    console.print(table)
+    coverage = f"coverage {result['coverage']:.1%}"
+    if result["score"] is None:
+        say(f"no overall score: {result['withheld']} ({coverage})")
+        return
+    low, high = result["intervals"]["score"]
+    say(f"score {result['score']:.3f} ({low:.3f} to {high:.3f}), {coverage}")
+    for name, value in result["also"].items():
+        say(f"{name.replace('_', ' ')} {value:.3f}")
+
+
+def print_comparison(found: dict) -> None:
+    """The differences of two folders, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "A", "B", "B - A", "95% interval", "p", box=None)
+    lines = {"score": found["score"], **found["also"], **found["groups"]}
+    for name, of in lines.items():
+        low, high = of["interval"]
+        p = of.get("p_holm", of["p"])
+        table.add_row(
+            name,
+            f"{of['a']:.3f}",
+            f"{of['b']:.3f}",
+            f"{of['difference']:+.3f}",
+            f"{low:+.3f} to {high:+.3f}",
+            f"{p:.4f}",
+        )
+    Console(stderr=False).print(table)
+    say(f"{found['prompts']} of {found['of']} prompts are scored in both; {found['test']}")
