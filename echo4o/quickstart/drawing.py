@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
 
-from echo4o.quickstart.detector import Score, check, detect, scores_by_tag
+from echo4o.quickstart.detector import Score, scores_by_tag
 from echo4o.quickstart.prompts import Prompt
 from echo4o.quickstart.scene import lay_out_reference
 from echo4o.quickstart.shapes import draw
@@ -42,9 +45,32 @@ def draw_prompts(pipeline, prompts: Sequence[Prompt], seed: int, steps: int = ST
     ).images
 
 
-def draw_and_score(pipeline, prompts: Sequence[Prompt], seed: int, steps: int = STEPS, **options) -> Drawn:
-    """Draw the prompts and check each picture strictly: exactly the asked objects, nothing else."""
+def draw_and_score(
+    pipeline, prompts: Sequence[Prompt], seed: int, steps: int = STEPS, out: Path | None = None, **options
+) -> Drawn:
+    """Draw the prompts and check each picture strictly: exactly the asked objects, nothing else.
+
+    Scored as every model is, by `echo4o.evaluation`; `out`: the folder for its pictures, records and report.
+    """
     pictures = draw_prompts(pipeline, prompts, seed, steps, **options)
-    reasons = [check(prompt.groups, detect(picture))[1] for prompt, picture in zip(prompts, pictures)]
+    reasons = judge(prompts, pictures, out)
     scores = scores_by_tag([prompt.tag for prompt in prompts], [not why for why in reasons])
     return Drawn(list(prompts), pictures, reasons, scores)
+
+
+def judge(prompts: Sequence[Prompt], pictures: Sequence[Image.Image], out: Path | None = None) -> list[list[str]]:
+    """Why each picture is wrong, in the words of the judge `pixels`; empty where it is right."""
+    from echo4o.evaluation import evaluate_images
+    from echo4o.evaluation.benchmarks.shapes4o import rows_of
+    from echo4o.evaluation.folder import Records
+    from echo4o.evaluation.judge import Options
+
+    if out is None:
+        with TemporaryDirectory() as folder:
+            return judge(prompts, pictures, Path(folder))
+    shutil.rmtree(out, ignore_errors=True)
+    named = {str(number): picture for number, picture in enumerate(pictures, start=1)}
+    evaluate_images("shapes4o", named, "pixels", out, rows=rows_of(prompts), options=Options(probe=False))
+    records = {record["id"]: record for record in Records(out / "records.jsonl")}
+    found = [records[name] for name in named]
+    return [[] if of["scores"]["correct"] else of["reason"].split("; ") for of in found]

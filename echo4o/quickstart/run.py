@@ -1,7 +1,7 @@
 """The quickstart: from data to pictures on a CPU, every part of the package once and for real.
 
 Render Shapes-4o as upstream publishes Echo-4o-Image, read it into a `datasets` dataset, fine-tune a tiny BAGEL on it,
-draw held-out prompts before and after, score the pictures by their pixels, save the pipeline and load it again in a
+draw held-out prompts before and after, score the pictures by their pixels with the package's own evaluation, save the pipeline and load it again in a
 fresh process.
 """
 
@@ -38,6 +38,8 @@ LAYOUT_WORDS = {
     "above and below are the outer columns and rows; objects beside each other take the two middle cells.",
     "free": "Objects stand anywhere that the words permit.",
 }
+# torch counts physical cores, and so leaves half of a small virtual machine idle; more than four gain nothing here.
+THREADS = min(4, os.cpu_count() or 1)
 REDRAWN = (0, 70)  # held-out prompts drawn again in a fresh process: one of text alone, one with two references
 
 
@@ -91,6 +93,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     from echo4o.quickstart.report import write_report
 
     start, out, size = time.monotonic(), Path(out), SHORT if short else FULL
+    torch.set_num_threads(THREADS)
     if not (base / "model_index.json").is_file():
         raise ValueError(f"{base} holds no pipeline: make the base model first, with `make tiny-base`.")
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     with stages(f"drawing {len(prompts)} held-out prompts with the base"):
         pipeline = Echo4oPipeline.from_pretrained(base, dtype=torch.float32)
         pipeline.set_progress_bar_config(desc="drawing", leave=False)
-        before = draw_and_score(pipeline, prompts, seed, size.drawing_steps)
+        before = draw_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "before")
         own = draw_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.drawing_steps)
     with stages("fine-tuning and saving"):
         recipe = load_recipe(
@@ -117,7 +120,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         training = Trainer(recipe, pipeline, dataset).run()
         cast(pipeline, torch.float32)  # the saved 16-bit values, computed with in float32 as before
     with stages("drawing the same prompts after fine-tuning"):
-        after = draw_and_score(pipeline, prompts, seed, size.drawing_steps)
+        after = draw_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "after")
     with stages("loading the saved pipeline in a fresh process"):
         difference = redraw_difference(pipeline, training.pipeline_dir, out, seed, size.drawing_steps)
         print(f"      the same pictures: largest difference {difference} of 255")
@@ -159,7 +162,7 @@ def redraw_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) 
     """
     work = out / "redrawn"
     work.mkdir(exist_ok=True)
-    request = {"prompts": REDRAWN, "seed": seed, "steps": steps}
+    request = {"prompts": REDRAWN, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
     (work / "request.json").write_text(json.dumps(request), "utf-8")
     every = held_out_prompts()
     here = draw_prompts(pipeline, [every[i] for i in REDRAWN], seed, steps)

@@ -1,11 +1,25 @@
 """The quickstart's own benchmark: held-out prompts of Shapes-4o, scored as GenEval++ is, by reading the pixels."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Prompt, text_field
 from echo4o.evaluation.benchmarks.genevalpp import Correct
 from echo4o.evaluation.metrics.genevalpp import formula
+
+
+def rows_of(prompts: Iterable) -> list[dict[str, Any]]:
+    """Rows of a prompt file from the quickstart's prompts; ids are their numbers from 1."""
+    return [
+        {"tag": prompt.tag, "prompt": prompt.text, "include": [_item(group) for group in prompt.groups]}
+        for prompt in prompts
+    ]
+
+
+def _item(group) -> dict[str, Any]:
+    stated = {"color": group.colour, "region": group.region, "size": group.size}
+    return {"class": group.shape, "count": group.count} | {k: v for k, v in stated.items() if v is not None}
 
 
 class Shapes4o(Benchmark):

@@ -7,6 +7,8 @@ from pydantic import ValidationError
 from echo4o.evaluation.benchmarks.base import Verdict
 from echo4o.evaluation.judges.base import Answer
 
+_MOST_TRIES = 200  # braces that begin no object; a degenerate answer can consist of them
+
 
 class Unreadable(ValueError):
     """An answer without a verdict; `kind` names why."""
@@ -44,12 +46,12 @@ def read_verdict(answer: Answer, verdict: type[Verdict]) -> Verdict:
 
 def _objects(text: str) -> list[dict]:
     """The JSON objects that stand in a text, outermost ones only."""
-    decoder, found, at = json.JSONDecoder(), [], text.find("{")
-    while at >= 0:
+    decoder, found, at, failed = json.JSONDecoder(), [], text.find("{"), 0
+    while at >= 0 and failed < _MOST_TRIES:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            end = at + 1
+            end, failed = at + 1, failed + 1
         else:
             if isinstance(value, dict):
                 found.append(value)

@@ -1,0 +1,80 @@
+"""Verdicts are read from any wrapping, and never guessed."""
+
+import json
+
+import pytest
+
+from echo4o.evaluation.benchmarks.genevalpp import Correct
+from echo4o.evaluation.benchmarks.imagine_bench import Grades
+from echo4o.evaluation.judges.base import Answer, answer_format, json_schema
+from echo4o.evaluation.judges.reading import Unreadable, read_verdict
+
+
+def read(said, verdict=Correct, **more):
+    return read_verdict(Answer(said if isinstance(said, str) else json.dumps(said), **more), verdict).scores()
+
+
+def why(said, verdict=Correct, **more):
+    with pytest.raises(Unreadable) as unreadable:
+        read(said, verdict, **more)
+    return unreadable.value.kind
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, "1"])
+def test_ways_to_say_one(value):
+    assert read({"reason": "", "correct": value}) == {"correct": 1}
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5, "yes", "2", None, [], {}])
+def test_what_is_neither_one_nor_zero(value):
+    assert why({"reason": "", "correct": value}) == "wrong_fields"
+
+
+def grades(value):
+    return {"reason": "", "fantasy_fulfillment": value, "identity_preservation": 5, "aesthetic_quality": 5}
+
+
+@pytest.mark.parametrize("value", [0, 10, 7.5, "7"])
+def test_grades(value):
+    assert read(grades(value), Grades)["fantasy_fulfillment"] == float(value)
+
+
+@pytest.mark.parametrize("value", [10.01, -0.1, 11, -1, None, "seven", [7]])
+def test_what_is_no_grade(value):
+    assert why(grades(value), Grades) == "wrong_fields"
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity"])
+def test_numbers_that_are_none(word):
+    assert why(json.dumps(grades(5)).replace("5", word, 1), Grades) == "wrong_fields"
+
+
+def test_a_missing_field_is_not_made_up():
+    said = grades(5)
+    del said["aesthetic_quality"]
+    assert why(said, Grades) == "wrong_fields"
+    assert why({"correct": 1}) == "wrong_fields"  # without a reason
+
+
+def test_wrappings():
+    verdict = '{"reason": "a {brace} and a \\"quote\\"", "correct": 0}'
+    for text in (verdict, f"```json\n{verdict}\n```", f"I see {{cups}}. {verdict} That is all.", f"[{verdict}]\n"):
+        assert read(text) == {"correct": 0}
+    assert read(verdict + verdict) == {"correct": 0}
+
+
+def test_no_verdict():
+    assert why("") == "empty"
+    assert why("it is correct") == "no_json"
+    assert why('{"reason": "half of it", "corr') == "no_json"
+    assert why('{"reason": "x", "correct": 1}', cut=True) == "cut_off"
+    assert why("", refusal="no") == "refusal"
+    assert why('{"reason": "x", "correct": 1} {"reason": "y", "correct": 0}') == "ambiguous"
+    assert why("{" * 100_000) == "no_json"
+
+
+def test_the_format_is_told_in_words_and_as_a_schema():
+    assert answer_format(Correct).endswith('{"reason": "...", "correct": 0 or 1}')
+    schema = json_schema(Grades)
+    assert schema["required"] == ["reason", "fantasy_fulfillment", "identity_preservation", "aesthetic_quality"]
+    assert schema["additionalProperties"] is False
