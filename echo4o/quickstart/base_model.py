@@ -7,6 +7,7 @@ instructions. It sees single objects only, none of them held out, and no row of 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -119,13 +120,13 @@ def train_base(
     Returns:
         What is written to `base.json`: steps, seconds, last loss, and the score on single objects.
     """
+    folder = Path(folder)
     with tempfile.TemporaryDirectory() as run_dir:
         changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
         recipe = load_recipe(shipped_recipe("quickstart_base"), changes)
         pipeline = build_pipeline(tokenizer, vae, seed)
         result = Trainer(recipe, pipeline, Rows(single_object_rows(rows, seed))).run()
-    pipeline.save_pretrained(folder)
-    _strip(Path(folder))
+        _move(result.pipeline_dir, folder)
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
     drawn = draw_and_score(pipeline, single_object_prompts(30), seed=seed)
     facts = {
@@ -136,15 +137,26 @@ def train_base(
         "mse": round(float(np.mean([entry["mse"] for entry in result.log[-100:]])), 4),
         "single_objects": {"right": drawn.scores["overall"].right, "of": drawn.scores["overall"].of},
     }
-    (Path(folder) / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 
-def _strip(folder: Path) -> None:
-    """Drop what would grow old in the package's tree: copies of its own code, and paths of this machine."""
-    for code in [*folder.glob("*.py"), *folder.glob("*/*.py")]:
+def _move(saved: Path, folder: Path) -> None:
+    """Put a saved pipeline into the base's folder, whose tokenizer and VAE stay as they are.
+
+    Left out is what would grow old in the package's tree: copies of its own code, and paths of this machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for code in [*saved.glob("*.py"), *saved.glob("*/*.py")]:
         code.unlink()
-    for file in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+    for file in [*saved.glob("*.json"), *saved.glob("*/config.json")]:
         values = json.loads(file.read_text("utf-8"))
         if values.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+    for item in saved.iterdir():
+        target = folder / item.name
+        if item.name in ("tokenizer", "vae") and target.is_dir():
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        shutil.move(item, target)

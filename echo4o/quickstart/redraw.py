@@ -17,6 +17,7 @@ def main(folder: str, request_file: str, out_dir: str) -> None:
     from echo4o.quickstart.prompts import held_out_prompts
 
     request = json.loads(Path(request_file).read_text("utf-8"))
+    torch.set_num_threads(request["threads"])
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     every = held_out_prompts()

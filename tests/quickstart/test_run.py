@@ -93,7 +93,7 @@ def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
     assert set(result["scores"]["after"]) == {*TAGS, "overall"}
     assert result["scores"]["before"]["overall"].keys() == {"right", "of", "mean", "low", "high"}
     assert result["training"]["steps"] == 3 and result["training"]["samples"] == 24
-    assert len(result["stages"]) == 7 and all(seconds >= 0 for seconds in result["stages"].values())
+    assert len(result["stages"]) == 6 and all(seconds >= 0 for seconds in result["stages"].values())
     assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
     assert len((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()) == 3
