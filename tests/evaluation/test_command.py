@@ -290,3 +290,47 @@ def test_the_endpoint_of_the_environment(given, server, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_BASE_URL", given[at + 1])
     assert run(*given[:at], *given[at + 2 :]).exit_code == 0
     assert len(server.judged) == 8
+
+
+def test_omnicontext_shows_the_references_and_asks_twice(server, pictures, tmp_path):
+    rows = [
+        {"key": "k1", "task_type": "scene_object", "instruction": "put it there", "input_images": ["pictures/1.png", "pictures/2.png"]},
+        {"key": "k2", "task_type": "single_character", "instruction": "let her wave", "input_images": ["pictures/3.png"]},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for row, number in zip(rows, (4, 5)):
+        drawn = tmp_path / "drawn" / row["task_type"]
+        drawn.mkdir(parents=True)
+        (drawn / f"{row['key']}.png").write_bytes((pictures / f"{number}.png").read_bytes())
+    server.verdict = lambda call: {
+        "reason": "as it is",
+        **({"prompt_following": 4} if "`prompt_following`" in call.text else {"subject_consistency": 9}),
+    }
+    arguments = ["--images", tmp_path / "drawn", "--prompts", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    result = run("omnicontext", *arguments, "--judge", "openai:judge", "--judge-url", server.url)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["score"] == found["also"]["score_6_tasks"] == 6.0
+    assert found["fields"] == {"prompt_following": 4.0, "subject_consistency": 9.0}
+    for call in server.judged:
+        number = 4 if "put it there" in call.text else 5
+        references = [1, 2] if number == 4 else [3]
+        assert [call.picture(i).getpixel((0, 0))[0] for i in range(len(call.images))] == [*references, number]
+        assert "Picture to grade" in call.text and "Reference picture 1" in call.text
+    assert len(server.judged) == 4
+
+
+def test_imagine_bench_reads_three_grades(server, pictures, tmp_path):
+    row = {"id": 7, "type": "TIME", "instruction": "a knight with a phone", "note": "the phone is the unreal element"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    server.verdict = lambda call: {
+        "reason": "so so", "fantasy_fulfillment": 9, "identity_preservation": 5, "aesthetic_quality": 8,
+    }  # fmt: skip
+    arguments = ["--images", pictures, "--prompts", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    result = run("imagine-bench", *arguments, "--judge", "openai:judge", "--judge-url", server.url)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["groups"]["spatiotemporal"]["score"] == pytest.approx(5.6)
+    (call,) = server.judged
+    assert row["note"] in call.text and row["instruction"] in call.text
+    assert call.picture().getpixel((0, 0))[0] == 7

@@ -184,33 +184,6 @@ def test_a_judge_that_cannot_see(server, prompts, pictures, tmp_path):
     assert server.judged == []
 
 
-def test_429_halves_the_concurrency_and_success_restores_it():
-    import asyncio
-
-    from echo4o.evaluation.calls import Gate, Stop
-
-    async def main():
-        gate = Gate(16, Stop())
-        gate.slow_down(began=1.0, wait=0.0)
-        first = gate.limit
-        gate.slow_down(began=0.5, wait=0.0)  # was open at the same time
-        assert (first, gate.limit) == (8, 8)
-        for _ in range(8):
-            gate.succeeded()
-        assert gate.limit == 9
-
-    asyncio.run(main())
-
-
-def test_429_pauses_every_call(server, prompts, pictures, tmp_path):
-    import time
-
-    server.inject(Fault("http_429", retry_after=0.5))
-    began = time.monotonic()
-    judge(server, prompts, pictures, tmp_path / "out", Policy(concurrency=1, tries=2, first_wait=0.0))
-    assert time.monotonic() - began >= 0.5
-
-
 def test_waits_are_read_as_servers_write_them():
     assert wait_of({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
     assert wait_of({"retry-after": "2"}) == 2.0

@@ -3,4 +3,5 @@
 import evaluate
 from evaluate.utils import launch_gradio_widget
 
-launch_gradio_widget(evaluate.load("genevalpp.py"))
+if __name__ == "__main__":
+    launch_gradio_widget(evaluate.load("genevalpp.py"))
