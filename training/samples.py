@@ -88,6 +88,12 @@ class PreparedRow:
     moments: torch.Tensor | None  # of the picture to draw
     answer: tuple[int, ...] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the row's tensors take."""
+        tensors = [*self.reference_moments, *(patches for _, patches in self.reference_patches)]
+        return sum(t.nbytes for t in tensors + ([] if self.moments is None else [self.moments]))
+
 
 class SampleMaker:
     """Turns dataset rows into training samples for one pipeline's tokenizer, VAE and picture limits.

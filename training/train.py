@@ -1,30 +1,44 @@
-"""Train BAGEL on rows of Echo-4o-Image: `python -m echo4o.training.train RECIPE.yaml`.
+"""Train BAGEL on rows of Echo-4o-Image: `echo4o train RECIPE.yaml`, or any launcher on this module.
 
-The whole of a run, in reading order: a recipe, the pipeline it starts from, an order of samples, optimizer steps, and
-the pipeline folder that comes out. Accelerate spreads it over processes.
+The whole of a run, in reading order: a recipe, the pipeline it starts from, an order of samples, optimizer steps,
+checkpoints, and what comes out: a pipeline folder or an adapter. Accelerate spreads it over processes.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import os
+import signal
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import nn
-from tqdm.auto import tqdm
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.training.objective import LossTerms, add_noise, loss_terms
+from echo4o.training import checkpoints, export
+from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
+from echo4o.training.data import Rows, open_sources
+from echo4o.training.ema import MovingAverage
+from echo4o.training.engine import build_accelerator, loads_weights
+from echo4o.training.model import TrainedModel, cast, load_pipeline, set_up, trainable
+from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import build_optimizers
-from echo4o.training.recipe import Objective, Recipe, RecipeError, load_recipe
-from echo4o.training.samples import Dropout, PreparedRow, SampleMaker, TrainingBatch, collate
+from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
+from echo4o.training.recipe import Lora, Objective, Recipe, RecipeError, dump_recipe, load_recipe, parse_changes
+from echo4o.training.samples import Dropout, SampleMaker, TrainingBatch
+from echo4o.training.watch import Watch
+
+# Settings that may change between the parts of one run: they decide nothing about what is computed in a step.
+FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "pictures", "trackers", "processes", "cache_mb"}
+FREE |= {"save_dtype", "model", "data"}  # paths move; the weights and rows behind them must be the same
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,57 +49,12 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(f"The loss of step {step} is not finite. Samples: {', '.join(ids)}.")
 
 
-class TrainedModel(nn.Module):
-    """The two models that learn, behind one forward pass."""
+class Stopped(Exception):
+    """A signal ended the run after a checkpoint."""
 
-    def __init__(self, transformer: nn.Module, vision_model: nn.Module):
-        super().__init__()
-        self.transformer, self.vision_model = transformer, vision_model
-
-    def forward(self, batch: TrainingBatch, time_shift: float) -> LossTerms:
-        noised = None
-        if batch.sequence.latents is not None:
-            noised = add_noise(batch.sequence, batch.noise, batch.raw_time, time_shift)
-        return loss_terms(self.transformer, self.vision_model, batch.sequence, noised)
-
-
-def sample_order(rows: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(epoch, row) without end: every epoch is a new permutation."""
-    epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for row in torch.randperm(rows, generator=generator).tolist():
-            yield epoch, row
-        epoch += 1
-
-
-class BatchSource:
-    """The batches of each step for one of `processes` processes.
-
-    All processes walk the same order of samples; each step takes `batch_size` of them and deals them out in turn, so
-    that a step's samples are the same for any number of processes. Prepared rows stay in memory.
-    """
-
-    def __init__(self, dataset, maker: SampleMaker, recipe: Recipe, sides: tuple[int, int], rank=0, processes=1):
-        micro = recipe.micro_batch_size or -(-recipe.batch_size // processes)
-        if recipe.batch_size % (micro * processes):
-            raise RecipeError(
-                f"batch_size={recipe.batch_size} does not divide into {processes} processes of micro batches of {micro}."
-            )
-        self.dataset, self.maker, self.sides = dataset, maker, sides
-        self.order = sample_order(len(dataset), recipe.seed)
-        self.batch_size, self.micro, self.rank, self.processes = recipe.batch_size, micro, rank, processes
-        self._prepared: dict[int, PreparedRow] = {}
-
-    def next_step(self) -> list[TrainingBatch]:
-        """This process's micro-batches of the next step."""
-        taken = [next(self.order) for _ in range(self.batch_size)][self.rank :: self.processes]
-        new = sorted({row for _, row in taken} - self._prepared.keys())
-        if new:
-            self._prepared |= zip(new, self.maker.prepare(list(self.dataset.select(new))))
-        samples = [self.maker.sample(self._prepared[row], epoch) for epoch, row in taken]
-        parts = [samples[start : start + self.micro] for start in range(0, len(samples), self.micro)]
-        return [collate(part, *self.sides) for part in parts]
+    def __init__(self, signum: int, step: int, folder: Path):
+        self.signum = signum
+        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}; all of it is in {folder}.")
 
 
 def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: float) -> float:
@@ -95,16 +64,20 @@ def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: floa
     return warmup * decay
 
 
-def loss_counts(batches: list[TrainingBatch]) -> torch.Tensor:
-    """(2,): noised values and labels in the batches, the denominators of the two losses."""
-    labels = sum(int((batch.sequence.labels >= 0).sum()) for batch in batches)
-    return torch.tensor([float(sum(batch.noise.numel() for batch in batches)), float(labels)])
+def loss_counts(batches: list[TrainingBatch], settings: Objective) -> list[float]:
+    """Noised values and labels (or the sum of their weights) in the batches: the denominators of the two losses."""
+    labelled = [batch.sequence.labels >= 0 for batch in batches]
+    if settings.ce_reweight:
+        labels = sum(float(b.sequence.label_weights[m].sum()) for b, m in zip(batches, labelled))
+    else:
+        labels = float(sum(int(m.sum()) for m in labelled))
+    return [float(sum(batch.noise.numel() for batch in batches)), labels]
 
 
 def weighted_loss(terms: LossTerms, counts: torch.Tensor, settings: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """The micro-batch's share of the step's loss, and its shares (mse, cross-entropy) detached."""
     sums = terms.sums(settings.ce_reweight)
-    shares = torch.stack([sums[0], sums[2]]) / counts.to(sums).clamp(min=1)
+    shares = torch.stack([sums[0], sums[2]]) / torch.where(counts > 0, counts, 1).to(sums)
     weights = shares.new_tensor([settings.mse_weight, settings.ce_weight])
     return (shares * weights).sum(), shares.detach()
 
@@ -113,8 +86,8 @@ def weighted_loss(terms: LossTerms, counts: torch.Tensor, settings: Objective) -
 class TrainingResult:
     """What a run leaves behind."""
 
-    pipeline_dir: Path
-    log: list[dict]  # one entry per step: step, loss, mse, ce, lr, grad_norm, seconds, samples
+    pipeline_dir: Path  # or the adapter's folder
+    log: list[dict]  # one entry per step: step, loss, mse, ce, lr, grad_norm, seconds, samples, tokens, ...
     seconds: float
 
 
@@ -128,83 +101,127 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, pipeline: Echo4oPipeline | None = None, dataset=None):
-        self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=recipe.device == "cpu")
-        # Small steps vanish in 16-bit weights: learn in float32 and store at the end in `save_dtype`.
-        self.pipeline = pipeline or Echo4oPipeline.from_pretrained(recipe.model, dtype=torch.float32)
-        cast(self.pipeline, torch.float32)
-        self.pipeline.vae.to(self.accelerator.device).requires_grad_(False)
+        self.recipe, self.accelerator = recipe, build_accelerator(recipe)
+        accelerator = self.accelerator
+        self.pipeline = pipeline or load_pipeline(recipe, empty=not loads_weights(accelerator))
+        if pipeline is not None:
+            cast(pipeline, torch.float32)
+        self.pipeline.vae.to(accelerator.device).requires_grad_(False)
         trained = TrainedModel(self.pipeline.transformer, self.pipeline.vision_model).train()
+        set_up(trained, recipe)
+        set_seed(recipe.seed, device_specific=True)  # of LoRA dropout alone: all other draws are named
+        self.watch = Watch(recipe, accelerator, self.pipeline, trained)
         self.optimizers = build_optimizers(recipe.optimizer, trained)
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.model, *self.optimizers = self.accelerator.prepare(trained, *self.optimizers)
-        objective = recipe.objective
+        self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
+        self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
+        self.batches = self._batches([dataset] if dataset is not None else open_sources(recipe))
+        keep = recipe.checkpoints.keep if recipe.checkpoints else 2
+        self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
+        self.step, self._signal = 0, 0
+
+    def _batches(self, sources: list):
+        recipe, objective, accelerator = self.recipe, self.recipe.objective, self.accelerator
         dropout = Dropout(objective.text_dropout, objective.vit_dropout, objective.vae_dropout)
-        self.batches = BatchSource(
-            dataset if dataset is not None else load_rows(recipe),
-            SampleMaker(self.pipeline, dropout, recipe.seed),
-            recipe,
-            (self.pipeline.transformer.config.max_latent_size, self.pipeline.vision_model.config.max_patches_per_side),
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+        maker = SampleMaker(self.pipeline, dropout, recipe.seed)
+        rows = Rows(sources, [data.weight for data in recipe.data], maker, recipe.seed, recipe.cache_mb * 10**6)
+        sides = (
+            self.pipeline.transformer.config.max_latent_size,
+            self.pipeline.vision_model.config.max_patches_per_side,
         )
+        place = (sides, accelerator.process_index, accelerator.num_processes)
+        if recipe.packing:
+            return PackedBatches(rows, recipe, *place, report=self.watch.too_long)
+        return FixedBatches(rows, recipe, *place)
 
-    def run(self) -> TrainingResult:
-        """Train, log every step to `train_log.jsonl`, and save the pipeline folder."""
-        recipe, start, log = self.recipe, time.monotonic(), []
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        quiet = not self.accelerator.is_main_process
-        with (
-            open(os.devnull if quiet else recipe.output_dir / "train_log.jsonl", "w", encoding="utf-8") as file,
-            tqdm(total=recipe.steps, desc="training", unit="step", disable=quiet) as bar,
-        ):
-            for step in range(recipe.steps):
-                progress = self._progress(step, time.monotonic() - start)
-                if progress >= 1:
-                    break
-                entry = {"step": step, **self._step(step, progress), "seconds": time.monotonic() - start}
-                entry["samples"] = (step + 1) * recipe.batch_size
-                log.append(entry)
-                if not quiet:
-                    file.write(json.dumps({k: round(v, 6) for k, v in entry.items()}) + "\n")
-                bar.update()
-                bar.set_postfix_str(f"loss {smoothed(log):.4f}, {entry['samples'] / entry['seconds']:.0f} samples/s")
-        return TrainingResult(self.save(), log, time.monotonic() - start)
+    # --- the loop ---------------------------------------------------------------------------------------------------
 
-    def _progress(self, step: int, seconds: float) -> float:
+    def run(self, catch_signals: bool = False) -> TrainingResult:
+        """Train, log every step to `train_log.jsonl`, and write what was trained.
+
+        Args:
+            catch_signals: SIGTERM and SIGINT end the run after a checkpoint, with [`Stopped`].
+        """
+        recipe = self.recipe
+        self._resume()
+        with self.watch.open(self.step), self._signals(catch_signals):
+            while self.step < recipe.steps and (progress := self._progress()) < 1:
+                before = self._data_state() if recipe.checkpoints else None
+                try:
+                    entry = self._step(self.step, progress)
+                except NonFiniteLoss:
+                    if recipe.checkpoints:
+                        self._save(before)
+                    raise
+                self.step += 1
+                self.watch.step(self.step, entry, self.batches.facts())
+                self._after_step()
+        folder = self.write()
+        self.watch.close(self._draw_pictures)
+        return TrainingResult(folder, self.watch.log, self.watch.seconds())
+
+    def _after_step(self) -> None:
+        recipe, signum = self.recipe, self.stop_asked
+        every = recipe.checkpoints.every if recipe.checkpoints else 0
+        if signum or (every and self.step % every == 0):
+            folder = self._save(self._data_state())
+            if signum:
+                raise Stopped(signum, self.step, folder)
+        if recipe.pictures and self.step % recipe.pictures.every == 0 and self.step < recipe.steps:
+            self._draw_pictures()
+
+    def _progress(self) -> float:
         """Share of the run that is done: of its steps or of its time, whichever is more; the same on all processes."""
+        steps = self.step / self.recipe.steps
         if self.recipe.max_seconds is None:
-            return step / self.recipe.steps
-        share = torch.tensor(seconds / self.recipe.max_seconds, device=self.accelerator.device)
-        return max(step / self.recipe.steps, float(self.accelerator.reduce(share, "mean")))
+            return steps
+        share = torch.tensor(self.watch.seconds() / self.recipe.max_seconds, device=self.accelerator.device)
+        return max(steps, float(self.accelerator.reduce(share, "mean")))
 
     def _step(self, step: int, progress: float) -> dict[str, float]:
         """One optimizer step over all processes and micro-batches; both losses are means over all of them."""
-        settings, accelerator = self.recipe.optimizer, self.accelerator
+        settings, objective, accelerator = self.recipe.optimizer, self.recipe.objective, self.accelerator
         factor = learning_rate_factor(settings.schedule, settings.warmup_steps, step, progress)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self.base_rates):
             group["lr"] = rate * factor
-        batches = [batch.to(accelerator.device) for batch in self.batches.next_step()]
-        counts = accelerator.reduce(loss_counts(batches).to(accelerator.device), "sum")
+        batches = self.batches.next_step()
+        # What all processes must know of each other, in one exchange: denominators, amounts, and who was told to stop.
+        mine = [*loss_counts(batches, objective), float(self._signal), *self.watch.amounts(batches)]
+        total = self._sum(torch.tensor(mine, dtype=torch.float64))
+        counts, self.stop_asked = total[:2], int(total[2]) and (self._signal or signal.SIGTERM)
+        batches = [batch.to(accelerator.device) for batch in batches]
         shares = torch.zeros(2, device=accelerator.device)
-        for batch in batches:
-            # DDP averages gradients over processes where the sum is wanted.
-            loss, share = weighted_loss(
-                self.model(batch, self.recipe.objective.time_shift), counts, self.recipe.objective
-            )
-            accelerator.backward(loss * accelerator.num_processes)
+        for index, batch in enumerate(batches):
+            with self._last_only(index == len(batches) - 1):
+                loss, share = weighted_loss(self.model(batch, objective.time_shift), counts, objective)
+                # DDP and FSDP average gradients over processes where the sum is wanted.
+                accelerator.backward(loss * accelerator.num_processes)
             shares += share
-        mse, ce = accelerator.reduce(shares, "sum").tolist()
+        mse, ce = self._sum(shares).tolist()
         if not math.isfinite(mse + ce):
             raise NonFiniteLoss(step, self._offenders(batches))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        objective = self.recipe.objective
+        if self.average:
+            self.average.update(self.model)
         loss = objective.mse_weight * mse + objective.ce_weight * ce
-        return {"loss": loss, "mse": mse, "ce": ce, "lr": groups[0]["lr"], "grad_norm": float(norm)}
+        entry = {"step": step, "loss": loss, "mse": mse, "ce": ce, "lr": groups[0]["lr"], "grad_norm": float(norm)}
+        return entry | dict(zip(("samples", "tokens", "flops"), total[3:].tolist()))
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
+
+    def _last_only(self, last: bool):
+        """Processes exchange gradients after the last micro-batch; sharded ones after each, or they would hold all."""
+        if last or self.accelerator.distributed_type == DistributedType.FSDP:
+            return torch.enable_grad()
+        return self.accelerator.no_sync(self.model)
 
     @torch.no_grad()
     def _offenders(self, batches: list[TrainingBatch]) -> list[str]:
@@ -217,54 +234,182 @@ class Trainer:
             wrong = {*noised[~terms.mse.isfinite().all(-1)].tolist()} if len(noised) else set()
             wrong |= {*labelled[~terms.cross_entropy.isfinite()].tolist()}
             ids += [batch.ids[index] for index in sorted(wrong)]
-        return ids or [sample for batch in batches for sample in batch.ids]
+        return gather_object(ids) or gather_object([sample for batch in batches for sample in batch.ids])
 
-    def save(self) -> Path:
-        """Write the trained pipeline to `output_dir/pipeline` in `save_dtype`."""
-        folder = self.recipe.output_dir / "pipeline"
-        self.accelerator.unwrap_model(self.model).eval()
-        if self.accelerator.is_main_process:
-            cast(self.pipeline, getattr(torch, self.recipe.save_dtype))
-            self.pipeline.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+    # --- stopping and going on --------------------------------------------------------------------------------------
+
+    def _signals(self, catch: bool):
+        return _CaughtSignals(self._ask_to_stop) if catch else _CaughtSignals(None)
+
+    def _ask_to_stop(self, signum: int, frame) -> None:
+        self._signal = signum
+        self.accelerator.print(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint ...")
+
+    def _data_state(self) -> dict:
+        return merge_states(gather_object([self.batches.state()]))
+
+    def _tensors(self) -> dict:
+        """All that a checkpoint holds of the model; loading fills the same tensors in place."""
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in self.optimizers]
+        tensors = {
+            "model": {name: p.detach() for name, p in trainable(self.model)},
+            "optimizer": get_optimizer_state_dict(self.model, optimizers, options=options),
+        }
+        return tensors | ({"ema": self.average.values} if self.average else {})
+
+    def _save(self, data_state: dict) -> Path:
+        state = {"step": self.step, "data": data_state, "seconds": self.watch.seconds()}
+        state |= {"recipe": self.recipe.model_dump(mode="json"), "updates": self.average and self.average.updates}
+        try:
+            return self.checkpoints.save(self.accelerator, self.step, self._tensors(), state)
+        except CheckpointError as error:
+            last = self.checkpoints.last()
+            kept = f"the last one is {last.folder}" if last else "there is none before it"
+            raise CheckpointError(
+                f"The checkpoint of step {self.step} could not be written: {error}; {kept}."
+            ) from error
+
+    def _resume(self) -> None:
+        last = self.checkpoints.last()
+        if not self.recipe.resume:
+            if last is not None:
+                raise RecipeError(
+                    f"{self.recipe.output_dir} holds a run up to step {last.step}: go on with --resume, or choose "
+                    "another output_dir."
+                )
+            return
+        if last is None:
+            self.accelerator.print(f"{self.checkpoints.folder} holds no complete checkpoint: starting at step 0.")
+            return
+        state = last.state()
+        check_same_run(Recipe.model_validate(state["recipe"]), self.recipe)
+        tensors = self._tensors()
+        checkpoints.load(last, self.accelerator, tensors)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in self.optimizers]
+        set_optimizer_state_dict(self.model, inner, tensors["optimizer"], options=options)
+        if self.average:
+            self.average.updates = state["updates"]
+        self.batches.load_state(state["data"])
+        self.step = state["step"]
+        self.watch.resume(self.step, state["seconds"])
+        self.accelerator.print(f"Going on after step {self.step}, from {last.folder}.")
+
+    # --- what comes out ---------------------------------------------------------------------------------------------
+
+    def write(self) -> Path:
+        """Write the adapter, or the trained pipeline in `save_dtype`; averaged weights where there are any."""
+        recipe, accelerator = self.recipe, self.accelerator
+        dtype = getattr(torch, recipe.save_dtype)
+        values = self.average.values if self.average else {n: p.detach() for n, p in trainable(self.model)}
+        if isinstance(recipe.tune, Lora):
+            folder = recipe.output_dir / "adapter"
+            whole = {name: _whole(value) for name, value in values.items()}  # small; every process takes part
+            if accelerator.is_main_process:
+                export.write_adapter(folder, self.pipeline.transformer, recipe.tune, whole, torch.float32)
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            folder = recipe.output_dir / "pipeline"
+            saved = self._save(self._data_state())
+            if accelerator.is_main_process:
+                export.export_checkpoint(checkpoints.Checkpoint(saved), folder)
+        else:
+            folder = recipe.output_dir / "pipeline"
+            accelerator.unwrap_model(self.model).eval()
+            if accelerator.is_main_process:
+                with torch.no_grad():
+                    for name, parameter in trainable(self.model) if self.average else ():
+                        parameter.copy_(values[name])
+                cast(self.pipeline, dtype)
+                with export.replaced_folder(folder) as work:
+                    self.pipeline.save_pretrained(work)
+        accelerator.wait_for_everyone()
         return folder
 
-
-def cast(pipeline: Echo4oPipeline, dtype: torch.dtype) -> None:
-    """Bring the pipeline's weights to one dtype."""
-    for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
-        nn.Module.to(module, dtype)  # diffusers' own `to` warns about modules kept in float32 that do not exist
-
-
-def smoothed(log: list[dict], window: int = 50) -> float:
-    """Mean loss of the last steps."""
-    recent = log[-window:]
-    return sum(entry["loss"] for entry in recent) / len(recent)
+    def _draw_pictures(self) -> None:
+        if self.recipe.pictures is None:
+            return
+        model = self.accelerator.unwrap_model(self.model).eval()
+        if self.accelerator.is_main_process:
+            self.watch.draw(self.pipeline, self.step)
+        model.train()
+        self.accelerator.wait_for_everyone()
 
 
-def load_rows(recipe: Recipe):
-    """The recipe's dataset: a folder written by `save_to_disk`, or anything that `load_dataset` opens."""
-    from datasets import load_dataset, load_from_disk
+class _CaughtSignals:
+    """Within, SIGTERM and SIGINT call `handler` (None: as usual)."""
 
-    data = recipe.data
-    if (Path(data.path) / "dataset_info.json").is_file() and (Path(data.path) / "state.json").is_file():
-        return load_from_disk(data.path)
-    return load_dataset(data.path, data.name, split=data.split)
+    def __init__(self, handler):
+        self.handler = handler
+
+    def __enter__(self):
+        if self.handler:
+            self.before = {s: signal.signal(s, self.handler) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *error):
+        if self.handler:
+            for signum, handler in self.before.items():
+                signal.signal(signum, handler)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def check_same_run(before: Recipe, now: Recipe) -> None:
+    """Raise RecipeError where a resumed run would not be the one that was interrupted."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    changed = [
+        f"{key} ({old[key]!r} before, {new[key]!r} now)" for key in new if key not in FREE and old[key] != new[key]
+    ]
+    if len(before.data) != len(now.data):
+        changed.append("data (another number of datasets)")
+    if changed:
+        raise RecipeError(f"The run that is resumed had other settings: {'; '.join(changed)}.")
+
+
+def parse_arguments(arguments: list[str]) -> Recipe:
+    """The recipe of a command line: RECIPE [--set section.key=value ...] [--resume]."""
+    parser = argparse.ArgumentParser("echo4o train", description="Train as a recipe says.")
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes along")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a setting")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    given = parser.parse_args(arguments)
+    return load_recipe(given.recipe, parse_changes(given.set) | ({"resume": True} if given.resume else {}))
+
+
+def train(recipe: Recipe) -> TrainingResult:
+    """A whole run, as the command line does it."""
+    trainer = Trainer(recipe)
+    if trainer.accelerator.is_main_process:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
+    return trainer.run(catch_signals=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe named on the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1:
-        print("usage: python -m echo4o.training.train RECIPE.yaml", file=sys.stderr)
-        return 2
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        result = Trainer(load_recipe(arguments[0])).run()
-    except (RecipeError, NonFiniteLoss) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Trained {len(result.log)} steps in {result.seconds:.0f} s. Pipeline: {result.pipeline_dir}")
-    print(f'Next: echo4o generate "..." --model {result.pipeline_dir}')
+        result = train(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+    except Stopped as stop:
+        if first:
+            print(f"{stop}\nNext: the same command with --resume", file=sys.stderr)
+        return 130 if stop.signum == signal.SIGINT else 0
+    except (RecipeError, NonFiniteLoss, CheckpointError, export.ExportError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if first:
+        print(f"Trained {len(result.log)} steps in {result.seconds:.0f} s: {result.pipeline_dir}")
+        run = result.pipeline_dir.parent
+        if result.pipeline_dir.name == "adapter":
+            print(f"Next: echo4o export {run} --merge --out {run / 'merged'}")
+        else:
+            print(f'Next: echo4o generate "a lighthouse made of glass" --model {result.pipeline_dir}')
     return 0
 
 

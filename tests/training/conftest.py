@@ -40,9 +40,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def tiny_pipeline():
-    """The golden checkpoint's model, float32, for pictures of at most 64 pixels."""
+def make_pipeline():
     from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 
     return Echo4oPipeline.from_original(
@@ -53,9 +51,7 @@ def tiny_pipeline():
     )
 
 
-@pytest.fixture
-def rows():
-    """Eight rows of mixed sizes; every second has one or two references. Order as in a `datasets.Dataset`."""
+def make_rows():
     from datasets import Dataset, Features, Image, List, Value
 
     text = Value("string")
@@ -63,3 +59,64 @@ def rows():
     features = Features({**{n: text for n in names}, "reference_images": List(Image()), "image": Image()})
     made = [row(i, references=(0, 1, 0, 2)[i % 4], size=((64, 64), (64, 32))[i % 2]) for i in range(8)]
     return Dataset.from_list(made, features=features)
+
+
+@pytest.fixture
+def tiny_pipeline():
+    """The golden checkpoint's model, float32, for pictures of at most 64 pixels."""
+    return make_pipeline()
+
+
+@pytest.fixture
+def rows():
+    """Eight rows of mixed sizes; every second has one or two references. Order as in a `datasets.Dataset`."""
+    return make_rows()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny pipeline as a folder, for runs by the command line."""
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory):
+    """The rows as a folder saved by `datasets`, with two questions about pictures among them."""
+    from datasets import concatenate_datasets
+
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    rows = make_rows().add_column("answer", [None] * 8)
+    asked = [{**row(i, references=1), "image": None, "answer": f"a {COLOURS[i]} square"} for i in (8 % 4, 9 % 4)]
+    for index, entry in enumerate(asked):
+        entry |= {"id": f"question-{index}", "instruction": "what is it?"}
+    from datasets import Dataset, Value
+
+    features = rows.features | {"answer": Value("string")}
+    rows = rows.cast(features)
+    concatenate_datasets([rows, Dataset.from_list(asked, features=features)]).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path, model_folder, rows_folder):
+    """Writes a recipe for a short run and returns its path: `recipe_file(name, **changes)`."""
+    import yaml
+
+    def write(name: str = "run", **changes) -> Path:
+        values = {
+            "model": str(model_folder),
+            "output_dir": str(tmp_path / name),
+            "data": {"path": str(rows_folder)},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 1, "schedule": "linear"},
+            "steps": 4,
+            "batch_size": 2,
+            "device": "cpu",
+            "save_dtype": "float32",
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
+        return file
+
+    return write

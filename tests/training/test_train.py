@@ -8,10 +8,12 @@ import torch
 import yaml
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.training.data import Order
 from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import Muon
+from echo4o.training.packing import FixedBatches
 from echo4o.training.recipe import Recipe, RecipeError, load_recipe, shipped_recipe
-from echo4o.training.train import BatchSource, NonFiniteLoss, Trainer, learning_rate_factor, main, sample_order
+from echo4o.training.train import NonFiniteLoss, Trainer, learning_rate_factor, main
 
 from .conftest import row
 
@@ -49,8 +51,7 @@ def test_saved_folder_draws(tmp_path, tiny_pipeline, rows):
 def test_accumulation_and_processes_see_the_same_samples(tmp_path, tiny_pipeline, rows):
     """Losses of a step do not depend on how its samples are split."""
     whole = Trainer(recipe(tmp_path, steps=3), tiny_pipeline, rows)
-    maker, sides = whole.batches.maker, whole.batches.sides
-    ranks = [BatchSource(rows, maker, recipe(tmp_path), sides, rank, 2) for rank in range(2)]
+    ranks = [FixedBatches(whole.batches.rows, recipe(tmp_path), whole.batches.sides, rank, 2) for rank in range(2)]
     dealt = sorted(i for source in ranks for batch in source.next_step() for i in batch.ids)
     assert dealt == sorted(i for batch in whole.batches.next_step() for i in batch.ids)
 
@@ -70,7 +71,7 @@ def test_accumulation_changes_nothing(tmp_path, rows, tiny_pipeline):
 
 def test_non_finite_loss_names_its_samples(tmp_path, tiny_pipeline, rows):
     trainer = Trainer(recipe(tmp_path), tiny_pipeline, rows)
-    maker = trainer.batches.maker
+    maker = trainer.batches.rows.maker
     prepare = maker.prepare
 
     def spoiled(new):
@@ -87,11 +88,11 @@ def test_non_finite_loss_names_its_samples(tmp_path, tiny_pipeline, rows):
 
 
 def test_order_is_a_new_permutation_each_epoch():
-    order = sample_order(5, seed=0)
+    order = Order([5], [1.0], seed=0)
     epochs = [[next(order) for _ in range(5)] for _ in range(3)]
-    assert all(sorted(row for _, row in epoch) == list(range(5)) for epoch in epochs)
-    assert [epoch[0][0] for epoch in epochs] == [0, 1, 2]
-    assert len({tuple(row for _, row in epoch) for epoch in epochs}) > 1
+    assert all(sorted(ref.row for ref in epoch) == list(range(5)) for epoch in epochs)
+    assert [epoch[0].epoch for epoch in epochs] == [0, 1, 2]
+    assert len({tuple(ref.row for ref in epoch) for epoch in epochs}) > 1
 
 
 def test_schedule():
@@ -138,7 +139,7 @@ def test_recipe_that_is_no_mapping_or_missing(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="no mapping"):
         load_recipe(tmp_path / "list.yaml")
-    assert main([str(tmp_path / "absent.yaml")]) == 1
+    assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml cannot be read" in capsys.readouterr().err
 
 

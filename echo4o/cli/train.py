@@ -1,0 +1,102 @@
+"""``echo4o train`` and ``echo4o export``."""
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echo4o.cli.frame import finish, say
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint; ``auto`` is the moving average if there is one."""
+
+    auto = "auto"
+    ema = "ema"
+    raw = "raw"
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a setting, as section.key=value; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+) -> None:
+    """Fine-tune: LoRA or full, on one device or many. A recipe for several processes is started on as many.
+
+    Example: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR[/bold]
+    The same: [bold]accelerate launch -m echo4o.training.train lora_single_gpu ...[/bold]
+    """
+    from echo4o.training.recipe import load_recipe, parse_changes
+
+    changes = parse_changes(set_ or []) | ({"resume": True} if resume else {})
+    asked = load_recipe(recipe, changes)
+    arguments = [recipe, *(part for pair in set_ or [] for part in ("--set", pair)), *(["--resume"] if resume else [])]
+    if asked.processes not in (None, 1) and "WORLD_SIZE" not in os.environ:
+        launch(asked.processes, asked.device, asked.mixed_precision, arguments)
+    from echo4o.training.train import main
+
+    if code := main(arguments):
+        raise typer.Exit(code)
+
+
+def launch(processes: int, device: str, mixed_precision: str, arguments: list[str]) -> None:
+    """Become `accelerate launch` on this machine; it never comes back."""
+    import torch
+
+    if device != "cpu" and torch.cuda.device_count() < processes:
+        raise ValueError(
+            f"the recipe asks for {processes} processes, and this machine has {torch.cuda.device_count()} GPUs: set "
+            "processes, or start it on every node with `accelerate launch --config_file ... -m echo4o.training.train`"
+        )
+    # --multi_gpu without a GPU starts as many processes on the CPU; --cpu would quietly start one.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", mixed_precision, "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "echo4o.training.train", *arguments]
+    say(shlex.join(["accelerate", "launch", *command[3:]]))
+    os.execv(command[0], command)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    step: Annotated[int | None, typer.Option(min=0, help="Of which step.", show_default="the last")] = None,
+    weights: Annotated[Weights, typer.Option(help="The moving average, or the weights as they are.")] = Weights.auto,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole pipeline with the adapter in it.")] = False,
+) -> None:
+    """Write what a checkpoint holds: a pipeline folder, or an adapter.
+
+    Example: [bold]echo4o export runs/lora --step 500 --out lora-500[/bold]
+    """
+    from echo4o.training.checkpoints import Checkpoint, CheckpointFolder, missing_from
+    from echo4o.training.export import export_checkpoint, merge_run
+
+    if merge and step is None and weights is Weights.auto and (run / "adapter").is_dir():
+        finish(
+            merge_run(run, out), shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(out)])
+        )
+        return
+    if run.name.startswith("step-"):
+        if why := missing_from(run):
+            raise ValueError(f"{run} is no checkpoint: {why}")
+        found = [Checkpoint(run)]
+    else:
+        found = CheckpointFolder(run / "checkpoints", say=say).complete()
+    chosen = [c for c in found if step is None or c.step == step]
+    if not chosen:
+        steps = ", ".join(str(c.step) for c in found) or "none"
+        raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {steps}")
+    folder = export_checkpoint(chosen[-1], out, weights.value, merge)
+    adapter = (folder / "model_index.json").is_file() is False
+    say(f"step {chosen[-1].step}, the {'adapter' if adapter else 'pipeline'}:")
+    if adapter:
+        finish(folder, shlex.join(["echo4o", "export", str(run), "--merge", "--out", f"{out}-merged"]))
+    else:
+        finish(folder, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(out)]))

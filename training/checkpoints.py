@@ -1,0 +1,204 @@
+"""Checkpoints: all that a run needs to go on bit for bit, written so that no fault costs the one before.
+
+    checkpoints/step-00000200/
+        weights/        what is trained, its optimizer and its average: torch.distributed.checkpoint, one share per
+                        process where the model is sharded, free of what is frozen
+        rank-00000.pt   random states of each process
+        state.json      step, data position, recipe
+        manifest.json   name and size of every file above; written last
+
+A checkpoint is written into a hidden folder, brought to the disk (fsync) and renamed; older ones go after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint.api import CheckpointException
+
+MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "weights"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what is left."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return int(self.folder.name.removeprefix("step-"))
+
+    def state(self) -> dict:
+        return json.loads((self.folder / STATE).read_text("utf-8"))
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they are.
+        keep: how many of the last ones are kept.
+        say: prints a message for the person at the terminal.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, say=print):
+        self.folder, self.keep, self.say = Path(folder), keep, say
+
+    def complete(self) -> list[Checkpoint]:
+        """Checkpoints that can be loaded, oldest first; whatever is incomplete is named and left out."""
+        found = []
+        for folder in sorted(self.folder.glob("*step-*")):
+            why = None if folder.name.startswith("step-") else "it was never finished"
+            why = why or missing_from(folder)
+            if why:
+                self.say(f"{folder} is ignored: {why}.")
+            else:
+                found.append(Checkpoint(folder))
+        return found
+
+    def last(self) -> Checkpoint | None:
+        return (self.complete() or [None])[-1]
+
+    def save(self, accelerator: Accelerator, step: int, tensors: dict, state: dict) -> Path:
+        """Write the checkpoint of `step`, on all processes together. Raises CheckpointError on all of them."""
+        final, work = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
+        if final.is_dir() and missing_from(final) is None:
+            return final
+        together(accelerator, lambda: _start(work), main_only=True)
+        together(accelerator, lambda: _write_share(accelerator, work, tensors))
+        together(accelerator, lambda: _finish(work, final, state), main_only=True)
+        if accelerator.is_main_process:
+            self._remove_old()
+        return final
+
+    def _remove_old(self) -> None:
+        for old in [f for f in sorted(self.folder.glob("step-*")) if missing_from(f) is None][: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        for left in self.folder.glob(".step-*.tmp"):  # of runs that were killed while saving
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def missing_from(folder: Path) -> str | None:
+    """Why a checkpoint's folder is incomplete; None when it is whole."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text("utf-8"))
+        wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError) as error:
+        return f"it is incomplete ({error})"
+    return f"it is incomplete ({', '.join(wrong)} has another size)" if wrong else None
+
+
+def together(accelerator: Accelerator, work, main_only: bool = False) -> None:
+    """Do `work` on every process (or the first one); when it fails on any, all raise CheckpointError."""
+    problem = None
+    if accelerator.is_main_process or not main_only:
+        try:
+            work()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            problem = _reason(error)
+    problems = [p for p in gather_object([problem]) if p]
+    if problems:
+        raise CheckpointError(problems[0])
+
+
+def _reason(error: BaseException) -> str:
+    """One line for an error; DCP wraps the reasons of all processes."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _start(work: Path) -> None:
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+
+
+def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
+    dcp.save(
+        tensors,
+        storage_writer=dcp.FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
+        no_dist=not dist.is_initialized(),
+    )
+    with open(work / f"rank-{accelerator.process_index:05d}.pt", "wb") as file:
+        torch.save(random_states(), file)
+        _to_disk(file)
+
+
+def _finish(work: Path, final: Path, state: dict) -> None:
+    _write_json(work / STATE, state)
+    sizes = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
+    _write_json(work / MANIFEST, sizes)
+    for folder in (work / WEIGHTS, work):
+        _sync_folder(folder)
+    if final.exists():  # an incomplete one of the same step
+        shutil.rmtree(final)
+    os.replace(work, final)
+    _sync_folder(final.parent)
+
+
+def _write_json(file: Path, value: dict) -> None:
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=1) + "\n")
+        _to_disk(stream)
+
+
+def _to_disk(stream) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> None:
+    """Fill `tensors` in place, for any number of processes, and set this process's random states."""
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=dcp.FileSystemReader(checkpoint.folder / WEIGHTS),
+            no_dist=not dist.is_initialized(),
+        )
+        file = checkpoint.folder / f"rank-{accelerator.process_index:05d}.pt"
+        if file.is_file():  # more processes than before start with fresh random states
+            set_random_states(torch.load(file, weights_only=True))
+    except (OSError, CheckpointException, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {_reason(error)}") from error
+
+
+def random_states() -> dict:
+    """Of Python, numpy, torch and CUDA. Samples do not depend on them (their draws are named); LoRA dropout does."""
+    kind, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_states(states: dict) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,168 @@
+"""Which row comes when: sources of rows, the order they are read in, and the memory of prepared ones.
+
+The order is a function of the recipe alone, never of the number of processes, and its whole state is how many rows
+were drawn from each source.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from echo4o.training.recipe import Data, Recipe, RecipeError
+from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
+
+
+class Ref(NamedTuple):
+    """Names one reading of one row."""
+
+    source: int
+    epoch: int
+    row: int
+
+
+@lru_cache(maxsize=8)
+def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+class Order:
+    """The rows of all sources without end: each draw chooses a source by weight, each source shuffles every epoch.
+
+    Args:
+        rows: number of rows of each source.
+        weights: of each source.
+        start, stride: yield every `stride`-th draw from `start` on (the share of one lane).
+    """
+
+    def __init__(self, rows: Sequence[int], weights: Sequence[float], seed: int, start: int = 0, stride: int = 1):
+        self.rows, self.seed, self.start, self.stride = list(rows), seed, start, stride
+        self._bounds = [total / sum(weights) for total in accumulate(weights)]
+        self.drawn = [0] * len(rows)  # from each source, over all lanes: the whole state
+
+    def _source(self, draw: int) -> int:
+        if len(self.rows) == 1:
+            return 0
+        chance = random.Random(self.seed * 1_000_003 + draw).random()
+        return next(i for i, bound in enumerate(self._bounds) if chance < bound or i == len(self._bounds) - 1)
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> Ref:
+        while True:
+            draw = sum(self.drawn)
+            source = self._source(draw)
+            count, rows = self.drawn[source], self.rows[source]
+            self.drawn[source] += 1
+            if draw % self.stride == self.start:
+                epoch, place = divmod(count, rows)
+                return Ref(source, epoch, _permutation(rows, self.seed + 7919 * source, epoch)[place])
+
+
+class Stream:
+    """A streaming source as one lane sees it: every `stride`-th row of the stored order, again and again.
+
+    A row's number is its place among the lane's own rows; going on after an interruption reads up to that place again.
+    """
+
+    def __init__(self, dataset, start: int = 0, stride: int = 1):
+        from datasets.distributed import split_dataset_by_node
+
+        self.dataset = split_dataset_by_node(dataset, rank=start, world_size=stride)
+        self.taken = 0
+        self.epoch = 0
+        self._rows: Iterator[dict] | None = None
+
+    def next(self) -> tuple[Ref, dict]:
+        """The next row and its name."""
+        for _ in range(2):
+            if self._rows is None:
+                self._rows = islice(iter(self.dataset), self.taken, None)
+            row = next(self._rows, None)
+            if row is not None:
+                self.taken += 1
+                return Ref(0, self.epoch, self.taken - 1), row
+            if self.taken == 0:
+                break
+            self._rows, self.taken, self.epoch = None, 0, self.epoch + 1
+        raise RecipeError("A streamed dataset has no rows for one of the packs of a step.")
+
+    def again(self, refs: Sequence[Ref]) -> dict[Ref, dict]:
+        """Rows that were read before, by name."""
+        wanted = {ref.row: ref for ref in refs}
+        rows = enumerate(islice(iter(self.dataset), max(wanted, default=-1) + 1))
+        return {wanted[index]: row for index, row in rows if index in wanted}
+
+
+class Rows:
+    """All sources of a run, and a bounded memory of their prepared rows.
+
+    Args:
+        sources: datasets with `len` and `select`, or one streaming dataset.
+        cache_bytes: most memory for prepared rows; the least recently used go first.
+    """
+
+    def __init__(self, sources: Sequence, weights: Sequence[float], maker: SampleMaker, seed: int, cache_bytes: int):
+        self.sources, self.weights, self.maker, self.seed = list(sources), list(weights), maker, seed
+        self.streaming = not hasattr(self.sources[0], "select")
+        if not self.streaming and not all(len(source) for source in self.sources):
+            raise RecipeError("A dataset of the recipe has no rows.")
+        self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
+        self._room = cache_bytes
+
+    def order(self, start: int = 0, stride: int = 1) -> Order:
+        return Order([len(source) for source in self.sources], self.weights, self.seed, start, stride)
+
+    def samples(self, refs: Sequence[Ref], known: dict[Ref, dict] | None = None) -> list[TrainingSample]:
+        """The samples of these readings, in order. `known`: rows that were read from a stream."""
+        if known is not None:
+            prepared = self.maker.prepare([known[ref] for ref in refs])
+            return [self._sample(row, ref) for ref, row in zip(refs, prepared)]
+        held = {key: self._cache[key] for key in {(r.source, r.row) for r in refs} if key in self._cache}
+        for source, dataset in enumerate(self.sources):
+            new = sorted({r.row for r in refs if r.source == source and (source, r.row) not in held})
+            if new:
+                prepared = self.maker.prepare(list(dataset.select(new)))
+                held |= {(source, row): made for row, made in zip(new, prepared)}
+        for key, made in held.items():
+            self._remember(key, made)
+        return [self._sample(held[ref.source, ref.row], ref) for ref in refs]
+
+    def _sample(self, row: PreparedRow, ref: Ref) -> TrainingSample:
+        return self.maker.sample(row, ref.epoch)
+
+    def _remember(self, key: tuple[int, int], made: PreparedRow) -> None:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return
+        self._cache[key] = made
+        self._room -= made.nbytes
+        while self._room < 0:
+            self._room += self._cache.popitem(last=False)[1].nbytes
+
+
+def open_sources(recipe: Recipe) -> list:
+    """The recipe's datasets; a RecipeError names the one that cannot be opened."""
+    return [_open(data) for data in recipe.data]
+
+
+def _open(data: Data):
+    from datasets import load_dataset, load_from_disk
+
+    folder = Path(data.path)
+    try:
+        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+            dataset = load_from_disk(data.path)
+            return dataset.to_iterable_dataset() if data.streaming else dataset
+        return load_dataset(data.path, data.name, split=data.split, streaming=data.streaming)
+    except Exception as error:  # datasets raises anything, from any of its readers
+        text = str(error).strip().splitlines()
+        raise RecipeError(f"data.path={data.path} cannot be opened: {text[0] if text else error!r}") from error

@@ -1,0 +1,41 @@
+"""A moving average of what is trained, and of nothing else: small under LoRA, sharded where the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from echo4o.training.model import trainable
+
+
+class MovingAverage:
+    """Float32 averages beside the trained parameters. The decay warms up: early steps are not worth remembering."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.values = {name: p.detach().clone().float() for name, p in trainable(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """After an optimizer step."""
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 9))
+        for name, parameter in trainable(model):
+            self.values[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averages in place of its parameters."""
+        with torch.no_grad():
+            own = {name: p.detach().clone() for name, p in trainable(model)}
+            for name, parameter in trainable(model):
+                parameter.copy_(self.values[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trainable(model):
+                    parameter.copy_(own[name])

@@ -1,0 +1,86 @@
+"""Accelerate, set up as a recipe asks, and refused where it would quietly be something else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from echo4o.training.recipe import Recipe, RecipeError
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The engine of a run.
+
+    Raises:
+        RecipeError: another number of processes runs than was asked for or started, sharding was asked for and would
+            not happen, or a tracker is not installed.
+    """
+    for tracker in recipe.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"trackers: {tracker} is not installed: pip install {tracker}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and recipe.sharding == "none":
+        raise RecipeError("The launcher asks for FSDP, and the recipe says sharding: none. Make them agree.")
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        cpu=recipe.device == "cpu",
+        fsdp_plugin=_fsdp2(recipe) if recipe.sharding == "fsdp2" else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=list(recipe.trackers) or None,
+        project_dir=str(recipe.output_dir),
+        step_scheduler_with_optimizer=False,
+    )
+    _refuse_less(accelerator, recipe)
+    return accelerator
+
+
+def _refuse_less(accelerator: Accelerator, recipe: Recipe) -> None:
+    running, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if started != running:
+        raise RecipeError(f"{started} processes were started, but Accelerate runs {running}: nothing was trained.")
+    if recipe.processes is not None and recipe.processes != running:
+        raise RecipeError(
+            f"processes: {recipe.processes} was asked for, but {running} run"
+            f"{'s' if running == 1 else ''}: start with `torchrun --nproc-per-node {recipe.processes} -m "
+            "echo4o.training.train RECIPE` or `accelerate launch` (which, with --cpu, runs one process only), "
+            "or set processes."
+        )
+    if recipe.sharding == "fsdp2" and accelerator.distributed_type != DistributedType.FSDP:
+        raise RecipeError(
+            f"sharding: fsdp2 was asked for, but Accelerate would run {accelerator.distributed_type.value} on "
+            f"{running} process{'es' if running > 1 else ''} (FSDP2 needs several, each with an accelerator)."
+        )
+
+
+def _fsdp2(recipe: Recipe) -> FullyShardedDataParallelPlugin:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = None
+    if recipe.mixed_precision == "bf16":  # gradients are summed in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+
+
+def loads_weights(accelerator: Accelerator) -> bool:
+    """Whether this process reads the weights; of a sharded model, only the first does and sends them on."""
+    return accelerator.distributed_type != DistributedType.FSDP or accelerator.is_main_process
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory that this process has held: of its accelerator, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

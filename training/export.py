@@ -1,0 +1,227 @@
+"""From what was trained to what is published: a pipeline folder, or an adapter file. Complete, or an error.
+
+`export_checkpoint` works from a checkpoint on disk, one file of weights at a time: neither the model nor its trained
+part is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from echo4o.modeling.bagel.loading_bagel import component_tensors
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
+from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.training.checkpoints import WEIGHTS, Checkpoint
+from echo4o.training.model import ADAPTER, lora_config
+from echo4o.training.recipe import Lora, Recipe, RecipeError, load_recipe
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SHARD_BYTES = 5_000_000_000
+CLASSES = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel}
+
+
+class ExportError(RuntimeError):
+    """What was trained does not make a complete model."""
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into; it takes the place of `folder` at the end, or goes away after an error."""
+    work, old = folder.parent / f".{folder.name}.tmp", folder.parent / f".{folder.name}.old"
+    for left in (work, old):
+        shutil.rmtree(left, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(work, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
+    """Raise ExportError unless both name the same tensors."""
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing or extra:
+        lines = [f"{len(missing)} missing ({', '.join(missing[:3])})"] if missing else []
+        lines += [f"{len(extra)} unexpected ({', '.join(extra[:3])})"] if extra else []
+        raise ExportError(f"{what} would be incomplete: {' and '.join(lines)}.")
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(folder: Path, transformer, tune: Lora, values: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+    """Write `pytorch_lora_weights.safetensors` as diffusers reads it, its configuration in the file's metadata.
+
+    Args:
+        transformer: the model with the adapter in it (weights are not read; it may be empty).
+        values: trained tensors by their names in [`echo4o.training.model.TrainedModel`].
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    own = {name.removeprefix("transformer."): value for name, value in values.items()}
+    check_keys("The adapter", (n for n in transformer.state_dict() if "lora_" in n), own)
+    layers = get_peft_model_state_dict(transformer, state_dict=own, adapter_name=ADAPTER)
+    layers = {f"transformer.{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in layers.items()}
+    settings = {f"transformer.{k}": v for k, v in _plain(lora_config(tune).to_dict()).items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    with replaced_folder(folder) as work:
+        save_file(layers, work / LORA_FILE, metadata=metadata)
+    return folder
+
+
+def _plain(config: dict) -> dict:
+    """A PEFT configuration as JSON: sets become lists, enumerations their values, the rest must be plain."""
+    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    return {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))}
+
+
+# --- pipeline folders ----------------------------------------------------------------------------------------------
+
+
+def base_folder(model: str) -> Path:
+    """The folder of the pipeline that a run started from, fetched from the Hub if need be."""
+    return Path(model) if Path(model).is_dir() else Path(Echo4oPipeline.download(model))
+
+
+def write_pipeline(
+    folder: Path, base: Path, trained: dict[str, Callable], names: set[str], dtype: torch.dtype
+) -> Path:
+    """A pipeline folder: trained tensors, what is frozen from `base`, everything else copied from there.
+
+    Args:
+        trained: component -> a function that reads the named trained tensors: list of names -> {name: tensor}.
+        names: of the trained tensors, as "component.name".
+    """
+    expected = set()
+    with replaced_folder(folder) as work:
+        shutil.copytree(base, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".cache", ".git"))
+        for component, cls in CLASSES.items():
+            for old in [*(work / component).glob("*.safetensors"), *(work / component).glob("*.index.json")]:
+                old.unlink()
+            with torch.device("meta"):
+                shapes = {n: t for n, t in cls.from_config(cls.load_config(base / component)).state_dict().items()}
+            expected |= {f"{component}.{name}" for name in shapes}
+            learned = {n.removeprefix(f"{component}.") for n in names if n.startswith(f"{component}.")}
+            _write_component(work / component, base / component, shapes, trained[component], learned, dtype)
+        if unknown := names - expected:
+            raise ExportError(f"The pipeline has no place for {len(unknown)} trained tensors: {sorted(unknown)[:3]}.")
+    return folder
+
+
+def _write_component(folder: Path, base: Path, shapes: dict, read_trained, learned: set[str], dtype) -> None:
+    stored = component_tensors(base)
+    check_keys(str(base), shapes, {*stored, *learned})
+    groups, sizes = [[]], 0
+    for name, empty in shapes.items():
+        size = empty.numel() * dtype.itemsize
+        if sizes + size > SHARD_BYTES and groups[-1]:
+            groups.append([])
+            sizes = 0
+        groups[-1].append(name)
+        sizes += size
+    index = {}
+    for number, group in enumerate(groups, 1):
+        several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        file = f"diffusion_pytorch_model{several}.safetensors"
+        tensors = read_trained([n for n in group if n in learned])
+        for name in group:
+            if name not in tensors:
+                with safe_open(stored[name].file, "pt") as source:
+                    tensors[name] = source.get_tensor(name)
+            if tensors[name].shape != shapes[name].shape:
+                raise ExportError(
+                    f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(shapes[name].shape)}."
+                )
+        save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        total = sum(t.numel() * dtype.itemsize for t in shapes.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text + "\n", "utf-8")
+
+
+# --- from a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", merge: bool = False) -> Path:
+    """Write what a checkpoint holds as an adapter (LoRA) or a pipeline folder.
+
+    Args:
+        weights: "ema", "raw", or "auto": the average if there is one.
+        merge: LoRA: write a whole pipeline with the adapter's effect in its weights.
+    """
+    recipe = Recipe.model_validate(checkpoint.state()["recipe"])
+    if weights == "ema" and recipe.ema is None:
+        raise RecipeError(f"{checkpoint.folder} has no average: its recipe has no ema section. Use --weights raw.")
+    section = "ema" if weights != "raw" and recipe.ema is not None else "model"
+    reader = dcp.FileSystemReader(checkpoint.folder / WEIGHTS)
+    held = {k.removeprefix(f"{section}."): v for k, v in reader.read_metadata().state_dict_metadata.items()}
+    names = {k for k in held if k.startswith(("transformer.", "vision_model."))}
+    dtype = getattr(torch, recipe.save_dtype)
+
+    def read(wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+        wanted = list(wanted)
+        tensors = {n: torch.empty(held[n].size, dtype=held[n].properties.dtype) for n in wanted}
+        if tensors:
+            dcp.load({f"{section}.{n}": t for n, t in tensors.items()}, storage_reader=reader, no_dist=True)
+        return tensors
+
+    base = base_folder(recipe.model)
+    if not isinstance(recipe.tune, Lora):
+        if merge:
+            raise RecipeError("--merge is for adapters; this run trained the weights themselves.")
+        parts = {c: lambda w, c=c: {n: t for n, t in zip(w, read(f"{c}.{n}" for n in w).values())} for c in CLASSES}
+        return write_pipeline(out, base, parts, names, dtype)
+    with torch.device("meta"):
+        cls = BagelTransformer2DModel
+        skeleton = cls.from_config(cls.load_config(base / "transformer"))
+        skeleton.add_adapter(lora_config(recipe.tune), adapter_name=ADAPTER)
+    if not merge:
+        return write_adapter(out, skeleton, recipe.tune, read(names), torch.float32)
+    adapter = write_adapter(out.parent / f".{out.name}.adapter", skeleton, recipe.tune, read(names), torch.float32)
+    try:
+        return merge_adapter(str(base), adapter, out, dtype)
+    finally:
+        shutil.rmtree(adapter, ignore_errors=True)
+
+
+def load_adapter(pipeline: Echo4oPipeline, adapter: Path) -> None:
+    """Put an adapter into a pipeline, with its alpha."""
+    pipeline.transformer.load_lora_adapter(
+        str(adapter), prefix="transformer", weight_name=LORA_FILE, use_safetensors=True, adapter_name=ADAPTER
+    )
+
+
+def merge_run(run: Path, out: Path) -> Path:
+    """A pipeline folder with the adapter that a finished run left in its folder."""
+    recipe = load_recipe(run / "recipe.yaml")
+    return merge_adapter(recipe.model, run / "adapter", out, getattr(torch, recipe.save_dtype))
+
+
+def merge_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> Path:
+    """Write the pipeline `base` with an adapter's effect in its weights (computed in float32)."""
+    pipeline = Echo4oPipeline.from_pretrained(base, dtype=torch.float32)
+    load_adapter(pipeline, adapter)
+    pipeline.transformer.fuse_lora()
+    pipeline.transformer.unload_lora()
+    for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
+        torch.nn.Module.to(module, dtype)
+    with replaced_folder(out) as work:
+        pipeline.save_pretrained(work)
+    return out

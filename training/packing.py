@@ -1,0 +1,158 @@
+"""What each process computes in each step: fixed batches, or packs filled up to a number of tokens.
+
+Packing works in lanes. A step has as many lanes as packs; lane i reads every n-th row, keeps a small buffer of samples
+and fills one pack a step. What a lane does depends on its number alone, so that the packs of a step are the same
+whether one process fills all lanes or each process its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from echo4o.training.data import Ref, Rows, Stream
+from echo4o.training.recipe import Packing, Recipe, RecipeError
+from echo4o.training.samples import TrainingBatch, TrainingSample, collate
+
+
+class FixedBatches:
+    """`batch_size` samples a step, dealt out to the processes in turn and split into micro-batches."""
+
+    def __init__(self, rows: Rows, recipe: Recipe, sides: tuple[int, int], rank: int = 0, processes: int = 1):
+        micro = recipe.micro_batch_size or -(-recipe.batch_size // processes)
+        if recipe.batch_size % (micro * processes):
+            raise RecipeError(
+                f"batch_size={recipe.batch_size} does not divide into {processes} processes of micro batches of {micro}."
+            )
+        self.rows, self.sides, self.order = rows, sides, rows.order()
+        self.batch_size, self.micro, self.rank, self.processes = recipe.batch_size, micro, rank, processes
+
+    def next_step(self) -> list[TrainingBatch]:
+        """This process's micro-batches of the next step."""
+        taken = [next(self.order) for _ in range(self.batch_size)][self.rank :: self.processes]
+        samples = self.rows.samples(taken)
+        parts = [samples[start : start + self.micro] for start in range(0, len(samples), self.micro)]
+        return [collate(part, *self.sides) for part in parts]
+
+    def state(self) -> dict:
+        """Where the order stands; the same on all processes."""
+        return {"drawn": list(self.order.drawn)}
+
+    def load_state(self, state: dict) -> None:
+        self.order.drawn = list(state["drawn"])
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+
+class Lane:
+    """Fills one pack a step from a buffer, best fit: the oldest sample first, then always the largest that fits."""
+
+    def __init__(self, rows: Rows, settings: Packing, start: int, stride: int, on_too_long: Callable):
+        self.rows, self.settings, self.on_too_long = rows, settings, on_too_long
+        self.source = Stream(rows.sources[0], start, stride) if rows.streaming else rows.order(start, stride)
+        self.buffer: list[tuple[Ref, TrainingSample]] = []
+        self.too_long = 0  # in a row
+
+    def next_pack(self) -> list[TrainingSample]:
+        self._fill()
+        room, chosen = self.settings.tokens, []
+        while (place := best_fit([len(sample) for _, sample in self.buffer], room, first=not chosen)) is not None:
+            chosen.append(self.buffer.pop(place)[1])
+            room -= len(chosen[-1])
+        return chosen
+
+    def _fill(self) -> None:
+        while missing := self.settings.buffer - len(self.buffer):
+            if self.rows.streaming:
+                taken = dict(self.source.next() for _ in range(missing))
+                made = list(zip(taken, self.rows.samples(list(taken), taken)))
+            else:
+                refs = [next(self.source) for _ in range(missing)]
+                made = list(zip(refs, self.rows.samples(refs)))
+            for ref, sample in made:
+                if len(sample) > self.settings.tokens:
+                    self.too_long += 1
+                    self.on_too_long(sample)
+                else:
+                    self.too_long = 0
+                    self.buffer.append((ref, sample))
+            if self.too_long >= 1000:
+                raise RecipeError(f"1000 samples in a row exceed packing.tokens={self.settings.tokens}: raise it.")
+
+    def state(self) -> dict:
+        place = [self.source.epoch, self.source.taken] if self.rows.streaming else list(self.source.drawn)
+        return {"place": place, "buffer": [list(ref) for ref, _ in self.buffer]}
+
+    def load_state(self, state: dict) -> None:
+        refs = [Ref(*values) for values in state["buffer"]]
+        if self.rows.streaming:
+            self.source.epoch, self.source.taken = state["place"]
+            again = self.source.again(refs)
+            self.buffer = list(zip(refs, self.rows.samples(refs, again)))
+        else:
+            self.source.drawn = list(state["place"])
+            self.buffer = list(zip(refs, self.rows.samples(refs)))
+
+
+def best_fit(lengths: Sequence[int], room: int, first: bool) -> int | None:
+    """Place of the sample to add to a pack with `room` tokens left; None when nothing fits.
+
+    The first one is the oldest, so that none waits for ever.
+    """
+    if first:
+        return 0 if lengths and lengths[0] <= room else None
+    fitting = [(length, -place) for place, length in enumerate(lengths) if length <= room]
+    return -max(fitting)[1] if fitting else None
+
+
+class PackedBatches:
+    """This process's lanes. `report(id, tokens)` is told of every sample that is longer than a pack."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        recipe: Recipe,
+        sides: tuple[int, int],
+        rank: int = 0,
+        processes: int = 1,
+        report: Callable[[str, int], None] = lambda id, tokens: None,
+    ):
+        self.settings, self.sides, lanes = recipe.packing, sides, recipe.packing.packs_per_step
+        if lanes % processes:
+            raise RecipeError(f"packing.packs_per_step={lanes} does not divide into {processes} processes.")
+        self.too_long = Counter()
+
+        def on_too_long(sample: TrainingSample) -> None:
+            self.too_long[sample.id] += 1
+            report(sample.id, len(sample))
+
+        self.lanes = {i: Lane(rows, recipe.packing, i, lanes, on_too_long) for i in range(rank, lanes, processes)}
+        self.tokens = self.packs = 0
+
+    def next_step(self) -> list[TrainingBatch]:
+        """This process's packs of the next step."""
+        packs = [lane.next_pack() for lane in self.lanes.values()]
+        self.tokens += sum(len(sample) for pack in packs for sample in pack)
+        self.packs += len(packs)
+        return [collate(pack, *self.sides) for pack in packs]
+
+    def state(self) -> dict:
+        """Of this process's own lanes; those of all processes together are the state of the run."""
+        return {"lanes": {str(number): lane.state() for number, lane in self.lanes.items()}}
+
+    def load_state(self, state: dict) -> None:
+        for number, lane in self.lanes.items():
+            lane.load_state(state["lanes"][str(number)])
+
+    def facts(self) -> dict[str, float]:
+        """The packs' mean fill since the start, and how many samples were too long."""
+        filled = self.tokens / max(1, self.packs * self.settings.tokens)
+        return {"packing_efficiency": filled, "too_long": float(self.too_long.total())}
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """The data position of a run from those of its processes."""
+    if "lanes" not in states[0]:
+        return states[0]
+    return {"lanes": {number: lane for state in states for number, lane in state["lanes"].items()}}

@@ -1,0 +1,70 @@
+"""`run.html`: one file with the curves of a run, its pictures, and its recipe."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from echo4o.training.recipe import Recipe, dump_recipe
+
+CURVES = {
+    "loss": "loss",
+    "mse": "velocity loss",
+    "ce": "text loss",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "mfu": "share of the matrix rate",
+    "memory_gb": "memory (GB)",
+    "packing_efficiency": "fill of the packs",
+}
+
+
+def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int]]) -> Path:
+    """Write `run.html` into the run's folder and return its path."""
+    folder = recipe.output_dir
+    rows = [
+        (step.name.removeprefix("step-").lstrip("0") or "0", [_embedded(f.read_bytes()) for f in _by_number(step)])
+        for step in sorted((folder / "pictures").glob("step-*"))
+    ]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    text = environment.get_template("run.html.j2").render(
+        name=folder.name,
+        steps=len(log),
+        last=log[-1],
+        parts=parts,
+        curves=_curves(log),
+        prompts=recipe.pictures.prompts if recipe.pictures else (),
+        rows=rows,
+        recipe=dump_recipe(recipe),
+    )
+    (folder / "run.html").write_text(text, "utf-8")
+    return folder / "run.html"
+
+
+def _by_number(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"), key=lambda f: int(f.stem))
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _curves(log: list[dict]) -> str:
+    from matplotlib.figure import Figure
+
+    names = [name for name in CURVES if any(entry.get(name) for entry in log)]
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(rows, 3, place)
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        axes.plot(*zip(*points), linewidth=0.8)
+        axes.set_title(CURVES[name], fontsize=9)
+        axes.tick_params(labelsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _embedded(buffer.getvalue())
