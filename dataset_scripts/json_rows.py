@@ -53,11 +53,12 @@ def _read_value(text: "_Text") -> Iterator[GivenRow]:
         try:
             value, end = _DECODER.raw_decode(text.buffer, text.start)
         except json.JSONDecodeError as error:
+            at = error.pos - text.start
             # An unterminated string means that the text ran out: a line break inside a string is an error by itself.
             incomplete = error.msg.startswith("Unterminated") or error.pos >= len(text.buffer) - _SLACK
             if incomplete and text.left <= MAX_ROW_CHARS and text.read_more():
                 continue
-            what = _too_long() if text.left > MAX_ROW_CHARS else f"{error.msg} at character {error.pos - text.start}"
+            what = _too_long() if text.left > MAX_ROW_CHARS else f"{error.msg} at character {at}"
         except (ValueError, RecursionError) as error:
             what = f"{type(error).__name__}: {str(error)[:100]}"
         else:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from echo4o import __version__
 from echo4o.dataset_scripts.files import sha256_of
 from echo4o.dataset_scripts.findings import Report
 from echo4o.dataset_scripts.names import PARTS
@@ -17,7 +16,7 @@ FORMAT = 1
 
 def versions() -> dict[str, str]:
     """Of what decides the bytes of a shard."""
-    return {"echo4o": __version__} | {name: version(name) for name in ("datasets", "pillow", "pyarrow")}
+    return {name: version(name) for name in ("echo4o", "datasets", "pillow", "pyarrow")}
 
 
 def make_manifest(shards: Iterable[dict], report: Report, terms: dict) -> dict:

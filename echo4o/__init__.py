@@ -13,11 +13,25 @@ _EXPORTS = {
     "Echo4oPipeline": "echo4o.modeling.bagel.pipeline_echo4o",
     "BagelTransformer2DModel": "echo4o.modeling.bagel.transformer_bagel",
     "BagelVisionModel": "echo4o.modeling.bagel.vision_bagel",
+    "Echo4oImage": "echo4o.dataset_scripts.builder",
+    "training_rows": "echo4o.dataset_scripts.loading",
+    "use_dataset": "echo4o.dataset_scripts.bare_name",
 }
 
-__all__ = ["BagelTransformer2DModel", "BagelVisionModel", "Echo4oPipeline", "__version__"]
+__all__ = [
+    "BagelTransformer2DModel",
+    "BagelVisionModel",
+    "Echo4oImage",
+    "Echo4oPipeline",
+    "__version__",
+    "training_rows",
+    "use_dataset",
+]
 
 if TYPE_CHECKING:
+    from echo4o.dataset_scripts.bare_name import use_dataset
+    from echo4o.dataset_scripts.builder import Echo4oImage
+    from echo4o.dataset_scripts.loading import training_rows
     from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
     from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
     from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
@@ -33,3 +47,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
+
+
+# load_dataset("echo-4o-image") is understood from now on; imports nothing heavy.
+import_module("echo4o.dataset_scripts.bare_name").install()

@@ -1,0 +1,281 @@
+"""Rows for training: each process sees its own, and stopping in the middle of an epoch loses and repeats none.
+
+    rows = training_rows("echo-4o-image", streaming=True, process_index=0, num_processes=8, seed=1)
+    for row in rows:            # one epoch; pictures are PIL images
+        ...
+    state = rows.state_dict()   # a few numbers; in a new process: rows.load_state_dict(state)
+
+The order is a function of (seed, epoch, processes) alone, so a state is an epoch and a position. Map-style access
+permutes all rows. Streaming permutes the row groups of all shards, deals them out to the processes and permutes the rows
+inside windows of a few groups; a shuffle buffer, whose rows a state cannot hold, is not needed.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from echo4o.dataset_scripts.flow import ordered, read_ahead
+from echo4o.dataset_scripts.names import ALL, SPLIT
+
+WINDOW = 4  # row groups whose rows are shuffled together, about 30 MB each
+_TRIES = 5
+_AT_ONCE = 32  # rows fetched together from a map-style dataset
+
+
+class Order(Protocol):
+    """Where the rows of one process are, epoch by epoch."""
+
+    signature: str
+
+    def __len__(self) -> int: ...
+
+    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+        """The rows from a position on, pictures not decoded."""
+
+
+class TrainingRows:
+    """Iterates one epoch from where it stands; the next iteration is the next epoch.
+
+    Attributes:
+        epoch, position: the rows of `epoch` before `position` have been handed out.
+    """
+
+    def __init__(self, order: Order, features: datasets.Features, workers: int = 2, decode: bool = True):
+        self.order, self.features, self.workers, self.decode = order, features, workers, decode
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        """Rows of this process in one epoch; processes differ by a row, or by a row group when streaming."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[dict]:
+        with closing(self._rows()) as rows:
+            for row in rows:
+                self.position += 1
+                yield row
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def _rows(self) -> Iterator[dict]:
+        raw = self.order.rows(self.epoch, self.position)
+        if not self.decode:
+            yield from raw
+            return
+        with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="decode") as pool:
+            jobs = ordered(lambda row: pool.submit(self._decode, row), raw, lambda row: 0, 1, 4 * self.workers)
+            try:
+                for _, job in jobs:
+                    yield job.result()
+            finally:
+                raw.close()
+                pool.shutdown(cancel_futures=True)
+
+    def _decode(self, row: dict) -> dict:
+        return {name: self.features[name].decode_example(v) if v and _is_picture(v) else v for name, v in row.items()}
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` needs to go on with the next row."""
+        return {"epoch": self.epoch, "position": self.position, "signature": self.order.signature}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where another run stood; ValueError when it had other data, another seed or other processes."""
+        if state["signature"] != self.order.signature:
+            raise ValueError(
+                "the state belongs to other rows: data, configuration, seed, shuffle, window, process_index and "
+                "num_processes must be those of the run that saved it"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def training_rows(
+    data: str | Path | datasets.Dataset,
+    configuration: str = ALL,
+    *,
+    streaming: bool = False,
+    process_index: int = 0,
+    num_processes: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    window: int = WINDOW,
+    workers: int = 2,
+    decode: bool = True,
+    columns: Sequence[str] | None = None,
+) -> TrainingRows:
+    """The rows that one of `num_processes` processes trains on.
+
+    Args:
+        data: a built folder, a Hub repository, or (map-style) a dataset that is already loaded.
+        streaming: read the shards where they are, instead of through the cache of `datasets`.
+        window: row groups that are shuffled together when streaming; they are held in memory.
+        workers: pictures decoded at a time, by threads.
+        decode: give PIL images; otherwise {"bytes", "path"}.
+        columns: leave out the others.
+
+    Raises:
+        ValueError: a process index out of range, or a configuration that is not there.
+    """
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"process_index is {process_index}; with num_processes={num_processes} it is 0 to below that")
+    share = (process_index, num_processes)
+    if streaming:
+        if isinstance(data, datasets.Dataset):
+            raise ValueError("streaming needs a folder or a repository; a loaded dataset is map-style")
+        order = _StreamOrder(parquet_files(data, configuration), share, seed, shuffle, window, columns)
+        return TrainingRows(order, order.features, workers, decode)
+    table = data if isinstance(data, datasets.Dataset) else _load(data, configuration)
+    table = table.select_columns(list(columns)) if columns else table
+    return TrainingRows(_MapOrder(table, share, seed, shuffle), table.features, workers, decode)
+
+
+def _load(data: str | Path, configuration: str) -> datasets.Dataset:
+    return datasets.load_dataset(str(data), _config_name(data, configuration), split=SPLIT)
+
+
+def parquet_files(data: str | Path, configuration: str = ALL) -> list[str]:
+    """The shards of a configuration, local paths or hf:// addresses."""
+    builder = datasets.load_dataset_builder(str(data), _config_name(data, configuration))
+    return list(builder.config.data_files[SPLIT])
+
+
+def _config_name(data: str | Path, configuration: str) -> str:
+    names = datasets.get_dataset_config_names(str(data))
+    if configuration in names:
+        return configuration
+    if configuration == ALL and len(names) == 1:
+        return names[0]
+    raise ValueError(f"{data} has no configuration {configuration!r}; it has {', '.join(names)}")
+
+
+def _is_picture(value) -> bool:
+    first = value[0] if isinstance(value, list) else value
+    return isinstance(first, dict) and "bytes" in first
+
+
+def _sign(*facts) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+class _MapOrder:
+    """All rows permuted; process r of n takes every n-th, from the r-th on."""
+
+    def __init__(self, table: datasets.Dataset, share: tuple[int, int], seed: int, shuffle: bool):
+        self.features = table.features
+        for name, feature in table.features.items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+                table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        self.table, self.share, self.seed, self.shuffle = table.with_format(None), share, seed, shuffle
+        ends = [table[i]["id"] for i in (0, len(table) - 1)] if len(table) and "id" in table.column_names else []
+        self.signature = _sign("map", len(table), ends, share, seed, shuffle)
+
+    def __len__(self) -> int:
+        return len(range(self.share[0], len(self.table), self.share[1]))
+
+    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+        every = np.arange(len(self.table))
+        if self.shuffle:
+            every = np.random.default_rng([self.seed, epoch]).permutation(every)
+        mine = every[self.share[0] :: self.share[1]][position:]
+        batches = (mine[i : i + _AT_ONCE].tolist() for i in range(0, len(mine), _AT_ONCE))
+        with closing(read_ahead((self.table[b] for b in batches), lambda b: 1, 1)) as fetched:
+            for batch in fetched:
+                names = list(batch)
+                yield from (dict(zip(names, values)) for values in zip(*batch.values()))
+
+
+class _StreamOrder:
+    """Row groups permuted and dealt out; rows permuted inside windows of a process's groups."""
+
+    def __init__(self, files: list[str], share, seed: int, shuffle: bool, window: int, columns):
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be 1 or more")
+        self.files, self.share, self.seed, self.shuffle, self.window = files, share, seed, shuffle, window
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(_footer, files))
+        self.groups = [(i, g, rows) for i, (counts, _) in enumerate(footers) for g, rows in enumerate(counts)]
+        features = datasets.Features.from_arrow_schema(footers[0][1])
+        self.columns = list(columns) if columns else list(features)
+        self.features = datasets.Features({name: features[name] for name in self.columns})
+        names = [Path(file).name for file in files]
+        self.signature = _sign("stream", names, [rows for *_, rows in self.groups], share, seed, shuffle, window)
+
+    def __len__(self) -> int:
+        return sum(rows for *_, rows in self._mine(0))
+
+    def _mine(self, epoch: int) -> list[tuple[int, int, int]]:
+        """Every process has the same number of groups, give or take one, and the same ones in each epoch."""
+        first, step = self.share
+        dealt = self.groups
+        if self.shuffle:  # neighbours in a shard are alike: deal them to different processes, once for all epochs
+            dealt = [self.groups[i] for i in np.random.default_rng([self.seed]).permutation(len(self.groups))]
+        mine = dealt[first::step]
+        if self.shuffle:
+            mine = [mine[i] for i in np.random.default_rng([self.seed, epoch, first]).permutation(len(mine))]
+        return mine
+
+    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+        mine = self._mine(epoch)
+        windows = [mine[i : i + self.window] for i in range(0, len(mine), self.window)]
+        starts = [0, *accumulate(sum(rows for *_, rows in groups) for groups in windows)]
+        begin = next((i for i in range(len(windows)) if starts[i + 1] > position), len(windows))
+        wanted = islice(enumerate(windows), begin, None)
+        tables = ((number, self._read(groups)) for number, groups in wanted)
+        with closing(read_ahead(tables, lambda item: 1, 0)) as read:  # the next window while this one is used
+            for number, table in read:
+                indices = np.arange(table.num_rows)
+                if self.shuffle:
+                    indices = np.random.default_rng([self.seed, epoch, self.share[0], number]).permutation(indices)
+                for index in indices[max(0, position - starts[number]) :].tolist():
+                    yield table.slice(index, 1).to_pylist()[0]
+                del table
+
+    def _read(self, groups: list[tuple[int, int, int]]) -> pa.Table:
+        return pa.concat_tables(_patiently(_read_group, self.files[i], g, self.columns) for i, g, _ in groups)
+
+
+def _footer(file: str) -> tuple[list[int], pa.Schema]:
+    def read() -> tuple[list[int], pa.Schema]:
+        with open_file(file) as stream:
+            parquet = pq.ParquetFile(stream)
+            counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+            return counts, parquet.schema_arrow
+
+    return _patiently(read)
+
+
+def _read_group(file: str, group: int, columns: list[str]) -> pa.Table:
+    with open_file(file) as stream:
+        return pq.ParquetFile(stream, pre_buffer=True).read_row_group(group, columns=columns)
+
+
+def open_file(file: str):
+    """Open a local file or an hf:// address for reading at any place."""
+    if "://" not in file:
+        return open(file, "rb")
+    import fsspec
+
+    return fsspec.open(file, "rb").open()
+
+
+def _patiently(function, *arguments):
+    """Call again when the Hub or the network fails for a moment."""
+    for attempt in range(_TRIES):
+        try:
+            return function(*arguments)
+        except (FileNotFoundError, PermissionError, pa.ArrowInvalid):
+            raise
+        except Exception as error:
+            if attempt == _TRIES - 1:
+                raise OSError(f"{arguments[0] if arguments else 'a shard'} cannot be read: {error}") from error
+            time.sleep(2**attempt)

@@ -1,0 +1,84 @@
+"""The statistics of a dataset as one HTML page, with plots and a gallery; nothing is fetched from elsewhere."""
+
+import base64
+import io
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from jinja2 import Environment
+from PIL import Image
+
+from echo4o.dataset_scripts.files import write_file
+from echo4o.dataset_scripts.loading import open_file
+from echo4o.dataset_scripts.stats import Numbers, Sample, Stats
+
+TEMPLATE = Path(__file__).with_name("stats_page.html.j2")
+_THUMBNAIL = 256
+_MATCHES = 200
+
+
+def write_page(path: Path, stats: Stats, title: str) -> None:
+    """Write the page; it holds plots and pictures itself."""
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text("utf-8")
+    )
+    galleries = {name: [_card(sample) for sample in samples] for name, samples in stats.samples.items()}
+    plots = {name: _plots(numbers) for name, numbers in stats.numbers.items()}
+    text = template.render(
+        title=title,
+        summary=stats.summary(),
+        plots=plots,
+        galleries=galleries,
+        matches=stats.matches[:_MATCHES],
+        more=max(0, len(stats.matches) - _MATCHES),
+        checked=sum(stats.prompts.values()),
+    )
+    write_file(path, text)
+
+
+def _card(sample: Sample) -> dict:
+    with open_file(sample.file) as stream:
+        table = pq.ParquetFile(stream).read_row_group(sample.group, columns=["image", "reference_images"])
+    stored = table.slice(sample.index, 1).to_pylist()[0]
+    return {
+        "row": sample.row,
+        "image": _thumbnail(stored["image"]["bytes"]),
+        "references": [_thumbnail(r["bytes"]) for r in stored["reference_images"] or []],
+    }
+
+
+def _thumbnail(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
+        small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85)
+    return _inline("image/jpeg", stream.getvalue())
+
+
+def _plots(numbers: Numbers) -> str:
+    """Lengths, categories, sizes and references side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 2.8), layout="constrained")
+    words, categories, sizes, references = figure.subplots(1, 4)
+    words.hist(list(numbers.words), weights=list(numbers.words.values()), bins=30, color="#4c78a8")
+    words.set_title("words per instruction")
+    _bars(categories, numbers.categories, "categories")
+    _bars(sizes, Counter({f"{w} x {h}": n for (w, h), n in numbers.sizes.items()}), "image sizes")
+    _bars(references, Counter({str(n): rows for n, rows in numbers.references.items()}), "reference images")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=80)
+    return _inline("image/png", stream.getvalue())
+
+
+def _bars(axes, counts: Counter, title: str) -> None:
+    shown = counts.most_common(12)[::-1]
+    axes.barh([name[:24] for name, _ in shown], [count for _, count in shown], color="#4c78a8")
+    axes.set_title(title + (f" (12 of {len(counts)})" if len(counts) > 12 else ""))
+
+
+def _inline(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,137 @@
+"""Finds what is wrong with a dataset, row by row: in the published layout, or built."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from echo4o.dataset_scripts.findings import Finding, Reason, Report
+from echo4o.dataset_scripts.flow import ordered
+from echo4o.dataset_scripts.manifest import MANIFEST, listed_shards, read_manifest
+from echo4o.dataset_scripts.names import ALL, MULTI_REFERENCE
+from echo4o.dataset_scripts.pictures import Picture, check_picture
+from echo4o.dataset_scripts.source import Source
+from echo4o.dataset_scripts.upstream import ReadOptions, read_events, row_id
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """A row that was looked at: in order, or with what is wrong with it."""
+
+    configuration: str
+    finding: Finding | None
+
+
+def is_built(target: str | Path) -> bool:
+    """Whether it is a folder that `echo4o dataset build` finished."""
+    return "://" not in str(target) and (Path(target) / MANIFEST).is_file()
+
+
+def validate(
+    target: str | Path,
+    configuration: str = ALL,
+    options: ReadOptions | None = None,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> tuple[Report, Iterator[Finding]]:
+    """The account, which fills while the findings are taken, and the findings."""
+    report = Report()
+    options = options or ReadOptions()
+
+    def findings() -> Iterator[Finding]:
+        checks = (
+            _built(Path(target), configuration, options)
+            if is_built(target)
+            else _source(target, configuration, options)
+        )
+        for check in checks:
+            if check.finding is None:
+                report.accept(check.configuration)
+            else:
+                report.add(check.finding)
+                yield check.finding
+            progress(check.finding is None or isinstance(check.finding.reason, Reason))
+
+    return report, findings()
+
+
+def _source(target: str | Path, configuration: str, options: ReadOptions) -> Iterator[RowCheck]:
+    for event in read_events(Source(target), configuration, options):
+        yield RowCheck(event.configuration, event.finding)
+
+
+def _built(folder: Path, configuration: str, options: ReadOptions) -> Iterator[RowCheck]:
+    """The rows of the shards, each with its pictures decoded; files are checked by `check_shards`."""
+    seen: set[str] = set()
+    with ThreadPoolExecutor(max(1, options.workers)) as pool:
+        for name, shard in listed_shards(read_manifest(folder)):
+            if configuration not in (ALL, name):
+                continue
+            jobs = ordered(
+                lambda item: pool.submit(_check_row, item[1], options.verify),
+                _rows(folder / shard["file"]),
+                lambda item: len(item[1]["image"]["bytes"] or b"") if item[1] and item[1]["image"] else 0,
+                32 << 20,
+                4 * options.workers,
+            )
+            for (number, row), job in jobs:
+                fault = job.result()
+                if not fault and row["id"] in seen:
+                    fault = Reason.DUPLICATE, f"an earlier row has the id {row['id']}"
+                if fault:
+                    shown = {key: row[key] for key in ("id", "instruction", "metadata")} if row else None
+                    yield RowCheck(name, Finding(*fault, name, shard["file"], number, row=shown))
+                else:
+                    seen.add(row["id"])
+                    yield RowCheck(name, None)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict | None]]:
+    """(number from 1, row). A shard that cannot be read ends with a row None."""
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, ValueError):  # ArrowInvalid is a ValueError
+        yield number + 1, None
+
+
+def _check_row(row: dict | None, verify: str) -> tuple[Reason, str] | None:
+    if row is None:
+        return Reason.UNREADABLE_ROW, "the shard cannot be read from here on"
+    if not (row["instruction"] or "").strip():
+        return Reason.EMPTY_INSTRUCTION, "there is no text"
+    target, fault = _check_stored(row["image"], Reason.MISSING_IMAGE, verify)
+    if fault:
+        return fault
+    references = row["reference_images"] or []
+    if row["task"] == MULTI_REFERENCE and not references:
+        return Reason.MISSING_REFERENCE, "the row has none"
+    for number, stored in enumerate(references, 1):
+        _, fault = _check_stored(stored, Reason.MISSING_REFERENCE, verify)
+        if fault:
+            return fault[0], f"reference {number}: {fault[1]}"
+    if row["metadata"] is not None:
+        try:
+            json.loads(row["metadata"])
+        except ValueError as error:
+            return Reason.UNREADABLE_ROW, f"metadata is no JSON: {error}"
+    if row["id"] != row_id(row["instruction"], target) and "archive" in (row["metadata"] or ""):
+        return Reason.UNREADABLE_ROW, "the id does not belong to this instruction and image"
+    return None
+
+
+def _check_stored(
+    stored: dict | None, absent: Reason, verify: str
+) -> tuple[Picture | None, tuple[Reason, str] | None]:
+    if not stored or stored["bytes"] is None:
+        return None, (absent, "there are no bytes")
+    picture = check_picture(stored["bytes"], verify)
+    return picture, (picture.reason, picture.detail) if picture.reason else None
