@@ -64,7 +64,7 @@ def test_the_number_of_processes_changes_nothing(processes, eight, tmp_path):
 
 
 def test_each_picture_has_a_seed_of_its_own():
-    seeds = {picture_seed(seed, name, number) for seed in (0, 1) for name in ("1", "11", "1_1") for number in (1, 2)}
+    seeds = {picture_seed(seed, name, number) for seed in (0, 1) for name in ("1", "11", "1_1") for number in (1, 11)}
     assert len(seeds) == 12
     assert picture_seed(0, "1", 1) == picture_seed(0, "1", 1)
 
