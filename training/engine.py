@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 
 from echo4o.training.recipe import Recipe, RecipeError
 
@@ -69,6 +72,20 @@ def _fsdp2(recipe: Recipe) -> FullyShardedDataParallelPlugin:
         cpu_ram_efficient_loading=True,
         state_dict_type="SHARDED_STATE_DICT",
     )
+
+
+@contextmanager
+def buffers_apart(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """While Accelerate shards the model: it takes whatever a model stores for a sharded parameter, buffers as well."""
+    hidden = []
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for module in model.modules():
+            names = module._buffers.keys() - module._non_persistent_buffers_set
+            hidden.append((module, names))
+            module._non_persistent_buffers_set |= names
+    yield
+    for module, names in hidden:
+        module._non_persistent_buffers_set -= names
 
 
 def loads_weights(accelerator: Accelerator) -> bool:

@@ -23,7 +23,7 @@ from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.training.checkpoints import WEIGHTS, Checkpoint
-from echo4o.training.model import ADAPTER, lora_config
+from echo4o.training.model import ADAPTER, base_folder, lora_config
 from echo4o.training.recipe import Lora, Recipe, RecipeError, load_recipe
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -55,7 +55,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
     """Raise ExportError unless both name the same tensors."""
-    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    expected, given = set(expected), set(given)
+    missing, extra = sorted(expected - given), sorted(given - expected)
     if missing or extra:
         lines = [f"{len(missing)} missing ({', '.join(missing[:3])})"] if missing else []
         lines += [f"{len(extra)} unexpected ({', '.join(extra[:3])})"] if extra else []
@@ -92,11 +93,6 @@ def _plain(config: dict) -> dict:
 
 
 # --- pipeline folders ----------------------------------------------------------------------------------------------
-
-
-def base_folder(model: str) -> Path:
-    """The folder of the pipeline that a run started from, fetched from the Hub if need be."""
-    return Path(model) if Path(model).is_dir() else Path(Echo4oPipeline.download(model))
 
 
 def write_pipeline(

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from echo4o.modeling.bagel.loading_bagel import component_tensors
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
@@ -64,9 +66,28 @@ def load_pipeline(recipe: Recipe, empty: bool = False) -> Echo4oPipeline:
                 for name, cls in (("transformer", BagelTransformer2DModel), ("vision_model", BagelVisionModel)):
                     parts[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
         dtype = {"default": torch.float32, "transformer": frozen, "vision_model": frozen}
-        return Echo4oPipeline.from_pretrained(recipe.model, dtype=dtype, **parts)
+        pipeline = Echo4oPipeline.from_pretrained(recipe.model, dtype=dtype, **parts)
+        if empty:
+            for name in ("transformer", "vision_model"):
+                _allocate(getattr(pipeline, name), base_folder(recipe.model) / name)
+        return pipeline
     except (OSError, ValueError) as error:
         raise RecipeError(f"model: {recipe.model} cannot be loaded: {str(error).strip()}") from error
+
+
+def _allocate(module: nn.Module, folder: Path) -> None:
+    """Give an empty module addresses (Accelerate tells parameters apart by them), but no memory until it is written
+    to; its buffers are not sent by other processes and are read."""
+    module.to_empty(device="cpu")
+    stored = component_tensors(folder)
+    for name, buffer in module.named_buffers():
+        with safe_open(stored[name].file, "pt") as file:
+            buffer.copy_(file.get_tensor(name))
+
+
+def base_folder(model: str) -> Path:
+    """The folder of the pipeline that a run starts from, fetched from the Hub if need be."""
+    return Path(model) if Path(model).is_dir() else Path(Echo4oPipeline.download(model))
 
 
 def frozen_dtype(recipe: Recipe) -> torch.dtype:
@@ -154,7 +175,3 @@ def cast(pipeline: Echo4oPipeline, dtype: torch.dtype) -> None:
     """Bring the pipeline's weights to one dtype."""
     for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
         nn.Module.to(module, dtype)  # diffusers' own `to` warns about modules kept in float32 that do not exist
-
-
-def is_pipeline_folder(model: str) -> bool:
-    return (Path(model) / "model_index.json").is_file()

@@ -27,7 +27,7 @@ from echo4o.training import checkpoints, export
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
 from echo4o.training.data import Rows, open_sources
 from echo4o.training.ema import MovingAverage
-from echo4o.training.engine import build_accelerator, loads_weights
+from echo4o.training.engine import buffers_apart, build_accelerator, loads_weights
 from echo4o.training.model import TrainedModel, cast, load_pipeline, set_up, trainable
 from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import build_optimizers
@@ -113,7 +113,8 @@ class Trainer:
         self.watch = Watch(recipe, accelerator, self.pipeline, trained)
         self.optimizers = build_optimizers(recipe.optimizer, trained)
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
+        with buffers_apart(accelerator, trained):
+            self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
         self.batches = self._batches([dataset] if dataset is not None else open_sources(recipe))
         keep = recipe.checkpoints.keep if recipe.checkpoints else 2

@@ -1,13 +1,13 @@
 """The trainer's command line with real sharding on CPU, where Accelerate would quietly run DDP instead.
 
-`torchrun --nproc-per-node 2 -m tests.training.force_fsdp2 RECIPE ...` prints, at the end, what of the model is a
-DTensor, and writes it beside the run as `sharded-RANK.json`.
+`torchrun --nproc-per-node 2 -m tests.training.force_fsdp2 RECIPE ...` writes what of the model is a DTensor
+beside the run, as `sharded-RANK.json`.
 """
 
 import json
 import sys
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +21,7 @@ def _with_fsdp(self, *args, **kwargs):
     if kwargs.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.FSDP
         self.fsdp_plugin = kwargs["fsdp_plugin"]
-        self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
 AcceleratorState.__init__ = _with_fsdp
