@@ -114,7 +114,7 @@ def _terms(source: Source, options: BuildOptions, reading: ReadOptions) -> dict:
 
 def _finished(out: Path, terms: dict) -> dict:
     manifest = read_manifest(out)
-    if difference := _difference(manifest, terms):
+    if difference := _difference(manifest, {key: terms[key] for key in ("source", "options")}):
         raise FileExistsError(f"{out} holds a dataset that was built with another {difference}: choose a new folder")
     return manifest
 
