@@ -72,16 +72,15 @@ class TrainingRows:
             yield from raw
             return
         with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="decode") as pool:
-            jobs = ordered(lambda row: pool.submit(self._decode, row), raw, lambda row: 0, 1, 4 * self.workers)
+            jobs = ordered(
+                lambda row: pool.submit(self.features.decode_example, row), raw, lambda row: 0, 1, 4 * self.workers
+            )
             try:
                 for _, job in jobs:
                     yield job.result()
             finally:
                 raw.close()
                 pool.shutdown(cancel_futures=True)
-
-    def _decode(self, row: dict) -> dict:
-        return {name: self.features[name].decode_example(v) if v and _is_picture(v) else v for name, v in row.items()}
 
     def state_dict(self) -> dict:
         """What `load_state_dict` needs to go on with the next row."""
@@ -154,11 +153,6 @@ def _config_name(data: str | Path, configuration: str) -> str:
     if configuration == ALL and len(names) == 1:
         return names[0]
     raise ValueError(f"{data} has no configuration {configuration!r}; it has {', '.join(names)}")
-
-
-def _is_picture(value) -> bool:
-    first = value[0] if isinstance(value, list) else value
-    return isinstance(first, dict) and "bytes" in first
 
 
 def _sign(*facts) -> str:

@@ -250,7 +250,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if (kind, name) in self.hub.repos:
             self.send(409, {"error": "You already created this repo", "url": url})
             return
-        self.hub.create(name, kind).private = bool(asked.get("private"))
+        self.hub.create(name, kind).private = bool(asked.get("private")) or asked.get("visibility") == "private"
         self.send(200, {"url": url, "id": name, "name": name})
 
     def delete_repo(self, body, query) -> None:
