@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +75,36 @@ class Stop:
         except TimeoutError:
             return
         raise Stopped
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM end the run after the calls that are open; a second one ends it at once."""
+
+    def __init__(self, stop: Stop):
+        self.stop, self.signals = stop, []
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, self._heard, number)
+            except (NotImplementedError, RuntimeError):
+                continue
+            self.signals.append(number)
+
+    def _heard(self, number: int) -> None:
+        self.stop.set(KeyboardInterrupt())
+        self._let_go()
+
+    def __exit__(self, *_):
+        self._let_go()
+
+    def _let_go(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.signals:
+            loop.remove_signal_handler(self.signals.pop())
 
 
 class Gate:
@@ -212,7 +244,10 @@ class AnswerCache:
 
 @dataclass
 class Caller:
-    """Asks a judge, repeats what can be repeated, and keeps what was answered."""
+    """Asks a judge, repeats what can be repeated, and keeps what was answered.
+
+    Nothing here looks into the question: whatever answers as a [`Judge`] does, such as a model that draws, can be asked.
+    """
 
     judge: Judge
     policy: Policy

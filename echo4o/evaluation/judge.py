@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import signal
 import threading
 import uuid
 from collections import Counter
@@ -17,6 +16,7 @@ from echo4o.evaluation.calls import (
     AnswerCache,
     Caller,
     Gate,
+    Interrupts,
     Ledger,
     Policy,
     Stop,
@@ -263,7 +263,7 @@ async def _work_off(setup: Setup, items: list[Item], caller: Caller, workers: in
         except BaseException as error:
             stop.set(error)
 
-    with _Interrupts(stop):
+    with Interrupts(stop):
         try:
             if probe:
                 await look_at_probe(caller)
@@ -297,36 +297,6 @@ async def _judge(setup: Setup, item: Item, caller: Caller) -> dict[str, Any]:
         return item.record(setup, "scored", scores=verdict.scores(), reason=verdict.reason, **tries)
     tries = {"attempts": len(faults), "answers": answers, "faults": faults}
     return item.record(setup, "judge_error", reason=faults[-1]["message"], **tries)
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM end the run after the calls that are open; a second one ends it at once."""
-
-    def __init__(self, stop: Stop):
-        self.stop, self.signals = stop, []
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():
-            return
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                loop.add_signal_handler(number, self._heard, number)
-            except (NotImplementedError, RuntimeError):
-                continue
-            self.signals.append(number)
-
-    def _heard(self, number: int) -> None:
-        self.stop.set(KeyboardInterrupt())
-        self._let_go()
-
-    def __exit__(self, *_):
-        self._let_go()
-
-    def _let_go(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self.signals:
-            loop.remove_signal_handler(self.signals.pop())
 
 
 def run_async(make_coroutine: Callable[[], Any]) -> None:

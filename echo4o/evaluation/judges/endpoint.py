@@ -15,62 +15,38 @@ _UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRY_STATUS = {408, 409, 425, 429}
 
 
-class OpenAIJudge(Judge):
-    """A judge behind an OpenAI-compatible endpoint.
+class OpenAIEndpoint:
+    """The connection to one model of an OpenAI-compatible server: its key, its faults, and nothing said with the key in it.
 
     Args:
         model: its name there.
         url: of the endpoint; None: OPENAI_BASE_URL, else OpenAI.
         key_variable: the environment variable that holds the key. The key itself is never an argument: arguments end
             in shell histories and process lists.
-        temperature: None leaves it to the endpoint (some models accept no other).
-        structured: ask for structured outputs; switched off when the endpoint refuses them.
-        detail: how closely the endpoint looks at pictures ("low", "high", "auto").
         timeout: seconds until a call counts as unanswered.
+        what: what the model is used as, for messages.
     """
 
     paid = True
+    parallel = None
 
-    def __init__(
-        self,
-        model: str,
-        url: str | None = None,
-        key_variable: str = "OPENAI_API_KEY",
-        temperature: float | None = 0.0,
-        max_tokens: int | None = None,
-        structured: bool = True,
-        detail: str = "high",
-        timeout: float = 120.0,
-        device: str | None = None,
-    ):
+    def __init__(self, model: str, url: str | None, key_variable: str, timeout: float, what: str = "judge"):
         self.model, self.name = model, f"openai:{model}"
         self.url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         if urlsplit(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"the judge's URL must start with http:// or https://, it is {_public(self.url)}")
+            raise ValueError(f"the {what}'s URL must start with http:// or https://, it is {public(self.url)}")
         if urlsplit(self.url).username:
-            raise ValueError(f"the judge's URL holds a user and password; the key belongs into {key_variable}")
+            raise ValueError(f"the {what}'s URL holds a user and password; the key belongs into {key_variable}")
         self._key = os.environ.get(key_variable, "")
         if not self._key:
             raise ValueError(
-                f"the environment variable {key_variable} is not set: it holds the key of the judge {self.name} at "
-                f"{_public(self.url)} (a server without keys takes any value: {key_variable}=none)"
+                f"the environment variable {key_variable} is not set: it holds the key of the {what} {self.name} at "
+                f"{public(self.url)} (a server without keys takes any value: {key_variable}=none)"
             )
-        self.temperature, self.max_tokens, self.detail = temperature, max_tokens or 1024, detail
-        self.structured, self.asks_structured = structured, structured
         self.timeout = timeout
         self._client = None
 
-    def identity(self) -> dict[str, Any]:
-        return {
-            "judge": self.name,
-            "endpoint": _public(self.url),
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "detail": self.detail,
-            "structured": self.asks_structured,
-        }
-
-    def _connect(self):
+    def connect(self):
         import openai
 
         if self._client is None:
@@ -85,26 +61,83 @@ class OpenAIJudge(Judge):
             await self._client.close()
             self._client = None
 
+    def fault_of(self, error: Exception) -> JudgeFault:
+        """What a failed call means: whether, when and why not to repeat it."""
+        import openai
+
+        if isinstance(error, openai.APIStatusError):
+            return self._fault_of_status(error)
+        if isinstance(error, openai.APITimeoutError):
+            return JudgeFault("timeout", f"no answer within {self.timeout:g} s", retry=True)
+        if isinstance(error, openai.APIConnectionError):
+            reason = self.redact(str(error.__cause__ or error))
+            return JudgeFault("connection", f"{public(self.url)}: {reason}", retry=True)
+        # 200 with a body that is no answer
+        return JudgeFault("bad_response", self.redact(f"the response is broken: {error}"), retry=True)
+
+    def _fault_of_status(self, error) -> JudgeFault:
+        status, message = error.status_code, self.redact(message_of(error))
+        retry = status in RETRY_STATUS or status >= 500
+        out_of_money = status == 429 and "insufficient_quota" in f"{error.code} {message}"
+        fatal = status in (401, 402, 403, 404, 405) or out_of_money
+        wait = wait_of(error.response.headers) if retry else None
+        return JudgeFault(f"http_{status}", message, retry=retry and not fatal, wait=wait, fatal=fatal)
+
+    def redact(self, text: str) -> str:
+        """Servers quote keys in what they say; nothing they say is kept with the key in it."""
+        return text.replace(self._key, "[key]") if len(self._key) >= 6 else text
+
+
+class OpenAIJudge(OpenAIEndpoint, Judge):
+    """A judge behind an OpenAI-compatible endpoint; arguments as for [`OpenAIEndpoint`], and:
+
+    Args:
+        temperature: None leaves it to the endpoint (some models accept no other).
+        structured: ask for structured outputs; switched off when the endpoint refuses them.
+        detail: how closely the endpoint looks at pictures ("low", "high", "auto").
+    """
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
+        temperature: float | None = 0.0,
+        max_tokens: int | None = None,
+        structured: bool = True,
+        detail: str = "high",
+        timeout: float = 120.0,
+        device: str | None = None,
+        what: str = "judge",
+    ):
+        super().__init__(model, url, key_variable, timeout, what)
+        self.temperature, self.max_tokens, self.detail = temperature, max_tokens or 1024, detail
+        self.structured, self.asks_structured = structured, structured
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "judge": self.name,
+            "endpoint": public(self.url),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "detail": self.detail,
+            "structured": self.asks_structured,
+        }
+
     async def ask(self, question: Question, key: str) -> Answer:
         import openai
 
-        client = self._connect()
+        client = self.connect()
         structured = self.structured
         request = self._request(question, structured)
         try:
             response = await client.chat.completions.create(**request, extra_headers={"Idempotency-Key": key})
-        except openai.APIStatusError as error:
-            if structured and error.status_code in (400, 422) and _is_about_schema(str(error)):
+        except (openai.APIError, ValueError, TypeError) as error:
+            refused = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
+            if structured and refused and _is_about_schema(str(error)):
                 self.structured = False
                 return await self.ask(question, f"{key}-plain")
-            raise self._fault_of_status(error) from None
-        except openai.APITimeoutError:
-            raise JudgeFault("timeout", f"no answer within {self.timeout:g} s", retry=True) from None
-        except openai.APIConnectionError as error:
-            reason = self._redact(str(error.__cause__ or error))
-            raise JudgeFault("connection", f"{_public(self.url)}: {reason}", retry=True) from None
-        except (openai.APIError, ValueError, TypeError) as error:  # 200 with a body that is no completion
-            raise JudgeFault("bad_response", self._redact(f"the response is broken: {error}"), retry=True) from None
+            raise self.fault_of(error) from None
         return self._answer(response)
 
     def _request(self, question: Question, structured: bool) -> dict[str, Any]:
@@ -137,34 +170,22 @@ class OpenAIJudge(Judge):
         if choice.finish_reason == "content_filter":
             refusal = refusal or "stopped by the content filter"
         return Answer(
-            text=self._redact(choice.message.content or ""),
-            refusal=self._redact(refusal) if refusal else None,
+            text=self.redact(choice.message.content or ""),
+            refusal=self.redact(refusal) if refusal else None,
             cut=choice.finish_reason == "length",
             input_tokens=usage.prompt_tokens if usage else 0,
             output_tokens=usage.completion_tokens if usage else 0,
         )
 
-    def _fault_of_status(self, error) -> JudgeFault:
-        status, message = error.status_code, self._redact(_message(error))
-        retry = status in RETRY_STATUS or status >= 500
-        out_of_money = status == 429 and "insufficient_quota" in f"{error.code} {message}"
-        fatal = status in (401, 402, 403, 404, 405) or out_of_money
-        wait = wait_of(error.response.headers) if retry else None
-        return JudgeFault(f"http_{status}", message, retry=retry and not fatal, wait=wait, fatal=fatal)
 
-    def _redact(self, text: str) -> str:
-        """Servers quote keys in what they say; nothing they say is kept with the key in it."""
-        return text.replace(self._key, "[key]") if len(self._key) >= 6 else text
-
-
-def _public(url: str) -> str:
+def public(url: str) -> str:
     """A URL without user, password, query and fragment."""
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
 
 
-def _message(error) -> str:
+def message_of(error) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     said = body.get("message") or (body.get("error") or {}) or str(error)
     return " ".join(str(said).split())[:300]
