@@ -20,21 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .loading_bagel import (
-    INDEX_NAME,
-    PICKLE_SUFFIXES,
-    StoredTensor,
-    component_tensors,
-    main_dtype,
-    nonfinite_names,
-    pipeline_sources,
-    read_header,
-    read_json,
-    refuse_pickles,
-    require_flat,
-    standing_alone,
-    write_sources,
-)
+from .loading_bagel import INDEX_NAME, pipeline_sources, require_flat, standing_alone, write_sources
 from .original_configs import (
     JSON_FILES,
     Configs,
@@ -47,6 +33,16 @@ from .original_configs import (
 )
 from .original_keys import Key, all_keys, differences
 from .safetensors_stream import Output, is_written, split_shards, write_file
+from .weights_bagel import (
+    PICKLE_SUFFIXES,
+    StoredTensor,
+    component_tensors,
+    main_dtype,
+    nonfinite_names,
+    read_header,
+    read_json,
+    refuse_pickles,
+)
 
 SHARD_BYTES = 2_000_000_000
 PIPELINE_CLASS = "Echo4oPipeline"

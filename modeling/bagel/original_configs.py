@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .loading_bagel import StoredTensor, read_json
 from .original_keys import Sizes
+from .weights_bagel import StoredTensor, read_json
 
 LATENT_SCALING, LATENT_SHIFT = 0.3611, 0.1159  # FLUX's VAE, which the release uses
 JSON_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json")

@@ -39,6 +39,7 @@ from .segments_bagel import (
     unpatchify,
 )
 from .text_generation_bagel import generate_text
+from .weights_bagel import StoredTensor  # noqa: F401 - as above
 
 # The original inferencer's presets and the system prompts that the release was trained with.
 PRESETS = {

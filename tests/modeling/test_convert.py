@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from echo4o.modeling.bagel import convert, safetensors_stream
 from echo4o.modeling.bagel.convert import components_from_original, convert_to_diffusers, convert_to_original
-from echo4o.modeling.bagel.loading_bagel import read_header
+from echo4o.modeling.bagel.weights_bagel import read_header
 
 CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
 WEIGHT_FILES = ("ema.safetensors", "ae.safetensors")
