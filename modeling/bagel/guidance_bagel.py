@@ -1,5 +1,7 @@
-"""Classifier-free guidance over two branches, with renormalisation (golden/bagel/README.md, "CFG formula")."""
+"""Classifier-free guidance over two branches, with renormalisation (tests/parity/golden/README.md, "CFG formula")."""
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,25 @@ class Guidance:
     interval: tuple[float, float]
     renorm: str
     renorm_min: float = 0.0
+
+    @classmethod
+    def checked(cls, scale, image_scale, interval, renorm, renorm_min=0.0) -> "Guidance":
+        """From a caller's values; ValueError names the one that is not possible."""
+        for name, value in (("guidance_scale", scale), ("image_guidance_scale", image_scale)):
+            if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a finite number of at least 0 (1 is off).")
+        pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+        if (
+            not pair
+            or not all(isinstance(x, numbers.Real) for x in interval)
+            or not 0 <= interval[0] < interval[1] <= 1
+        ):
+            raise ValueError(f"guidance_interval={interval!r} must be (low, high) with 0 <= low < high <= 1.")
+        if renorm not in RENORMALISATIONS:
+            raise ValueError(f"guidance_renorm={renorm!r} must be one of {', '.join(RENORMALISATIONS)}.")
+        if not isinstance(renorm_min, numbers.Real) or not 0 <= renorm_min <= 1:
+            raise ValueError(f"guidance_renorm_min={renorm_min!r} must lie in [0, 1].")
+        return cls(float(scale), float(image_scale), tuple(interval), renorm, float(renorm_min))
 
     def branches(self, t: float) -> tuple[bool, bool]:
         """(text-free, image-free) branches that a step at time `t` needs."""

@@ -1,13 +1,15 @@
 """What a caller may ask of the pipeline, checked before any long work and turned into one form: a list of requests."""
 
+import inspect
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from .guidance_bagel import RENORMALISATIONS, Guidance
+from .guidance_bagel import Guidance
 from .image_processor_bagel import ImageLimits, to_rgb
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -29,6 +31,8 @@ class Request:
 
 def read_items(prompt, image, inputs, max_references: int) -> list[list[str | Image.Image]]:
     """Bring `prompt` and `image`, or `inputs`, to one list of items per prompt: references first, then the text."""
+    if prompt is None and inputs is None and image is not None:
+        raise ValueError("`image` needs a `prompt` that says what to do with it.")
     if (prompt is None) == (inputs is None):
         given = "both" if prompt is not None else "neither"
         raise ValueError(f"Give either `prompt` (with `image`) or `inputs`; got {given}.")
@@ -61,14 +65,26 @@ def _read_references(image, prompts: int, single: bool) -> list[list]:
         images = image if isinstance(image, (list, tuple)) else [image]
         if len(images) == 1 and isinstance(images[0], (list, tuple)):
             images = images[0]
-        return [list(images)]
+        return [_check_references(images, 0)]
     if not isinstance(image, (list, tuple)) or len(image) != prompts:
         given = f"{len(image)} entries" if isinstance(image, (list, tuple)) else f"one {type(image).__name__}"
         raise ValueError(
             f"`prompt` lists {prompts} prompts but `image` has {given}: give one picture, list of pictures or None "
             "for each prompt."
         )
-    return [[] if i is None else list(i) if isinstance(i, (list, tuple)) else [i] for i in image]
+    groups = [[] if i is None else i if isinstance(i, (list, tuple)) else [i] for i in image]
+    return [_check_references(group, index) for index, group in enumerate(groups)]
+
+
+def _check_references(images: Sequence, index: int) -> list[Image.Image]:
+    """A text here would be read as part of the prompt."""
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"`image` of prompt {index} holds a {type(image).__name__} ({image!r:.60}); give pictures, opened with "
+                "PIL.Image.open."
+            )
+    return list(images)
 
 
 def _check_items(items: list, index: int, max_references: int) -> list[str | Image.Image]:
@@ -79,7 +95,7 @@ def _check_items(items: list, index: int, max_references: int) -> list[str | Ima
         if isinstance(item, str):
             if not item.strip():
                 raise ValueError(f"Prompt {index} has an empty text ({item!r}); say what to draw or leave it out.")
-            checked.append(item)
+            checked.append(_check_text(item, index))
             continue
         if not isinstance(item, Image.Image):
             raise ValueError(f"Prompt {index} has a {type(item).__name__}; texts are str and pictures PIL.Image.")
@@ -93,18 +109,26 @@ def _check_items(items: list, index: int, max_references: int) -> list[str | Ima
     return checked
 
 
+def _check_text(text: str, index: int) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Prompt {index} is no valid Unicode text: {error}.") from error
+    return text
+
+
 def read_size(value, name: str, prompts: int, multiple: int, largest: int) -> list[int | None]:
     """`height` or `width` as one value per prompt; every size a multiple of `multiple` and at most `largest`."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * prompts
     if len(values) != prompts:
         raise ValueError(f"`{name}` lists {len(values)} sizes for {prompts} prompts.")
     for v in values:
-        if v is not None and (not isinstance(v, int) or v < multiple or v % multiple or v > largest):
+        if v is not None and (not isinstance(v, numbers.Integral) or v < multiple or v % multiple or v > largest):
             raise ValueError(
                 f"{name}={v!r} is not possible: sizes are multiples of {multiple} from {multiple} to {largest} "
                 "(the end of the latent position table)."
             )
-    return values
+    return [None if v is None else int(v) for v in values]
 
 
 GUIDANCE_OPTIONS = ("guidance_scale", "image_guidance_scale", "guidance_interval", "guidance_renorm")
@@ -119,31 +143,20 @@ def read_guidance(options: dict, presets: dict, items: list, index: int) -> Guid
     """
     has_pictures = any(not isinstance(item, str) for item in items)
     preset = presets["with_references" if has_pictures else "text_to_image"]
-    scale, image_scale, interval, renorm = (
-        preset[name] if options[name] is None else options[name] for name in GUIDANCE_OPTIONS
-    )
-    renorm_min = options["guidance_renorm_min"]
-    for name, value in (("guidance_scale", scale), ("image_guidance_scale", image_scale)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name}={value!r} must be a finite number of at least 0 (1 is off).")
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance_interval={interval!r} must be (low, high) with 0 <= low < high <= 1.")
-    if renorm not in RENORMALISATIONS:
-        raise ValueError(f"guidance_renorm={renorm!r} must be one of {', '.join(RENORMALISATIONS)}.")
-    if not isinstance(renorm_min, (int, float)) or not 0 <= renorm_min <= 1:
-        raise ValueError(f"guidance_renorm_min={renorm_min!r} must lie in [0, 1].")
-    if options["image_guidance_scale"] is not None and image_scale > 1:
+    chosen = (preset[name] if options[name] is None else options[name] for name in GUIDANCE_OPTIONS)
+    guidance = Guidance.checked(*chosen, options["guidance_renorm_min"])
+    if options["image_guidance_scale"] is not None and guidance.image_scale > 1:
         if not has_pictures:
             raise ValueError(
-                f"image_guidance_scale={image_scale} needs a reference picture, and prompt {index} has none: the "
-                "image-free branch cannot be built. Leave it out or set it to 1."
+                f"image_guidance_scale={guidance.image_scale} needs a reference picture, and prompt {index} has none: "
+                "the image-free branch cannot be built. Leave it out or set it to 1."
             )
-        if scale <= 1:
+        if guidance.scale <= 1:
             raise ValueError(
-                f"image_guidance_scale={image_scale} has no effect with guidance_scale={scale}: BAGEL guides by "
-                "pictures only on top of text guidance (above 1)."
+                f"image_guidance_scale={guidance.image_scale} has no effect with guidance_scale={guidance.scale}: "
+                "BAGEL guides by pictures only on top of text guidance (above 1)."
             )
-    return Guidance(scale, image_scale, tuple(interval), renorm, renorm_min)
+    return guidance
 
 
 def read_requests(
@@ -176,23 +189,40 @@ def read_latents(latents, shapes: list[tuple[int, int, int]]) -> list[torch.Tens
     """Initial noise as one (C, H/8, W/8) tensor per picture, checked against what will be drawn."""
     if latents is None:
         return None
+    if not isinstance(latents, (torch.Tensor, list, tuple)) or any(not isinstance(x, torch.Tensor) for x in latents):
+        raise ValueError(
+            f"`latents` is a {type(latents).__name__}; give a tensor (B, C, H/8, W/8) or a list of tensors."
+        )
     given = list(latents)
     if len(given) != len(shapes):
         raise ValueError(f"`latents` holds {len(given)} noises for {len(shapes)} pictures.")
     for index, (noise, shape) in enumerate(zip(given, shapes, strict=True)):
         if tuple(noise.shape) != shape:
             raise ValueError(f"`latents` of picture {index} has shape {tuple(noise.shape)}; it must be {shape}.")
+        if not torch.isfinite(noise).all():
+            raise ValueError(f"`latents` of picture {index} holds values that are not finite.")
     return given
 
 
 def check_settings(*, do_sample: bool, temperature: float, output_type: str = "pil", **counts: int) -> None:
     """Checks that need neither prompt nor checkpoint; every one of `counts` is a whole number of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    if do_sample and not (temperature > 0 and math.isfinite(temperature)):
+    usable = isinstance(temperature, numbers.Real) and math.isfinite(temperature) and temperature >= 1e-3
+    if do_sample and not usable:
         raise ValueError(
-            f"temperature={temperature!r} must be above 0 to sample; for greedy text use do_sample=False."
+            f"temperature={temperature!r} must be at least 0.001 to sample; for greedy text use do_sample=False."
         )
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}.")
+
+
+def check_scheduler(scheduler) -> None:
+    """The sampler gives its own sigmas and expects one plain Euler step for each."""
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters or scheduler.config.get(
+        "use_dynamic_shifting"
+    ):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot draw with BAGEL: use FlowMatchEulerDiscreteScheduler with a fixed shift."
+        )

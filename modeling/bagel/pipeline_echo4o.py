@@ -19,6 +19,7 @@ from .guidance_bagel import Guidance  # noqa: F401 - what this file imports is p
 from .image_processor_bagel import ImageLimits, to_patches, to_pixels, to_uint8
 from .inputs_bagel import (
     Request,
+    check_scheduler,
     check_settings,
     read_generators,
     read_items,
@@ -27,6 +28,7 @@ from .inputs_bagel import (
 )
 from .loading_bagel import PortablePipelineMixin
 from .lora_bagel import Echo4oLoraLoaderMixin
+from .options_bagel import image_limits, read_options
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
     Segment,
@@ -40,30 +42,6 @@ from .segments_bagel import (
 )
 from .text_generation_bagel import generate_text
 from .weights_bagel import StoredTensor  # noqa: F401 - as above
-
-# The original inferencer's presets and the system prompts that the release was trained with.
-PRESETS = {
-    "text_to_image": {
-        "guidance_scale": 4.0,
-        "image_guidance_scale": 1.0,
-        "guidance_interval": [0.4, 1.0],
-        "guidance_renorm": "global",
-    },
-    "with_references": {
-        "guidance_scale": 4.0,
-        "image_guidance_scale": 2.0,
-        "guidance_interval": [0.0, 1.0],
-        "guidance_renorm": "text_channel",
-    },
-}
-THINK_PROMPTS = {
-    "image": "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, "
-    "i.e. <think> planning process here </think> image here",
-    "text": "You should first think about the reasoning process in the mind and then provide the user with the "
-    "answer. \nThe reasoning process is enclosed within <think> </think> tags, "
-    "i.e. <think> reasoning process here </think> answer here",
-}
 
 
 @dataclass
@@ -112,17 +90,25 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         self.register_modules(
             transformer=transformer, vision_model=vision_model, vae=vae, scheduler=scheduler, tokenizer=tokenizer
         )
-        latent_side, patch_side = transformer.config.max_latent_size, vision_model.config.max_patches_per_side
-        vae_stride, patch = self.latent_stride, vision_model.config.patch_size
-        vae_default = {"max_size": latent_side * vae_stride, "min_size": latent_side // 2 * vae_stride}
-        vision_default = {"max_size": patch_side * patch, "min_size": round(patch_side * 16 / 70) * patch}
-        self.register_to_config(
-            presets=presets or PRESETS,
-            think_prompts=think_prompts or THINK_PROMPTS,
-            vae_image_limits=vae_image_limits or vae_default,
-            vision_image_limits=vision_image_limits or vision_default,
+        patch = vision_model.config.patch_size
+        options = read_options(
+            presets=presets,
+            think_prompts=think_prompts,
+            vae_image_limits=vae_image_limits,
+            vision_image_limits=vision_image_limits,
             max_references=max_references,
+            vae_table=(transformer.config.max_latent_size, self.latent_stride),
+            vision_table=(vision_model.config.max_patches_per_side, patch),
         )
+        self.register_to_config(**options)
+        self._num_timesteps, self._interrupt = 0, False
+        if tokenizer is not None:
+            SpecialTokens.from_tokenizer(tokenizer)
+            if len(tokenizer) > transformer.config.vocab_size:
+                raise ValueError(
+                    f"The tokenizer has {len(tokenizer)} tokens and the transformer embeds "
+                    f"{transformer.config.vocab_size}: they do not belong together."
+                )
 
     # --- what the configuration means -------------------------------------------------------------------------------
 
@@ -139,12 +125,12 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
     @property
     def vae_limits(self) -> ImageLimits:
         """Sizes of pictures for the VAE, and of what is drawn."""
-        return ImageLimits(**self.config.vae_image_limits, stride=self.latent_stride)
+        return image_limits(self.config.vae_image_limits, self.latent_stride)
 
     @property
     def vision_limits(self) -> ImageLimits:
         """Sizes of pictures for the vision model."""
-        return ImageLimits(**self.config.vision_image_limits, stride=self.vision_model.config.patch_size)
+        return image_limits(self.config.vision_image_limits, self.vision_model.config.patch_size)
 
     @property
     def special_tokens(self) -> SpecialTokens:
@@ -167,7 +153,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
     def encode_latent(self, image: Image.Image, generator: torch.Generator | None) -> torch.Tensor:
         """Sampled and scaled latent of an RGB picture whose sides are multiples of the stride: (C, H/8, W/8) float32.
 
-        BAGEL samples its condition latents at inference, too (golden/bagel/README.md, surprise 11).
+        BAGEL samples its condition latents at inference, too (tests/parity/golden/README.md, surprise 11).
         """
         pixels = to_pixels(image)[None].to(self._execution_device, self.vae.dtype)
         moments = self.vae.encode(pixels).latent_dist
@@ -207,13 +193,13 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
 
     # --- contexts ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, rows: list[tuple], extra: int = 0) -> None:
-        """Read clean segments into caches, all rows in one pass: [(cache, segments)]; room for `extra` more tokens."""
+    def prefill(self, rows: list[tuple]) -> None:
+        """Read clean segments into caches, all rows in one pass: [(cache, segments)]."""
         rows = [(cache, segments) for cache, segments in rows if segments]
         if not rows:
             return
         for cache, segments in rows:
-            cache.reserve(cache.length + extra + sum(len(segment) for segment in segments), cache.scratch)
+            cache.reserve(cache.length + sum(map(len, segments)))
         sequence = self.pack([segments for _, segments in rows], [cache.position for cache, _ in rows])
         vision_embeds = None
         if sequence.patches is not None:
@@ -259,23 +245,25 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             )
         return [self.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[0] for ids in said]
 
-    def _prepare(self, requests: list[Request], generators: list, think: dict | None):
-        """Prefill every context of every request in one pass (and think); one [`Picture`] per request, and plans."""
-        system = self.config.think_prompts["image"] if think is not None else None
+    def _prepare(self, requests: list[Request], read: list[tuple], think: dict | None, generators: list):
+        """Prefill every context of every request in one pass (and think); one [`Picture`] per request, and plans.
+
+        `read` holds what `_read_request` gave for each request.
+        """
         rows, pictures = [], []
-        for request, generator in zip(requests, generators, strict=True):
-            segments, text_free = self._read_request(request, system, generator)
+        room = 0 if think is None else think["max_new_tokens"] + 2
+        for request, (segments, text_free) in zip(requests, read, strict=True):
             texts = [segment for segment in segments if segment.kind == "text"]
             guided_by_image = request.guidance.scale > 1 and request.guidance.image_scale > 1
             grid = (request.height // self.latent_stride, request.width // self.latent_stride)
             caches = [self.transformer.new_cache() for _ in range(1 + guided_by_image)]
-            for cache, read in zip(caches, (segments, texts), strict=False):
-                cache.reserve(0, scratch=grid[0] * grid[1] + 2)
-                rows.append((cache, read))
+            for cache, read_by_it, more in zip(caches, (segments, texts), (room, 0), strict=False):
+                cache.reserve(sum(map(len, read_by_it)) + more, scratch=grid[0] * grid[1] + 2)
+                rows.append((cache, read_by_it))
             condition, prefix = Branch(caches[0], 0, 0), Branch(caches[0], *_extent(segments[:text_free]))
             image_free = Branch(caches[1], *_extent(texts)) if guided_by_image else None
             pictures.append(Picture(grid, request.guidance, condition, prefix, image_free))
-        self.prefill(rows, extra=0 if think is None else think["max_new_tokens"])
+        self.prefill(rows)
         caches = [picture.condition.cache for picture in pictures]
         plans = None
         if think is not None:
@@ -294,7 +282,9 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
 
     def _set_latents(self, pictures: list[Picture], latents: Sequence[torch.Tensor]) -> None:
         patch = self.transformer.config.latent_patch_size
-        for picture, latent in zip(pictures, latents, strict=True):
+        channels = self.transformer.config.latent_channels
+        shapes = [(channels, rows * patch, columns * patch) for rows, columns in (p.grid for p in pictures)]
+        for picture, latent in zip(pictures, read_latents(latents, shapes), strict=True):
             picture.tokens = patchify(latent.to(self._execution_device, torch.float32), patch)
 
     def _decode(self, pictures: list[Picture], output_type: str):
@@ -373,6 +363,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             temperature=temperature,
             output_type=output_type,
         )
+        check_scheduler(self.scheduler)
         requests = read_requests(
             read_items(prompt, image, inputs, self.config.max_references),
             height,
@@ -396,11 +387,14 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         callback_tensors = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
 
-        thinking = {"max_new_tokens": max_think_tokens, "do_sample": do_sample, "temperature": temperature}
-        pictures, plans = self._prepare(requests, generators[::num_images_per_prompt], thinking if think else None)
-        pictures = [replace(picture) for picture in pictures for _ in range(num_images_per_prompt)]
+        firsts = generators[::num_images_per_prompt]
+        system = self.config.think_prompts["image"] if think else None
+        read = [self._read_request(request, system, g) for request, g in zip(requests, firsts, strict=True)]
         if noise is None:
             noise = [self.draw_noise(shape, g) for shape, g in zip(shapes, generators, strict=True)]
+        thinking = {"max_new_tokens": max_think_tokens, "do_sample": do_sample, "temperature": temperature}
+        pictures, plans = self._prepare(requests, read, thinking if think else None, firsts)
+        pictures = [replace(picture) for picture in pictures for _ in range(num_images_per_prompt)]
         self._set_latents(pictures, noise)
         self._num_timesteps = num_inference_steps
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -418,6 +412,8 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
 
     def _callback_tensors(self, callback, names: list[str] | None) -> list[str]:
         """Names of what a callback is given: `latents` unless it asks for nothing."""
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; give a function.")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             names = callback.tensor_inputs
         unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
@@ -455,7 +451,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         """Answer questions, about pictures or without.
 
         Pictures reach the vision model as they are, as in the original's chat; with `think`, they are first brought
-        to a size for the VAE, as in its inferencer (golden/bagel/README.md, surprise 2).
+        to a size for the VAE, as in its inferencer (tests/parity/golden/README.md, surprise 2).
 
         Args:
             prompt, image: as in the pipeline's call.
@@ -477,8 +473,10 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
                     segments.append(self.text_segment(item))
                 else:
                     segments.append(self.vision_segment(self.vae_limits.resize(item) if think else item))
-            rows.append((self.transformer.new_cache(), segments))
-        self.prefill(rows, extra=max_new_tokens)
+            cache = self.transformer.new_cache()
+            cache.reserve(sum(map(len, segments)) + max_new_tokens)
+            rows.append((cache, segments))
+        self.prefill(rows)
         answers = self._think([cache for cache, _ in rows], max_new_tokens, do_sample, temperature, generators)
         self.maybe_free_model_hooks()
         return answers[0] if isinstance(prompt, str) else answers

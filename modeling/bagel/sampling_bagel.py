@@ -71,7 +71,7 @@ def sample(transformer, scheduler, pictures: list[Picture], steps: int, pack_at:
     """Integrate every picture's `tokens` from t = 1 (noise) to t = 0 (data) in `steps` updates of equal raw size.
 
     `pack_at(t)` packs the rows; `on_step_end(step, timestep)` runs after each update and returns True to stop.
-    The scheduler shifts the times (golden/bagel/README.md, "Sampling").
+    The scheduler shifts the times (tests/parity/golden/README.md, "Sampling").
     """
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=pictures[0].tokens.device)
     sizes = [len(picture.tokens) for picture in pictures]

@@ -28,16 +28,16 @@ class SpecialTokens:
     def from_tokenizer(cls, tokenizer) -> SpecialTokens:
         """Look the four tokens up. Raises ValueError naming those that the tokenizer lacks."""
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-        vocabulary = tokenizer.get_vocab()
-        missing = [name for name in names if name not in vocabulary]
+        ids = tokenizer.convert_tokens_to_ids(list(names))
+        missing = [n for n, i in zip(names, ids) if i is None or tokenizer.convert_ids_to_tokens(i) != n]
         if missing:
             raise ValueError(f"The tokenizer has no {', '.join(missing)}; BAGEL needs all of {', '.join(names)}.")
-        return cls(*(vocabulary[name] for name in names))
+        return cls(*ids)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One item of a sample, in one of four kinds (golden/bagel/README.md, "Conventions").
+    """One item of a sample, in one of four kinds (tests/parity/golden/README.md, "Conventions").
 
     | kind    | attention inside | seen by later segments | expert of its content | rotary positions            |
     |---------|------------------|------------------------|-----------------------|-----------------------------|

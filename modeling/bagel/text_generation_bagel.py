@@ -32,7 +32,7 @@ def generate_text(
     """Continue every cache with a text of at most `max_new_tokens` tokens, without its markers.
 
     Rows that have ended leave the batch. The caches come back as they were: what was said is not kept in them,
-    because BAGEL reads its own text again as a closed segment (golden/bagel/README.md, surprise 7).
+    because BAGEL reads its own text again as a closed segment (tests/parity/golden/README.md, surprise 7).
     """
     generators = generators or [None] * len(caches)
     ends = [(cache.length, cache.position) for cache in caches]

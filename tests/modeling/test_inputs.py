@@ -16,7 +16,35 @@ def broken_picture() -> Image.Image:
     return Image.open(io.BytesIO(data.getvalue()[:700]))
 
 
+def closed_picture() -> Image.Image:
+    """A picture whose file was closed before its pixels were read."""
+    data = io.BytesIO()
+    Image.effect_noise((64, 64), 80).save(data, "PNG")
+    image = Image.open(data)
+    image.close()
+    return image
+
+
 REFUSED = {
+    "path as reference": ({"prompt": "a", "image": "night.png"}, r"prompt 0 holds a str \('night.png'\)"),
+    "paths as references": ({"prompt": ["a", "b"], "image": [None, "b.png"]}, "prompt 1 holds a str"),
+    "image alone": ({"image": PICTURE}, "`image` needs a `prompt`"),
+    "picture without pixels": ({"prompt": "a", "image": Image.new("RGB", (0, 5))}, "0 x 5 pixels"),
+    "picture that was closed": ({"prompt": "a", "image": closed_picture()}, "picture 0 of prompt 0 does not decode"),
+    "16 bits of grey": ({"prompt": "a", "image": Image.new("I;16", (40, 40))}, "mode 'I;16', whose range is unknown"),
+    "half a character": ({"prompt": "a \ud800 b"}, "Prompt 0 is no valid Unicode"),
+    "interval as a number": (
+        {"prompt": "a", "guidance_interval": 0.5},
+        r"guidance_interval=0.5 must be \(low, high\)",
+    ),
+    "interval of words": ({"prompt": "a", "guidance_interval": ("a", "b")}, "guidance_interval="),
+    "no temperature": ({"prompt": "a", "think": True, "do_sample": True, "temperature": None}, "temperature=None"),
+    "latents as a number": ({"prompt": "a", "latents": 3.0}, "`latents` is a float"),
+    "latents that are not finite": (
+        {"prompt": "a", "height": 32, "width": 32, "latents": torch.full((1, 16, 4, 4), torch.nan)},
+        "picture 0 holds values that are not finite",
+    ),
+    "callback as a word": ({"prompt": "a", "callback_on_step_end": "x"}, "callback_on_step_end is a str"),
     "nothing": ({}, "Give either `prompt`.*neither"),
     "prompt and inputs": ({"prompt": "a", "inputs": ["a"]}, "got both"),
     "image with inputs": ({"inputs": ["a"], "image": PICTURE}, "belongs to `prompt`"),
@@ -97,3 +125,51 @@ def test_transparency_becomes_white(pipe):
     palette = Image.new("P", (2, 2))
     palette.info["transparency"] = 0
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.new("LA", (2, 2), (0, 0))
+    assert to_rgb(grey).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_latents_from_a_callback_keep_their_shape(pipe):
+    def scramble(pipeline, step, timestep, given):
+        return {"latents": given["latents"].reshape(1, 16, 8, 2)}
+
+    with pytest.raises(ValueError, match=r"\(16, 8, 2\); it must be \(16, 4, 4\)"):
+        pipe("a", height=32, width=32, num_inference_steps=2, callback_on_step_end=scramble)
+
+
+def test_a_scheduler_that_cannot_follow_the_sigmas_is_named(pipe, monkeypatch):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    for other in (FlowMatchHeunDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
+        monkeypatch.setattr(pipe, "scheduler", other)
+        with pytest.raises(ValueError, match="cannot draw with BAGEL: use FlowMatchEulerDiscreteScheduler"):
+            pipe("a")
+
+
+OPTIONS = {
+    "limits between entries": ({"vae_image_limits": {"max_size": 250, "min_size": 32}}, "multiples of 16"),
+    "limits beyond the table": ({"vision_image_limits": {"max_size": 238, "min_size": 28}}, "<= 224"),
+    "half of the limits": ({"vae_image_limits": {"max_size": 256}}, "exactly the keys max_size, min_size"),
+    "half of the presets": ({"presets": {"text_to_image": {}}}, "exactly the keys text_to_image, with_references"),
+    "references as a word": ({"max_references": "4"}, "max_references='4'"),
+    "no think prompt": ({"think_prompts": {"image": "", "text": "a"}}, r"think_prompts\['image'\] is ''"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_impossible_options_are_refused_at_construction(pipe, name):
+    options, message = OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        type(pipe)(**pipe.components, **options)
+
+
+def test_a_tokenizer_of_another_model_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe.tokenizer), "__len__", lambda self: 100_000)
+    with pytest.raises(ValueError, match="100000 tokens and the transformer embeds 336"):
+        type(pipe)(**pipe.components)
+
+
+def test_options_are_not_shared_between_pipelines(pipe):
+    one, other = type(pipe)(**pipe.components), type(pipe)(**pipe.components)
+    one.config.presets["text_to_image"]["guidance_scale"] = 9
+    assert other.config.presets["text_to_image"]["guidance_scale"] == 4.0
