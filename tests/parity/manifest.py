@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo4o.modeling.bagel.pipeline_echo4o import THINK_PROMPTS
+from echo4o.modeling.bagel.options_bagel import THINK_PROMPTS
 
 from .f_transforms import make_image
 from .g_packing import special_tokens
