@@ -34,14 +34,15 @@ from .original_configs import (
 from .original_keys import Key, all_keys, differences
 from .safetensors_stream import Output, is_written, split_shards, write_file
 from .weights_bagel import (
-    PICKLE_SUFFIXES,
     StoredTensor,
     component_tensors,
+    indexed_tensors,
     main_dtype,
     nonfinite_names,
     read_header,
     read_json,
     refuse_pickles,
+    shortened,
 )
 
 SHARD_BYTES = 2_000_000_000
@@ -214,23 +215,7 @@ def _original_weights(folder: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(
             f"{folder} is no original BAGEL checkpoint: it has neither ema.safetensors nor a *.safetensors.index.json."
         )
-    weight_map = read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{indexes[0]} has no weight_map.")
-    names = sorted(set(weight_map.values()))
-    bad = [n for n in names if Path(n).name != n or Path(n).suffix in PICKLE_SUFFIXES]
-    if bad:
-        raise ValueError(f"{indexes[0]} names files that are not loaded: {', '.join(bad)}.")
-    lost = [n for n in names if not (folder / n).is_file()]
-    if lost:
-        raise FileNotFoundError(f"{indexes[0]} names files that are not in its folder: {', '.join(lost)}.")
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        header = read_header(folder / name)
-        if twice := sorted(set(header) & set(tensors)):
-            raise ValueError(f"{folder} stores tensors in more than one file: {', '.join(twice)}.")
-        tensors |= header
-    return tensors
+    return indexed_tensors(indexes[0])
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -286,7 +271,7 @@ def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
 
 def _raise_all(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"The checkpoint {folder} does not fit ({len(problems)}):\n  " + "\n  ".join(problems))
+        raise ValueError(f"The checkpoint {folder} does not fit ({len(problems)}):\n  {shortened(problems)}")
 
 
 def _copy(src: Path, dst: Path, names: Iterable[str]) -> None:

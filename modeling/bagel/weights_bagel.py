@@ -39,7 +39,8 @@ class StoredTensor:
 def read_header(file: str | Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name, without reading any of them.
 
-    Raises ValueError when the file is no safetensors file, is truncated or is longer than its header says.
+    Raises ValueError when the file is no safetensors file, is truncated, is longer than its header says, or when its
+    tensors overlap or leave bytes out.
     Format: 8 bytes of little-endian length, a JSON header of that length, the data.
     """
     file = Path(file)
@@ -57,6 +58,7 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
     try:
         header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
         tensors = {name: _stored_tensor(name, entry, file, 8 + length) for name, entry in header.items()}
+        _require_tiling(tensors.values(), 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} has a damaged safetensors header: {error}.") from error
     needed = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
@@ -70,16 +72,27 @@ def _stored_tensor(name: str, entry: dict, file: Path, data_start: int) -> Store
     start, stop = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+    if any(type(n) is not int or n < 0 for n in (start, stop, *entry["shape"])):
+        raise ValueError(f"tensor {name!r} of shape {entry['shape']} cannot lie at {[start, stop]}")
     if stop - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
         raise ValueError(f"tensor {name!r} of shape {entry['shape']} cannot be {stop - start} bytes long")
     return StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, data_start + start, stop - start)
 
 
+def _require_tiling(tensors: Iterable[StoredTensor], data_start: int) -> None:
+    end = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != end:
+            what = "overlaps another" if tensor.start < end else "follows bytes of no tensor"
+            raise ValueError(f"tensor {tensor.name!r} {what}")
+        end += tensor.nbytes
+
+
 def component_tensors(folder: Path, variant: str | None = None) -> dict[str, StoredTensor]:
     """All tensors stored in a component's folder, by name, whether in one file or in shards with an index.
 
-    Raises FileNotFoundError without safetensors weights or for a shard that the index names and the folder lacks,
-    ValueError when only pickled weights are there or a file is damaged.
+    Raises FileNotFoundError without safetensors weights, ValueError when only pickled weights are there or a file is
+    damaged, and what indexed_tensors raises.
     """
     suffix = f".{variant}" if variant and any(folder.glob(f"*.{variant}*.safetensors*")) else ""
     files = sorted(
@@ -91,17 +104,48 @@ def component_tensors(folder: Path, variant: str | None = None) -> dict[str, Sto
         if suffix in f.name and f.name.count(".") == 3 + bool(suffix)
     ]
     if indexes:
-        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
-        lost = [n for n in names if not (folder / n).is_file()]
-        if lost:
-            raise FileNotFoundError(f"{indexes[0]} names files that are not in its folder: {', '.join(lost)}.")
-        files = [folder / n for n in names]
+        return indexed_tensors(indexes[0])
     if not files:
         refuse_pickles(folder)
         raise FileNotFoundError(
             f"{folder} holds no .safetensors weights (pickled ones are neither fetched nor loaded)."
         )
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+    return _joined(files)
+
+
+def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
+    """All tensors of the shards that a `*.safetensors.index.json` names, which lie beside it.
+
+    Raises ValueError for an index that names anything else, or a damaged shard, FileNotFoundError for a shard that is
+    not there.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files.")
+    names = sorted(set(weight_map.values()))
+    bad = [n for n in names if Path(n).name != n or "\\" in n or not n.endswith(".safetensors")]
+    if bad:
+        raise ValueError(f"{index} names files that are not loaded: {', '.join(bad)}.")
+    lost = [n for n in names if not (index.parent / n).is_file()]
+    if lost:
+        raise FileNotFoundError(f"{index} names files that are not in its folder: {', '.join(lost)}.")
+    return _joined([index.parent / n for n in names])
+
+
+def _joined(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        header = read_header(file)
+        if twice := sorted(set(header) & set(tensors)):
+            raise ValueError(f"{file.parent} stores tensors in more than one file: {shortened(twice, ', ')}.")
+        tensors |= header
+    return tensors
+
+
+def shortened(lines: list[str], separator: str = "\n  ", limit: int = 50) -> str:
+    """At most `limit` lines joined, and how many more there are."""
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return separator.join([*lines[:limit], *more])
 
 
 def refuse_pickles(folder: Path, pattern: str = "*") -> None:

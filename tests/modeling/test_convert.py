@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -303,6 +304,37 @@ def test_damaged_files_are_named(tmp_path, file, damage):
     assert file in text and message in text
 
 
+def change_header(file: Path, change) -> None:
+    """Rewrite a safetensors file's header; the data stays."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+Q0, Q1 = (f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h[Q0].update(data_offsets=h[Q1]["data_offsets"]), "follows bytes of no tensor|overlaps another"),
+        (lambda h: h[Q0].update(data_offsets=[o - h[Q0]["data_offsets"][0] - 100 for o in h[Q0]["data_offsets"]]), Q0),
+        (lambda h: h.update(more={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}), "overlaps another"),
+        (lambda h: h.pop(Q0), "follows bytes of no tensor"),
+        (lambda h: h[Q0].update(shape=[-64, -64]), Q0),
+        (lambda h: h[Q0].update(shape=["64", 64]), Q0),
+    ],
+)
+def test_tensors_share_no_bytes_and_leave_none_out(tmp_path, change, message):
+    src = copy_checkpoint(tmp_path / "src")
+    change_header(src / "ema.safetensors", change)
+    text = refused(src, tmp_path, ValueError)
+    assert "damaged safetensors header" in text and re.search(message, text)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["language_model.model.norm.weight", "decoder.conv_in.weight"])
@@ -406,10 +438,29 @@ def test_indexes_that_cannot_be_followed(tmp_path):
     assert "model-00002-of-00003.bin" in refused(src, tmp_path, ValueError)
     index.write_text(good.replace("model-00002-of-00003.safetensors", "../elsewhere.safetensors"))
     assert "../elsewhere.safetensors" in refused(src, tmp_path, ValueError)
+    for weights in ([1], {"a": 1}, {"a": ["x"]}):
+        index.write_text(json.dumps({"weight_map": weights}))
+        assert "has no weight_map" in refused(src, tmp_path, ValueError)
     index.write_text("{")
     assert "is not valid JSON" in refused(src, tmp_path, ValueError)
     shutil.copy(index, src / "other.safetensors.index.json")
     assert "several weight indexes" in refused(src, tmp_path, ValueError)
+
+
+def test_way_back_stays_in_the_folder(tmp_path):
+    there = tmp_path / "there"
+    convert_to_diffusers(CHECKPOINT, there, shard_bytes=200_000)
+    index = there / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = sorted(set(content["weight_map"].values()))
+    shutil.copy(there / "transformer" / names[0], tmp_path / "outside.safetensors")
+    index.write_text(index.read_text().replace(names[0], "../../outside.safetensors"))
+    with pytest.raises(ValueError, match="names files that are not loaded: ../../outside.safetensors"):
+        convert_to_original(there, tmp_path / "dst")
+    index.write_text(json.dumps({"weight_map": [1]}))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        convert_to_original(there, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
 
 
 def test_way_back_refuses_what_it_cannot_map(tmp_path):
