@@ -31,6 +31,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (dict, Data)) else value
 
 
+def _no_is_a_word(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
 class Objective(_Strict):
     """The losses (golden/bagel/README.md) and the dropout of conditions; defaults are the original's."""
 
@@ -135,7 +139,7 @@ class Recipe(_Strict):
     sharding: Literal["none", "fsdp2"] = "none"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu"] = "auto"
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = "no"
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ema: Ema | None = None
     checkpoints: Checkpoints | None = None

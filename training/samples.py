@@ -137,16 +137,13 @@ class SampleMaker:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-        """VAE moments (2*C, h, w) of each picture at its own size. Pictures of one size share a call; none is padded."""
-        pixels = [to_pixels(self.vae_limits.resize(image)) for image in images]
-        groups: dict[torch.Size, list[int]] = {}
-        for index, picture in enumerate(pixels):
-            groups.setdefault(picture.shape, []).append(index)
-        moments = {}
-        for indices in groups.values():
-            batch = torch.stack([pixels[i] for i in indices]).to(self.vae.device, self.vae.dtype)
-            moments |= zip(indices, self.vae.encode(batch).latent_dist.parameters.float().cpu().clone())
-        return [moments[index] for index in range(len(images))]
+        """VAE moments (2*C, h, w) of each picture at its own size.
+
+        One by one: in a batch, the last bits of a picture's moments would depend on its neighbours, and a resumed run
+        has other ones than an uninterrupted run.
+        """
+        pixels = [to_pixels(self.vae_limits.resize(image)).to(self.vae.device, self.vae.dtype) for image in images]
+        return [self.vae.encode(picture[None]).latent_dist.parameters[0].float().cpu() for picture in pixels]
 
     def patches(self, image: Image.Image) -> tuple[tuple[int, int], torch.Tensor]:
         """Vision patches of the raw picture (training, unlike drawing, does not pass it through the VAE's size)."""

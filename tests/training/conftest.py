@@ -51,14 +51,21 @@ def make_pipeline():
     )
 
 
-def make_rows():
+def make_rows(questions: int = 0):
     from datasets import Dataset, Features, Image, List, Value
 
-    text = Value("string")
-    names = ("id", "instruction", "task", "category", "source", "metadata")
-    features = Features({**{n: text for n in names}, "reference_images": List(Image()), "image": Image()})
+    names = ("id", "instruction", "task", "category", "source", "metadata", *(["answer"] if questions else []))
+    features = Features({n: Value("string") for n in names} | {"reference_images": List(Image()), "image": Image()})
     made = [row(i, references=(0, 1, 0, 2)[i % 4], size=((64, 64), (64, 32))[i % 2]) for i in range(8)]
-    return Dataset.from_list(made, features=features)
+    for i in range(questions):
+        asked = {
+            "id": f"question-{i}",
+            "instruction": "what is it?",
+            "image": None,
+            "answer": f"a {COLOURS[i]} square",
+        }
+        made.append(row(i, references=1) | asked)
+    return Dataset.from_list([{"answer": None} | r if questions else r for r in made], features=features)
 
 
 @pytest.fixture
@@ -84,18 +91,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rows_folder(tmp_path_factory):
     """The rows as a folder saved by `datasets`, with two questions about pictures among them."""
-    from datasets import concatenate_datasets
-
     folder = tmp_path_factory.mktemp("data") / "rows"
-    rows = make_rows().add_column("answer", [None] * 8)
-    asked = [{**row(i, references=1), "image": None, "answer": f"a {COLOURS[i]} square"} for i in (8 % 4, 9 % 4)]
-    for index, entry in enumerate(asked):
-        entry |= {"id": f"question-{index}", "instruction": "what is it?"}
-    from datasets import Dataset, Value
-
-    features = rows.features | {"answer": Value("string")}
-    rows = rows.cast(features)
-    concatenate_datasets([rows, Dataset.from_list(asked, features=features)]).save_to_disk(folder)
+    make_rows(questions=2).save_to_disk(folder)
     return folder
 
 
