@@ -11,22 +11,36 @@ This file is published beside the pipeline's: it imports nothing of the package.
 import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from .weights_bagel import PICKLE_SUFFIXES, StoredTensor, component_tensors, main_dtype, nonfinite_names, read_json
+from .weights_bagel import (
+    PICKLE_SUFFIXES,
+    StoredTensor,
+    component_tensors,
+    main_dtype,
+    nonfinite_names,
+    read_header,
+    read_json,
+    shortened,
+)
 
 INDEX_NAME = "model_index.json"
 PIPELINE_FILE = "pipeline.py"  # the only name that diffusers looks for without `custom_pipeline=`
 _DYNAMIC_ROOT = "diffusers_modules"  # where diffusers puts code that it loads from a folder or a repository
 _LIBRARIES = ("diffusers", "transformers", "tokenizers", "onnxruntime")
+DEVICE_MAPS = ("balanced", "auto", "sequential", "balanced_low_0")  # placement strategies, no devices
+_checked: weakref.WeakSet = weakref.WeakSet()  # models whose weights were compared with their files
 
 
 # --- source files --------------------------------------------------------------------------------------------------
@@ -115,27 +129,34 @@ class PortablePipelineMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Load a pipeline from a folder or the Hub, without `trust_remote_code` when the package is installed.
 
-        As `DiffusionPipeline.from_pretrained`, with these differences: `dtype` (a torch.dtype, or a dict by
-        component) defaults to the dtype that each component is stored in; only safetensors weights are loaded;
-        weights are checked for truncation, for missing and unexpected names and for NaN and infinity;
+        As `DiffusionPipeline.from_pretrained`, with these differences: `dtype` (a torch.dtype or its name, or a dict
+        of these by component) defaults to the dtype that each component is stored in; only safetensors weights are
+        loaded; weights are checked for truncation, for missing and unexpected names and for NaN and infinity;
         `device` ("cpu", "cuda", ...) moves the pipeline there.
+
+        Without the package diffusers loads the components itself, and this class checks what it is given: names, NaN
+        and infinity. The transformer and the vision model take the stored dtype by default there as well; the VAE is
+        float32 unless `dtype` says otherwise.
 
         Raises:
             FileNotFoundError: the folder is no pipeline, or lacks weights.
-            ValueError: wrong class, damaged, pickled, missing, unexpected or non-finite weights, absent device.
+            ValueError: wrong class, damaged, pickled, missing, unexpected or non-finite weights, absent device or
+                unknown dtype.
         """
         if cls._package() is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         device = kwargs.pop("device", None)
         check_device(device)
-        check_device(kwargs.get("device_map"))
+        check_device(kwargs.get("device_map"), DEVICE_MAPS)
+        dtype = read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False asks for pickled weights, which are not loaded.")
         folder = cls._local_folder(pretrained_model_name_or_path, kwargs)
         stored = cls._stored_weights(folder, set(kwargs), kwargs.get("variant"))
-        dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
-        if dtype is None or (isinstance(dtype, dict) and "default" not in dtype):
-            dtype = {name: main_dtype(t) for name, t in stored.items()} | (dtype or {})
+        if dtype is None or isinstance(dtype, dict):
+            given = {name: value for name, value in (dtype or {}).items() if value is not None}
+            default = given.get("default")
+            dtype = {name: default or main_dtype(t) for name, t in stored.items()} | given
         kwargs["dtype"] = dtype
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -143,13 +164,21 @@ class PortablePipelineMixin:
         return pipe if device is None else pipe.to(device)
 
     @classmethod
-    def from_original(cls, directory: str | os.PathLike, dtype: torch.dtype | None = None, **overrides):
+    def from_original(
+        cls,
+        directory: str | os.PathLike,
+        dtype: torch.dtype | str | None = None,
+        device: str | int | torch.device | None = None,
+        **overrides,
+    ):
         """Load an original BAGEL / Echo-4o checkpoint folder directly; needs the package.
 
         `directory` holds ema.safetensors (or shards with an index), ae.safetensors, llm_config.json,
-        vit_config.json, config.json and the tokenizer's files. `dtype` defaults to the stored one, by component.
-        `overrides` replace components or set the pipeline's own options.
-        Raises what `echo4o.modeling.bagel.convert` raises, and RuntimeError in remote-code mode.
+        vit_config.json, config.json and the tokenizer's files. `dtype` (a torch.dtype or its name) defaults to the
+        stored one, by component; `device` moves the pipeline there. `overrides` replace components or set the
+        pipeline's own options.
+        Raises what `echo4o.modeling.bagel.convert` raises, ValueError for other options and an absent device, and
+        RuntimeError in remote-code mode.
         """
         package = cls._package()
         if package is None:
@@ -157,17 +186,60 @@ class PortablePipelineMixin:
                 "from_original needs the echo4o package, and this class was loaded through trust_remote_code. "
                 "Install echo4o, or load a converted folder (`echo4o convert SRC DST`)."
             )
+        dtype = read_dtype(dtype)
+        if isinstance(dtype, dict):
+            raise ValueError("from_original takes one dtype for all components.")
+        check_device(device)
+        cls._check_options(overrides)
         # By name: diffusers copies whatever a published file imports relatively, wherever the import stands.
         convert = importlib.import_module(f"{package}.convert")
         components = convert.components_from_original(directory, dtype=dtype, skip=tuple(overrides))
-        return cls(**{**components, **overrides})
+        pipe = cls(**{**components, **overrides})
+        return pipe if device is None else pipe.to(device)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """A pipeline of the same components and options as `pipeline`, which it shares them with.
+
+        `kwargs` replace components and options. `dtype` converts the components, in both pipelines; they stay as they
+        are without it. Raises ValueError for options that this class does not have, and when `pipeline` lacks a
+        component that it needs.
+        """
+        dtype = read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
+        kwargs.pop("dtype", None)
+        if isinstance(dtype, dict):
+            raise ValueError("from_pipe takes one dtype for all components.")
+        cls._check_options(kwargs)
+        parameters = cls._parameters()
+        given = {n: v for n, v in {**pipeline.config, **pipeline.components}.items() if n in parameters} | kwargs
+        lost = [n for n, p in parameters.items() if p.default is p.empty and n not in given]
+        if lost:
+            raise ValueError(f"{type(pipeline).__name__} has no {', '.join(lost)}, which {cls.__name__} needs.")
+        pipe = cls(**given)
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
+    @classmethod
+    def _parameters(cls) -> dict[str, inspect.Parameter]:
+        """The components and options of this class, which may hand `**kwargs` on to the published one."""
+        found = [inspect.signature(owner.__init__).parameters for owner in (cls._published_class, cls)]
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {n: p for of in found for n, p in of.items() if n != "self" and p.kind in named}
+
+    @classmethod
+    def _check_options(cls, options: dict) -> None:
+        parameters = cls._parameters()
+        if unknown := [n for n in options if n not in parameters]:
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(parameters)}.")
 
     @classmethod
     def _local_folder(cls, name: str | os.PathLike, kwargs: dict) -> Path:
+        if not isinstance(name, (str, os.PathLike)) or not str(name):
+            raise ValueError(f"A folder or the name of a Hub repository is needed, not {name!r}.")
         if Path(name).is_dir():
             return Path(name)
-        if isinstance(name, os.PathLike) or str(name).startswith((".", "/", "~", "\\")) or str(name).count("/") > 1:
-            raise FileNotFoundError(f"There is no folder {str(name)!r}.")
+        if isinstance(name, os.PathLike) or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1:
+            raise FileNotFoundError(f"There is no folder {str(name)!r} (a Hub repository is called owner/name).")
         return Path(cls.download(str(name), **kwargs))
 
     @classmethod
@@ -180,7 +252,12 @@ class PortablePipelineMixin:
                     f"{cls.__name__}.from_original, or convert it once with `echo4o convert SRC DST`."
                 )
             raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {INDEX_NAME}.")
-        components = [k for k, v in cls.load_config(folder).items() if _is_component(v) and k not in passed]
+        read_json(folder / INDEX_NAME)
+        config = cls.load_config(folder)
+        components = [k for k, v in config.items() if _is_component(v) and k not in passed]
+        required = {n for n, p in cls._parameters().items() if p.default is p.empty}
+        if unnamed := sorted(required - passed - set(components)):
+            raise ValueError(f"{folder / INDEX_NAME} names no library and class for {', '.join(unnamed)}.")
         lost = [c for c in components if not (folder / c).is_dir()]
         if lost:
             raise FileNotFoundError(f"{folder} lacks the component folders that its index names: {', '.join(lost)}.")
@@ -218,6 +295,11 @@ class PortablePipelineMixin:
         options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
         try:
             index = read_json(hf_hub_download(pretrained_model_name, INDEX_NAME, **options))
+        except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+            raise LocalEntryNotFoundError(
+                f"{pretrained_model_name!r} is not in the local cache, and the Hub cannot be reached (or was not to be "
+                "asked): look at the connection, HF_ENDPOINT, HF_HUB_OFFLINE and local_files_only."
+            ) from error
         except EntryNotFoundError as error:
             raise FileNotFoundError(
                 f"The repository {pretrained_model_name!r} is no pipeline: it has no {INDEX_NAME}."
@@ -239,7 +321,7 @@ class PortablePipelineMixin:
                 problems += [f"{name}: missing {n}" for n in sorted(set(state) - set(tensors))]
                 problems += [f"{name}: unexpected {n}" for n in sorted(set(tensors) - set(state))]
         if problems:
-            raise ValueError("The weights cannot be used:\n  " + "\n  ".join(problems))
+            raise ValueError(f"The weights cannot be used:\n  {shortened(problems)}")
 
     def to(self, *args, **kwargs):
         """As `DiffusionPipeline.to`; ValueError when the device asked for is absent."""
@@ -256,6 +338,9 @@ class PortablePipelineMixin:
         codes = {name: _component_code(module) for name, module in kwargs.items()}
         known = self.__dict__.get("_component_codes", {})
         self.__dict__["_component_codes"] = known | {name: code for name, code in codes.items() if code}
+        if self._package() is None:
+            self._check_loaded({n: t for n, m in kwargs.items() if (t := _tensors_of_origin(m))})
+            _checked.update(m for m in kwargs.values() if isinstance(m, torch.nn.Module))
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs):
         """Save a folder that loads with the package and, through `trust_remote_code=True`, without it.
@@ -325,8 +410,21 @@ def _plain(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def _tensors_of_origin(module: Any) -> dict[str, StoredTensor]:
+    """The stored tensors of a model that was loaded from a folder of its own and is as it was then; else nothing."""
+    origin = getattr(getattr(module, "config", None), "_name_or_path", None)
+    if not isinstance(module, torch.nn.Module) or not origin or module in _checked:
+        return {}
+    files = sorted(Path(origin).glob("*.safetensors"))
+    if not files or getattr(module, "peft_config", None):
+        return {}
+    if any(f.name.count(".") == 1 for f in files):
+        return component_tensors(Path(origin))
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}  # variants alone
+
+
 def _is_component(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], str)
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def _package_module(package: str, library: str) -> str:
@@ -346,14 +444,30 @@ def _forget_origin(config_file: Path) -> None:
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def check_device(device: str | int | torch.device | None) -> None:
-    """Raise ValueError when `device` ("cuda", "cuda:1", 0, ...) is absent; None and placement strategies pass."""
-    if device is None or device in ("balanced", "auto", "sequential", "balanced_low_0"):
+def read_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype | None] | None:
+    """A floating torch.dtype from itself or its name; None, the stored one, from None or "auto"; dicts by entry.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(value, dict):
+        return {name: read_dtype(of) for name, of in value.items()}
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return None
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={value!r} is no floating dtype: use torch.bfloat16 or 'bfloat16', and so on.")
+    return dtype
+
+
+def check_device(device: str | int | torch.device | dict | None, strategies: tuple[str, ...] = ()) -> None:
+    """Raise ValueError when `device` ("cuda", "cuda:1", 0, ...) is none or absent; None, `strategies` and dicts of
+    devices by component pass."""
+    if device is None or isinstance(device, dict) or device in strategies:
         return
     try:
         wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError):
-        return  # not a device: `to("float16")`-like arguments and device maps are diffusers' to judge
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"The device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
     if wanted.type in ("cpu", "meta"):
         return
     backend = getattr(torch, wanted.type, None) or getattr(torch.backends, wanted.type, None)

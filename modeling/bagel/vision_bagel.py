@@ -4,7 +4,10 @@ Pictures of different sizes run side by side without padding: layers that work t
 attention runs picture by picture.
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,6 +15,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors import safe_open
 from torch import nn
 from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
@@ -106,6 +110,16 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.register_buffer("pos_embed", table.reshape(max_patches_per_side**2, output_size))
         self.gradient_checkpointing = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise, like
+        the transformer beside it."""
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return super().from_pretrained(
+            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
+        )
+
     def forward(self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]) -> BagelVisionOutput:
         """Encode packed pictures.
 
@@ -127,3 +141,14 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         connected = self.connector(x)
         embeds = connected + self.pos_embed[position_ids].to(connected.dtype)
         return BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
+    sizes: Counter = Counter()
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from echo4o.modeling.bagel import loading_bagel
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
+from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from tests.hub import Fault, LoopbackHub, offline_environment, run_script
 
 CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
@@ -91,6 +93,45 @@ def test_stored_dtype_is_the_default(folder, tmp_path, dtype):
     assert (mixed.transformer.dtype, mixed.vae.dtype) == (dtype, torch.bfloat16)
 
 
+def dtypes_of(pipe) -> list[torch.dtype]:
+    return [getattr(pipe, name).dtype for name in WEIGHTED]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_go_by_name_as_well(folder, name):
+    assert dtypes_of(Echo4oPipeline.from_pretrained(folder, dtype=name)) == [torch.bfloat16] * 3
+    assert dtypes_of(Echo4oPipeline.from_pretrained(folder, torch_dtype=name)) == [torch.bfloat16] * 3
+    assert dtypes_of(Echo4oPipeline.from_original(CHECKPOINT, dtype=name)) == [torch.bfloat16] * 3
+    mixed = Echo4oPipeline.from_pretrained(folder, dtype={"vae": name, "transformer": "auto"})
+    assert dtypes_of(mixed) == [torch.float32, torch.float32, torch.bfloat16]
+    mixed = Echo4oPipeline.from_pretrained(folder, dtype={"default": name, "vae": torch.float16})
+    assert dtypes_of(mixed) == [torch.bfloat16, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", ["auto", None])
+def test_the_stored_dtype_can_be_asked_for(folder, name):
+    assert dtypes_of(Echo4oPipeline.from_pretrained(folder, dtype=name)) == [torch.float32] * 3
+    assert dtypes_of(Echo4oPipeline.from_original(CHECKPOINT, dtype=name)) == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("value", ["bf17", "nn", "int8", torch.int8, 16, {"vae": "x"}])
+def test_unknown_dtypes_are_refused_before_anything_is_read(value):
+    assert "is no floating dtype" in refused("/nowhere", ValueError, dtype=value)
+    with pytest.raises(ValueError, match="is no floating dtype"):
+        Echo4oPipeline.from_original("/nowhere", dtype=value)
+
+
+def test_models_alone_load_in_their_stored_dtype(copy):
+    for name in ("vision_model", "transformer"):
+        file = copy / name / "diffusion_pytorch_model.safetensors"
+        save_file({n: t.to(torch.float16) for n, t in load_file(file).items()}, file)
+    transformer, vision = BagelTransformer2DModel, BagelVisionModel
+    assert transformer.from_pretrained(copy / "transformer").dtype == torch.float16
+    assert vision.from_pretrained(copy / "vision_model").dtype == torch.float16
+    assert vision.from_pretrained(copy, subfolder="vision_model").dtype == torch.float16
+    assert vision.from_pretrained(copy / "vision_model", dtype=torch.float32).dtype == torch.float32
+
+
 def test_the_dtype_of_most_bytes_is_the_stored_one(copy):
     file = copy / "transformer/diffusion_pytorch_model.safetensors"
     wide = ("pos_embed", "norm_out.und.weight")
@@ -159,6 +200,34 @@ def test_from_original_equals_the_converted_folder(picture):
     assert same(draw(pipe), picture)
 
 
+def test_from_original_takes_a_device_and_known_options_only():
+    assert Echo4oPipeline.from_original(CHECKPOINT, device="cpu").device == torch.device("cpu")
+    for options, message in (({"foo": 1}, "has no foo; it has transformer,"), ({"device": "gpu"}, "is unknown")):
+        with pytest.raises(ValueError, match=message):
+            Echo4oPipeline.from_original("/nowhere", **options)
+
+
+def test_from_pipe_shares_components_and_options(folder, picture):
+    class Mine(Echo4oPipeline):
+        pass
+
+    pipe = Echo4oPipeline.from_pretrained(folder, max_references=2)
+    assert pipe.config.max_references == 2
+    again = Mine.from_pipe(pipe)
+    assert type(again) is Mine and again.config.max_references == 2
+    assert all(again.components[name] is module for name, module in pipe.components.items())
+    assert again.config._name_or_path == str(folder)
+    assert same(draw(again), picture)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    other = Echo4oPipeline.from_pipe(pipe, vae=vae, max_references=3)
+    assert other.vae is vae and other.config.max_references == 3 and pipe.config.max_references == 2
+    assert dtypes_of(Echo4oPipeline.from_pipe(other, torch_dtype="bfloat16")) == [torch.bfloat16] * 3
+    with pytest.raises(ValueError, match="has no foo"):
+        Echo4oPipeline.from_pipe(pipe, foo=1)
+    with pytest.raises(ValueError, match="DDPMPipeline has no transformer, vision_model, vae, tokenizer, which"):
+        Echo4oPipeline.from_pipe(diffusers.DDPMPipeline(unet=None, scheduler=pipe.scheduler))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +242,23 @@ def test_folders_that_are_no_pipeline(tmp_path):
     assert "There is no folder" in refused("./nowhere", FileNotFoundError)
     assert "is no pipeline folder" in refused(tmp_path, FileNotFoundError)
     assert "from_original" in refused(CHECKPOINT, FileNotFoundError)
+    assert "There is no folder 'nowhere'" in refused("nowhere", FileNotFoundError)
+    for name in (None, "", 7):
+        assert f"is needed, not {name!r}" in refused(name, ValueError)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_repository_without_a_pipeline():
+    message = refused("ns/anything", FileNotFoundError)  # the tests' endpoint refuses every connection
+    assert "'ns/anything' is not in the local cache, and the Hub cannot be reached" in message
+
+
+@pytest.mark.parametrize("entry", [[None, "BagelTransformer2DModel"], [None, None], None, ["x"]])
+def test_index_without_a_class(copy, entry):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"transformer": entry}))
+    assert "model_index.json names no library and class for transformer." in refused(copy, ValueError)
+    (copy / "model_index.json").write_text("[]")
+    assert "not an object" in refused(copy, ValueError)
 
 
 def test_folder_of_another_pipeline(copy):
@@ -259,6 +345,13 @@ def test_absent_devices(folder, device, monkeypatch):
     assert pipe.to("cpu", torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "auto", "balanced", [0]])
+def test_unknown_devices_are_refused_before_anything_is_read(device):
+    assert "is unknown" in refused("/nowhere", ValueError, device=device)
+    if device not in loading_bagel.DEVICE_MAPS:
+        assert "is unknown" in refused("/nowhere", ValueError, device_map=device)
+
+
 def test_injected_lora_layers_are_not_saved_as_plain_weights(folder, tmp_path):
     from peft import LoraConfig
 
@@ -320,7 +413,38 @@ pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, dtype=t
 assert type(pipe).__module__ == "diffusers_modules.local.pipeline", type(pipe)
 pipe.save_pretrained(target + "/bfloat16")
 stored = DiffusionPipeline.from_pretrained(target + "/bfloat16", trust_remote_code=True)
-assert stored.transformer.dtype == torch.bfloat16  # without being asked: float32 would double the release's 28 GB
+# Without being asked: float32 would double the release's 28 GB. The VAE is small, and diffusers' own.
+dtypes = [getattr(stored, name).dtype for name in ("transformer", "vision_model", "vae")]
+assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32], dtypes
+shared = type(stored).from_pipe(stored)
+assert shared.transformer is stored.transformer
+# Weights that were changed on purpose are nobody's damage.
+stored.transformer.proj_in.weight.data[0, 0] = float("nan")
+type(stored)(**stored.components)
+
+import shutil
+from safetensors.torch import load_file, save_file
+for component, name in (("transformer", "proj_in.bias"), ("vision_model", "connector.fc1.bias"), ("vae", "decoder.conv_in.bias")):
+    for damage in ("missing", "unexpected", "non-finite values in"):
+        shutil.rmtree(target + "/damaged", ignore_errors=True)
+        shutil.copytree(source, target + "/damaged")
+        file = f"{target}/damaged/{component}/diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        word = name
+        if damage == "missing":
+            del tensors[name]
+        elif damage == "unexpected":
+            word = "more.bias"
+            tensors[word] = torch.zeros(2)
+        else:
+            tensors[name][0] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+        try:
+            DiffusionPipeline.from_pretrained(target + "/damaged", trust_remote_code=True)
+        except ValueError as error:
+            assert f"{component}: {damage} {word}" in str(error), error
+        else:
+            raise AssertionError(f"{component}: {damage}")
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 try:
     type(pipe).from_original(source)
