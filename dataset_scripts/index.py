@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from echo4o.dataset_scripts.findings import Finding, Reason, Remark
 from echo4o.dataset_scripts.json_rows import OPEN_ARRAY, read_rows
 from echo4o.dataset_scripts.schema import FieldError, RowMap, SchemaError, label_of, paths_of, recognise, text_of
-from echo4o.dataset_scripts.source import PICTURE_SUFFIXES, Part, Source
+from echo4o.dataset_scripts.source import PICTURE_SUFFIXES, Part, Source, Whole
 
 _ROWS_TO_JUDGE = 1000  # readable rows, after which a folder without any known shape is given up
 
@@ -93,7 +93,7 @@ class PartIndex:
         """Read all rows. Yields (row number, finding) for rejected rows, (None, remark) for the rest."""
         for file_number, file in enumerate(self.part.rows):
             with self.source.open(file.path) as stream:
-                for given in read_rows(stream):
+                for given in read_rows(Whole(stream, file)):
                     place = {"configuration": self.part.configuration, "file": file.path, "line": given.line}
                     if given.error == OPEN_ARRAY:
                         yield None, Finding(Remark.OPEN_ARRAY, given.error, **place)

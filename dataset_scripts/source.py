@@ -121,6 +121,20 @@ class Source:
         return sorted((p for p in parts.values() if p.rows), key=lambda p: order.get(p.configuration, len(order)))
 
 
+class Whole:
+    """A stream that must give as many bytes as were listed: a connection that ends early is no short file."""
+
+    def __init__(self, stream: BinaryIO, file: SourceFile):
+        self.stream, self.file, self.given = stream, file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.given += len(data)
+        if not data and size and self.given < self.file.size:
+            raise OSError(f"{self.file.path}: it ended after {self.given:,} of {self.file.size:,} bytes")
+        return data
+
+
 def configuration_of(folder: str) -> str | None:
     """Which configuration a folder's name says it is."""
     letters = re.sub(r"[^a-z]", "", folder.lower())

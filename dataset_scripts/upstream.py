@@ -23,7 +23,7 @@ from echo4o.dataset_scripts.index import PartIndex, Slot, base
 from echo4o.dataset_scripts.names import ALL, MULTI_REFERENCE, TEXT_TO_IMAGE, parts_of
 from echo4o.dataset_scripts.pictures import MAX_PICTURE_BYTES, Picture, Verify, check_picture
 from echo4o.dataset_scripts.schema import FolderPlan, RowMap
-from echo4o.dataset_scripts.source import Part, Source
+from echo4o.dataset_scripts.source import Part, Source, Whole
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,9 @@ class _PartReading:
             file = self.files[number]
             if number < len(self.part.archives):
                 with self.source.open(file.path) as stream:
-                    for member in read_members(stream, file.path, lambda name, f=file: self._is_open(f.path, name)):
+                    for member in read_members(
+                        Whole(stream, file), file.path, lambda name, f=file: self._is_open(f.path, name)
+                    ):
                         yield _Item(number, member, self.index.match(file.path, member.name))
             else:
                 yield _Item(number, self._loose(file), self.index.match("", file.path))

@@ -1,4 +1,4 @@
-"""Runs the README's examples, in its order, in one folder that holds nothing but a tiny original checkpoint."""
+"""Runs the README's examples, in its order, in one folder that holds a tiny original checkpoint and a tiny release of the dataset."""
 
 import os
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.dataset_scripts.layout import small_release
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,6 +47,7 @@ def test_links_lead_somewhere():
 @pytest.mark.timeout(900)
 def test_examples_run(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "BAGEL-7B-MoT")
+    small_release(tmp_path / "Echo-4o-Image")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # The model is tiny: more threads would only wait for each other.
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from echo4o.cli import synthesize
 from echo4o.cli.frame import finish, say
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 @app.callback()
 def dataset() -> None:
-    """Echo-4o-Image: inspect, build, validate, count and publish it.
+    """Echo-4o-Image: inspect, build, validate, count, publish and extend it.
 
     Example: [bold]echo4o dataset build Echo-4o-Image --out echo-4o-image[/bold]
     """
@@ -265,10 +266,10 @@ def _benchmark_prompts(names: list[str] | None, quiet: bool) -> list[tuple[str, 
     for name in names if names is not None else () if quiet else ("genevalpp", "imagine_bench"):
         try:
             listed += [(name, prompt.text) for prompt in load_prompts(get_benchmark(name)).prompts]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if names is not None:
                 raise
-            say(f"not compared with {name}: its prompts cannot be had ({error}); give them with --prompts FILE")
+            say(f"not compared with {name}: {error}")
     return listed
 
 
@@ -329,6 +330,9 @@ def publish(
         say(f"published: {done}" if done.commit else "nothing to do: the repository holds all of it already")
         print(done.commit or f"https://huggingface.co/datasets/{repo}")
     finish(None, f"python -c 'from datasets import load_dataset; print(load_dataset(\"{repo}\", streaming=True))'")
+
+
+app.command()(synthesize.synthesize)
 
 
 def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, reencode: bool, workers: int | None):

@@ -161,6 +161,27 @@ def test_an_altered_folder_is_not_published(folders, hub, api, tmp_path):
     assert not hub.repos
 
 
+READ = """
+import sys
+from echo4o.dataset_scripts.upstream import Report, read_upstream
+report = Report()
+rows = list(read_upstream("hf://datasets/ns/Echo-4o-Image", report=report))
+assert str(report) == "25 rows given, 24 accepted, 1 rejected (1 missing image)", report
+"""
+
+
+@pytest.mark.slow
+def test_reading_from_the_hub_survives_its_moods(folders, hub, tmp_path):
+    hub.add_folder("ns/Echo-4o-Image", folders / "Echo-4o-Image", "datasets")
+    hub.inject(Fault(path="0-3.tar.gz", method="GET", cut=0.5))
+    hub.inject(Fault(path="3-6.tar.gz", method="GET", status=500))
+    hub.inject(Fault(path="6-9.tar.gz", method="GET", status=429))
+    hub.inject(Fault(path="rows.jsonl", method="GET", drop=True))
+    hub.inject(Fault(path="1-2.tar.gz", method="GET", delay=4))
+    run_script(READ, env=hub.environment(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="2"))
+    assert not any(fault.times for fault in hub.faults)
+
+
 THREE_MEANINGS = """
 import os, sys
 from datasets import load_dataset, disable_progress_bars

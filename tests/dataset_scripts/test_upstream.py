@@ -390,3 +390,12 @@ def test_references_of_a_row_that_is_rejected_early_are_let_go(tmp_path):
     one_part(tmp_path, rows, members, REFERENCE)
     accepted, findings = read(tmp_path)
     assert len(accepted) == 1 and findings[0].detail.startswith("reference 2: ")
+
+
+def test_a_stream_that_ends_early_is_an_error_not_a_short_archive(tmp_path, monkeypatch):
+    one_part(tmp_path, [row(0), row(1)], [(f"0000{n}.jpg", picture(n, size=400)) for n in range(2)])
+    source = Source(tmp_path)
+    archive = tmp_path / SURREAL / "images" / "0-1.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:9000])  # after it was listed
+    with pytest.raises(OSError, match="0-1.tar.gz: it ended after 9,000 of"):
+        list(read_events(source))
