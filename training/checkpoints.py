@@ -16,6 +16,9 @@ import json
 import os
 import random
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,14 +87,13 @@ class CheckpointFolder:
         together(accelerator, lambda: _start(work), main_only=True)
         together(accelerator, lambda: _write_share(accelerator, work, tensors))
         together(accelerator, lambda: _finish(work, final, state), main_only=True)
-        if accelerator.is_main_process:
-            self._remove_old()
+        together(accelerator, self._remove_old, main_only=True)
         return final
 
     def _remove_old(self) -> None:
         for old in [f for f in sorted(self.folder.glob("step-*")) if missing_from(f) is None][: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        for left in self.folder.glob(".step-*.tmp"):  # of runs that were killed while saving
+            os.rename(old, old.with_name(f".{old.name}.tmp"))  # a kill while deleting leaves no half checkpoint
+        for left in self.folder.glob(".step-*.tmp"):  # these, and those of runs that were killed while saving
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -119,10 +121,14 @@ def together(accelerator: Accelerator, work, main_only: bool = False) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line for an error; DCP wraps the reasons of all processes."""
+    """One line for an error: DCP wraps the reasons of all processes, torch.save hides the system's."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    text = str(cause or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _start(work: Path) -> None:
@@ -132,14 +138,23 @@ def _start(work: Path) -> None:
 
 
 def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
-    dcp.save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
-        no_dist=not dist.is_initialized(),
-    )
+    with _quiet():
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
+            no_dist=not dist.is_initialized(),
+        )
     with open(work / f"rank-{accelerator.process_index:05d}.pt", "wb") as file:
         torch.save(random_states(), file)
         _to_disk(file)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns whenever a single process saves or loads; that is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _finish(work: Path, final: Path, state: dict) -> None:
@@ -176,11 +191,12 @@ def _sync_folder(folder: Path) -> None:
 def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> None:
     """Fill `tensors` in place, for any number of processes, and set this process's random states."""
     try:
-        dcp.load(
-            tensors,
-            storage_reader=dcp.FileSystemReader(checkpoint.folder / WEIGHTS),
-            no_dist=not dist.is_initialized(),
-        )
+        with _quiet():
+            dcp.load(
+                tensors,
+                storage_reader=dcp.FileSystemReader(checkpoint.folder / WEIGHTS),
+                no_dist=not dist.is_initialized(),
+            )
         file = checkpoint.folder / f"rank-{accelerator.process_index:05d}.pt"
         if file.is_file():  # more processes than before start with fresh random states
             set_random_states(torch.load(file, weights_only=True))
