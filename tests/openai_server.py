@@ -5,11 +5,15 @@
         server.inject(Fault("http_429", retry_after=0.1, times=3))
         judge = OpenAIJudge("judge", url=server.url)
 
+It draws, too: `server.paint` answers images/generations and images/edits, `server.write` chats without pictures, and
+`server.models` is what it offers.
+
 It bills as endpoints do that know the header `Idempotency-Key`: an answer is paid for once per key, when it has been
 handed to a client that is still there.
 """
 
 import base64
+import email
 import http.server
 import io
 import json
@@ -37,6 +41,7 @@ class Call:
     images: tuple[bytes, ...]
     body: dict[str, Any]
     headers: dict[str, str]
+    kind: str = "chat"  # or "generate", "edit"
 
     @property
     def key(self) -> str:
@@ -56,12 +61,14 @@ class Fault:
 
     Kinds: http_NNN (with `retry_after` or `headers`), late (by `delay` seconds), nothing (the connection closes),
     empty, half (of a JSON object), fence, prose, refusal, filtered, cut, wrong_fields, out_of_range, two_verdicts,
-    no_choices, not_json (the body), no_schema (400 if structured outputs are asked for), echo_key.
+    no_choices, not_json (the body), no_schema (400 if structured outputs are asked for), echo_key. Of pictures:
+    moderation (400 with its code), no_picture, half_picture, link.
     """
 
     kind: str
     times: int = 1
     match: str = ""  # in the text of the question
+    of: str = ""  # only this kind of call
     retry_after: float | str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
@@ -76,6 +83,9 @@ class OpenAIServer:
     def __init__(self, latency: float = 0.0, vision: bool = True):
         self.latency, self.vision = latency, vision
         self.verdict: Callable[[Call], dict] = lambda call: {"reason": "as asked", "correct": 1}
+        self.write: Callable[[Call], str] | None = None
+        self.paint: Callable[[Call], bytes] = lambda call: _plain_picture()
+        self.models: list[str] | None = None  # None: the server has no list of them
         self.calls: list[Call] = []
         self.paid: Counter[str] = Counter()
         self.open = self.peak = 0
@@ -103,7 +113,8 @@ class OpenAIServer:
     def take_fault(self, call: Call) -> Fault | None:
         with self._lock:
             for fault in self._faults:
-                if fault.times > 0 and fault.match in call.text and (fault.probe or not call.is_probe):
+                matches = fault.match in call.text and fault.of in ("", call.kind)
+                if fault.times > 0 and matches and (fault.probe or not call.is_probe):
                     fault.times -= 1
                     return fault
         return None
@@ -131,6 +142,12 @@ class OpenAIServer:
         return {"reason": "two halves", "left": left, "right": right}
 
 
+def _plain_picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), "#f4f4f4").save(data, "PNG")
+    return data.getvalue()
+
+
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
@@ -153,6 +170,32 @@ def read_call(body: dict, headers) -> Call:
                 images.append(base64.b64decode(part["image_url"]["url"].partition("base64,")[2]))
     lower = {name.lower(): value for name, value in headers.items()}
     return Call(body["model"], "\n".join(texts), tuple(images), body, lower)
+
+
+def read_image_call(path: str, data: bytes, headers) -> Call:
+    """A request to draw: JSON, or a form with the reference pictures."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    if path.endswith("/images/generations"):
+        body = json.loads(data)
+        return Call(body["model"], body["prompt"], (), body, lower, "generate")
+    form = email.message_from_bytes(f"Content-Type: {lower['content-type']}\r\n\r\n".encode() + data)
+    body, images = {}, []
+    for part in form.get_payload():
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        if name.startswith("image"):
+            images.append(content)
+        else:
+            body[name] = content.decode()
+    return Call(body["model"], body["prompt"], tuple(images), body, lower, "edit")
+
+
+def drawn(picture: bytes | None) -> dict:
+    """The answer of the images endpoints."""
+    data = [] if picture is None else [{"b64_json": base64.b64encode(picture).decode()}]
+    usage = {"input_tokens": 50, "output_tokens": 1000, "total_tokens": 1050}
+    usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 50}
+    return {"created": 0, "data": data, "usage": usage}
 
 
 def completion(call: Call, content: str | None, refusal: str | None = None, finish: str = "stop") -> dict:
@@ -199,6 +242,16 @@ def _spoiled(fault: Fault, call: Call, said: dict) -> dict:
     return completion(call, contents[fault.kind])
 
 
+def _spoiled_picture(fault: Fault, picture: bytes) -> dict:
+    answers = {
+        "late": drawn(picture),
+        "no_picture": drawn(None),
+        "half_picture": drawn(picture[: len(picture) // 2]),
+        "link": drawn(None) | {"data": [{"url": "https://pictures.invalid/1.png"}]},
+    }
+    return answers[fault.kind]
+
+
 def _handler(server: OpenAIServer):
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -209,8 +262,11 @@ def _handler(server: OpenAIServer):
             pass
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            call = read_call(body, self.headers)
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            if "/images/" in self.path:
+                call = read_image_call(self.path, data, self.headers)
+            else:
+                call = read_call(json.loads(data), self.headers)
             if self.headers.get("Authorization") != f"Bearer {KEY}":
                 self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
                 return
@@ -221,14 +277,25 @@ def _handler(server: OpenAIServer):
             finally:
                 server.end(call, delivered)
 
+        def do_GET(self) -> None:
+            if self.headers.get("Authorization") != f"Bearer {KEY}":
+                self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
+            elif not self.path.endswith("/models") or server.models is None:
+                self._fail(404, "there is no such page", {})
+            else:
+                data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in server.models]
+                self._send(200, {"object": "list", "data": data})
+
         def _answer(self, call: Call) -> bool:
             fault = server.take_fault(call)
             time.sleep(server.latency + (fault.delay if fault else 0.0))
             if self._client_is_gone():
                 self.close_connection = True
                 return False
+            if server.models is not None and call.model not in server.models:
+                return self._fail(404, f"The model {call.model} does not exist", {}, "model_not_found")
             if fault is None:
-                return self._send(200, completion(call, json.dumps(server.say(call))))
+                return self._send(200, self._good(call))
             if fault.kind == "nothing":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -244,7 +311,20 @@ def _handler(server: OpenAIServer):
                 return self._fail(int(fault.kind[5:]), message, headers, fault.code)
             if fault.kind == "not_json":
                 return self._send(200, None, raw=b"<html>a proxy's login page</html>", content_type="text/html")
+            if fault.kind == "moderation":
+                return self._fail(400, "Your request was rejected by the safety system.", {}, "moderation_blocked")
+            if call.kind != "chat":
+                return self._send(200, _spoiled_picture(fault, server.paint(call)))
+            if server.write is not None and not call.images:
+                return self._send(200, _spoiled(fault, call, {"said": server.write(call)}))
             return self._send(200, _spoiled(fault, call, server.say(call)))
+
+        def _good(self, call: Call) -> dict:
+            if call.kind != "chat":
+                return drawn(server.paint(call))
+            if server.write is not None and not call.images:
+                return completion(call, server.write(call))
+            return completion(call, json.dumps(server.say(call)))
 
         def _client_is_gone(self) -> bool:
             try:

@@ -1,0 +1,57 @@
+"""What the engine asks of the outside: words, pictures and verdicts. Who answers, retries and counts is not its matter."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a judge is asked about a picture: a structure as GenEval++ has it, or else a note in words."""
+
+    instruction: str
+    include: tuple[dict, ...] = ()
+    note: str = ""
+    references: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's answer."""
+
+    right: bool
+    reason: str
+
+
+class Calls(Protocol):
+    """The models of a run. `salt` tells apart what may be asked twice; an equal question is paid for once.
+
+    All raise [`Refused`], [`Unanswered`] or [`Ended`].
+    """
+
+    names: dict[str, str]  # role -> model, for the provenance
+
+    async def write(self, prompt: str, salt: str) -> str: ...
+
+    async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes: ...
+
+    async def judge(self, check: Check, picture: bytes, salt: str) -> Verdict: ...
+
+
+class Refused(Exception):
+    """The model, or the moderation before it, declined."""
+
+    def __init__(self, by: str, message: str):
+        super().__init__(message)
+        self.by = by
+
+
+class Unreadable(ValueError):
+    """An answer came, and it is not what was asked for."""
+
+
+class Unanswered(Exception):
+    """No answer came; a later run asks again."""
+
+
+class Ended(Exception):
+    """The run is over: interrupted, out of budget, or nothing can succeed any more."""

@@ -1,0 +1,86 @@
+"""Multi-reference: pictures drawn by subject type, and an instruction that says what to take from which."""
+
+import random
+import re
+from dataclasses import dataclass
+
+from echo4o.dataset_scripts.synthesis import wording
+from echo4o.dataset_scripts.synthesis.calls import Unreadable
+from echo4o.dataset_scripts.synthesis.recipe import MultiReference
+from echo4o.dataset_scripts.synthesis.references import ReferencePicture, References, open_references
+from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, listed, one_line
+
+
+@dataclass(frozen=True)
+class Combining:
+    """The recipe with its pictures."""
+
+    recipe: MultiReference
+    references: References
+
+    part = "multi_reference"
+
+    @classmethod
+    def load(cls, recipe: MultiReference) -> "Combining":
+        references = open_references(recipe.references)
+        available = sum(len(of) for of in references.by_type.values()) - max(0, references.count("scene") - 1)
+        if available < recipe.most:
+            raise ValueError(
+                f"{recipe.references.path}: a row takes up to {recipe.most} reference pictures, of which one may be a "
+                f"scene, and there are {available}; add pictures or lower multi_reference.most"
+            )
+        return cls(recipe, references)
+
+    def hashes(self) -> dict[str, str]:
+        return {"references": self.references.fingerprint}
+
+    def sketch(self, number: int, rng: random.Random) -> dict:
+        """Two to four pictures, at most one of them a scene, which comes last."""
+        wanted = rng.randint(self.recipe.least, self.recipe.most)
+        others = [kind for kind in self.references.by_type if kind != "scene"]
+        chosen: list[ReferencePicture] = []
+        scenes = self.references.by_type.get("scene", ())
+        left = {kind: list(self.references.by_type[kind]) for kind in others}
+        with_scene = bool(scenes) and (rng.random() < 0.5 or sum(map(len, left.values())) < wanted)
+        while len(chosen) < wanted - with_scene:
+            kind = rng.choice([kind for kind in others if left[kind]])
+            chosen.append(left[kind].pop(rng.randrange(len(left[kind]))))
+        if with_scene:
+            chosen.append(rng.choice(scenes))
+        return {"references": chosen, "template": _template(chosen, rng)}
+
+    def check(self, task: Task) -> None:
+        """ValueError when a reference of the row does not decode."""
+        for picture in task.sketch["references"]:
+            self.references.check(picture)
+
+    async def instruct(self, task: Task, steps: Steps) -> Made:
+        chosen, text = task.sketch["references"], task.sketch["template"]
+        about = [{"type": p.kind, "label": p.label, "source": p.source} for p in chosen]
+        steps.keep("references", result={"references": about, "template": text})
+        images = listed([f"image {n}" for n in range(1, len(chosen) + 1)])
+        prompt = wording.COMBINE.format(instruction=text, images=images)
+        text = await steps.write("instruction", prompt, lambda answer: _naming_all(answer, len(chosen)))
+        data = tuple(self.references.read(picture) for picture in chosen)
+        note = f"The picture follows this: {task.sketch['template']}"
+        category = "+".join(p.kind for p in chosen)
+        return Made(text, category, (), note, data, {"references": about, "template": task.sketch["template"]})
+
+
+def _template(chosen: list[ReferencePicture], rng: random.Random) -> str:
+    def take(number: int, picture: ReferencePicture) -> str:
+        label = picture.label if picture.label != picture.kind else picture.kind
+        return f"{wording.TAKES[picture.kind].format(label=label)} from image {number}"
+
+    taken = [take(n, p) for n, p in enumerate(chosen, start=1) if p.kind != "scene"]
+    scene = f", in the place of image {len(chosen)}" if chosen[-1].kind == "scene" else ""
+    return rng.choice(wording.TOGETHER).format(things=listed(taken), scene=scene)
+
+
+def _naming_all(answer: str, count: int) -> str:
+    text = one_line(answer)
+    named = {int(number) for number in re.findall(r"\bimage (\d+)\b", text.casefold())}
+    if named != set(range(1, count + 1)):
+        found = ", ".join(map(str, sorted(named))) or "none"
+        raise Unreadable(f"the instruction names the images {found} instead of 1 to {count}")
+    return text

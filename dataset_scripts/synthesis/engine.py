@@ -1,0 +1,209 @@
+"""Makes the planned rows: instruction, gates, picture, gates, verdict; each ends once, accepted or rejected."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from echo4o.dataset_scripts.contamination import PromptIndex
+from echo4o.dataset_scripts.pictures import Picture
+from echo4o.dataset_scripts.synthesis.calls import Calls, Check, Ended, Refused, Unanswered, Unreadable
+from echo4o.dataset_scripts.synthesis.folder import Folder, suffix_of
+from echo4o.dataset_scripts.synthesis.gates import (
+    InstructionGates,
+    PictureGates,
+    Reason,
+    Rejected,
+    instructions_of,
+)
+from echo4o.dataset_scripts.synthesis.recipe import Recipe
+from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task
+from echo4o.dataset_scripts.synthesis.tasks import Chain
+
+_REFUSED = {"text": Reason.TEXT_REFUSED, "judge": Reason.JUDGE_REFUSED, "endpoint": Reason.BAD_REQUEST}
+# A picture that is rejected for one of these may be drawn again.
+_AGAIN = (Reason.UNDECODABLE, Reason.WRONG_SIZE, Reason.DUPLICATE_PICTURE, Reason.NOT_VERIFIED)
+
+
+@dataclass
+class Outcome:
+    """What became of the planned rows, over all runs into the folder."""
+
+    planned: int
+    accepted: Counter = field(default_factory=Counter)  # by part
+    rejected: Counter = field(default_factory=Counter)  # by reason
+    open: dict[str, str] = field(default_factory=dict)  # row -> why it has no end yet
+    remarks: Counter = field(default_factory=Counter)  # of this run
+
+    @property
+    def decided(self) -> int:
+        return self.accepted.total() + self.rejected.total()
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejected.items()))
+        text = f"{self.planned} rows planned, {self.accepted.total()} accepted, {self.rejected.total()} rejected"
+        text += f" ({reasons})" if reasons else ""
+        left = self.planned - self.decided
+        text += f", {left} not made yet" if left else ""
+        return text + "".join(f"; {count} x {remark}" for remark, count in sorted(self.remarks.items()))
+
+
+class Synthesis:
+    """A run over the rows that have no end yet."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        chains: dict[str, Chain],
+        tasks: Sequence[Task],
+        calls: Calls,
+        folder: Folder,
+        prompts: PromptIndex | None = None,
+        on_progress: Callable[[Outcome], object] = lambda outcome: None,
+    ):
+        self.recipe, self.chains, self.tasks = recipe, chains, tasks
+        self.calls, self.folder, self.on_progress = calls, folder, on_progress
+        self.fingerprint = recipe.fingerprint()
+        self.instructions = InstructionGates.of(recipe.gates, prompts)
+        self.instructions.taken |= instructions_of(folder.accepted.values())
+        self.pictures = PictureGates(recipe, folder.hashes())
+        self.outcome = Outcome(len(tasks))
+        for task in tasks:
+            if task.id in folder.accepted:
+                self.outcome.accepted[task.part] += 1
+            elif task.id in folder.rejected:
+                self.outcome.rejected[folder.rejected[task.id]["reason"]] += 1
+
+    async def run(self) -> Outcome:
+        """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""
+        waiting = iter([task for task in self.tasks if not self.folder.is_decided(task.id)])
+
+        async def work() -> None:
+            for task in waiting:
+                try:
+                    await self._make(task)
+                except Ended:
+                    return
+                except Unanswered as error:
+                    self.outcome.open[task.id] = str(error)
+                self.on_progress(self.outcome)
+
+        # One row has one call open at a time: twice as many rows keep both text and image model busy.
+        workers = [asyncio.create_task(work()) for _ in range(2 * self.recipe.rate.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+        if self.instructions.contaminated:
+            self.outcome.remarks["instruction near a benchmark prompt"] += self.instructions.contaminated
+        return self.outcome
+
+    async def _make(self, task: Task) -> None:
+        steps = Steps(task, self.calls, self.folder.keep_step, self.recipe.gates.answers)
+        text, last = "", _Last()
+        try:
+            made = await self._instruct(task, steps)
+            text = made.text
+            self.instructions.check(task.id, text)
+            picture, seen, drawn = await self._draw(task, made, steps, last)
+        except Rejected as rejected:
+            self.instructions.release(task.id, text)
+            self._reject(task, steps, rejected, text, last.picture)
+            return
+        except BaseException:
+            self.instructions.release(task.id, text)
+            raise
+        self._accept(task, made, steps, picture, seen, drawn)
+
+    async def _instruct(self, task: Task, steps: Steps) -> Made:
+        try:
+            made = await self.chains[task.part].instruct(task, steps)
+        except Unreadable as error:
+            raise Rejected(Reason.NO_INSTRUCTION, str(error)) from None
+        except Refused as error:
+            raise Rejected(_REFUSED[error.by], str(error)) from None
+        self.outcome.remarks.update(made.remarks)
+        return made
+
+    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, int, int]:
+        """The first picture that passes every gate, how it looks, and the how manieth it is."""
+        failed = None
+        for attempt in range(1, self.recipe.gates.pictures + 1):
+            try:
+                last.picture = await self.calls.draw(
+                    made.text, made.references, (task.seed + attempt) % 2**31, f"{task.id} {attempt}"
+                )
+                picture, _ = self.pictures.check(task.part, last.picture)
+                await self._verify(task, made, steps, picture.data, attempt)
+                picture, seen = self.pictures.check(task.part, last.picture)  # others were accepted meanwhile
+            except Refused as error:
+                reason = _REFUSED.get(error.by, Reason.PICTURE_REFUSED)
+                steps.keep("picture", attempt, rejected=reason, detail=str(error))
+                raise Rejected(reason, str(error)) from None
+            except Rejected as rejected:
+                steps.keep("picture", attempt, rejected=rejected.reason, detail=rejected.detail)
+                if rejected.reason not in _AGAIN:
+                    raise
+                failed = rejected
+                continue
+            self.pictures.accepted[task.id] = seen
+            steps.keep("picture", attempt, result=picture.sha256.hex())
+            return picture, seen, attempt
+        raise failed
+
+    async def _verify(self, task: Task, made: Made, steps: Steps, picture: bytes, attempt: int) -> None:
+        if not self.recipe.gates.verify:
+            return
+        check = Check(made.text, made.include, made.note, made.references)
+        try:
+            verdict = await self.calls.judge(check, picture, f"{task.id} {attempt}")
+        except Unreadable as error:
+            raise Rejected(Reason.NO_VERDICT, str(error)) from None
+        steps.keep("verdict", attempt, result={"right": verdict.right, "reason": verdict.reason})
+        if not verdict.right:
+            raise Rejected(Reason.NOT_VERIFIED, verdict.reason)
+
+    def _provenance(self, task: Task, steps: Steps) -> dict:
+        return {
+            "recipe": {"version": self.recipe.version, "fingerprint": self.fingerprint},
+            "models": self.calls.names,
+            "prompts": steps.prompts,
+            "seed": task.seed,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, seen: int, drawn: int) -> None:
+        row = {
+            "row": task.id,
+            "task_type": "multi_reference" if made.references else "t2i",
+            "instruction": made.text,
+            "type": made.category,
+            **made.facts,
+            "provenance": self._provenance(task, steps) | {"pictures_drawn": drawn},
+        }
+        pictures = {f"{task.id}.{picture.format.lower()}": picture.data}
+        for number, data in enumerate(made.references, start=1):
+            pictures[f"{task.id}_{number}.{suffix_of(data)}"] = data
+        self.folder.accept(task.part, task.number, row, pictures, seen)
+        self.outcome.accepted[task.part] += 1
+
+    def _reject(self, task: Task, steps: Steps, rejected: Rejected, text: str, picture: bytes | None) -> None:
+        row = {
+            "row": task.id,
+            "part": task.part,
+            "reason": str(rejected.reason),
+            "detail": rejected.detail,
+            "instruction": text,
+            "provenance": self._provenance(task, steps),
+        }
+        self.folder.reject(row, picture)
+        self.outcome.rejected[str(rejected.reason)] += 1
+
+
+@dataclass
+class _Last:
+    """The picture that was drawn last, for the folder of rejected rows."""
+
+    picture: bytes | None = None

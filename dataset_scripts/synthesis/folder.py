@@ -1,0 +1,141 @@
+"""The folder of a synthesis, which survives being killed at any moment.
+
+dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take
+rejected.jsonl  the rejected rows, each with its reason; rejected/ holds their last pictures
+steps.jsonl     the intermediate results of all rows
+run.json        the recipe, resolved, and what it draws from
+answers/        everything that was paid for (kept by the calls); spending.jsonl: what it cost
+preview.png     the contact sheet, if one was made
+
+A row is accepted when its line is in its shard: its pictures are on the disk before. A torn line is cut off.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from echo4o.dataset_scripts import files
+
+RUN, STEPS, REJECTED, SPENDING, ANSWERS, PREVIEW = (
+    "run.json", "steps.jsonl", "rejected.jsonl", "spending.jsonl", "answers", "preview.png"
+)  # fmt: skip
+DATASET = "dataset"
+FOLDERS = {
+    "surreal_fantasy": "Surreal-Fantasy-Image",
+    "multi_reference": "Multi-Reference-Image",
+    "instruction_following": "Instruction-Following-Image",
+}
+ROWS_PER_SHARD = 1000
+_LOOKED_LIKE = "looked_like"
+
+
+class Folder:
+    """Opened by one process at a time; what earlier runs decided is in `accepted` and `rejected`."""
+
+    def __init__(self, path: Path, rows_per_shard: int = ROWS_PER_SHARD):
+        self.path, self.rows_per_shard = Path(path), rows_per_shard
+        self.accepted: dict[str, dict] = {}
+        self.rejected: dict[str, dict] = {}
+        self._steps: set[tuple] = set()
+        self._lines: dict[Path, files.Lines] = {}
+        self._lock = FileLock(self.path / ".lock")
+
+    def __enter__(self) -> "Folder":
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(f"{self.path}: another process is synthesizing into this folder") from None
+        for file in sorted((self.path / DATASET).glob("*/rows-*.jsonl")):
+            self.accepted |= {row["row"]: row for row in _read(file)}
+        self.rejected = {row["row"]: row for row in _read(self.path / REJECTED)}
+        self._steps = {_step_key(step) for step in _read(self.path / STEPS)}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for lines in self._lines.values():
+            lines.close()
+        self._lines.clear()
+        self._lock.release()
+
+    def begin(self, run: dict) -> None:
+        """Write what the run rests on, or refuse the folder of another one."""
+        path = self.path / RUN
+        if path.is_file():
+            before = json.loads(path.read_text("utf-8"))
+            if changed := [key for key in ("fingerprint", "drawn_from") if before[key] != run[key]]:
+                what = "recipe" if "fingerprint" in changed else "vocabulary or source of references"
+                raise FileExistsError(f"{self.path} was begun with another {what}: use that one, or a new folder")
+        elif self.accepted or self.rejected:
+            raise FileExistsError(f"{self.path} holds rows, but no {RUN}: choose a new folder")
+        files.write_file(path, files.to_json(run))
+
+    def is_decided(self, row: str) -> bool:
+        return row in self.accepted or row in self.rejected
+
+    def keep_step(self, step: dict) -> None:
+        """An intermediate result; one that an interrupted run kept already is not kept twice."""
+        if _step_key(step) not in self._steps:
+            self._steps.add(_step_key(step))
+            self._append(self.path / STEPS, step)
+
+    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes], looked_like: int) -> None:
+        """Write the pictures (by name, the target's first), then the row."""
+        shard = number // self.rows_per_shard
+        root, names = self.path / DATASET / FOLDERS[part], []
+        for name, data in pictures.items():
+            names.append(f"images/{shard:05d}/{name}")
+            _write_bytes(root / names[-1], data)
+        places = {"output_image": names[0]} | ({"input_images": names[1:]} if names[1:] else {})
+        line = row | places | {_LOOKED_LIKE: f"{looked_like:x}"}
+        self._append(root / f"rows-{shard:05d}.jsonl", line, sync=True)
+        self.accepted[row["row"]] = line
+
+    def reject(self, row: dict, picture: bytes | None) -> None:
+        if picture is not None:
+            _write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(picture)}", picture)
+        self._append(self.path / REJECTED, row, sync=True)
+        self.rejected[row["row"]] = row
+
+    def hashes(self) -> dict[str, int]:
+        """Of the accepted pictures, by row."""
+        return {name: int(row[_LOOKED_LIKE], 16) for name, row in self.accepted.items()}
+
+    def picture_of(self, row: str) -> Path:
+        line = self.accepted[row]
+        return self.path / DATASET / FOLDERS[row.rpartition("-")[0]] / line["output_image"]
+
+    def _append(self, path: Path, value: dict, sync: bool = False) -> None:
+        if path not in self._lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = max((end for _, end in files.read_lines(path)), default=0) if path.exists() else 0
+            self._lines[path] = files.Lines(path, whole)
+        self._lines[path].append(value)
+        if sync:
+            self._lines[path].sync()
+        else:
+            self._lines[path].stream.flush()
+
+
+def suffix_of(data: bytes) -> str:
+    """What a picture's name ends with."""
+    return "jpeg" if data.startswith(b"\xff\xd8") else "webp" if data.startswith(b"RIFF") else "png"
+
+
+def _step_key(step: dict) -> tuple:
+    return step["row"], step["step"], step["attempt"]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    return (value for value, _ in files.read_lines(path)) if path.exists() else iter(())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as stream:
+        files.write(stream, data)
+        files.sync(stream)
+    files.rename(partial, path)

@@ -1,0 +1,130 @@
+"""Why a row is rejected, and the gates that find out without asking anybody."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from PIL import Image
+
+from echo4o.dataset_scripts.contamination import PromptIndex, normalise
+from echo4o.dataset_scripts.pictures import Picture, check_picture
+from echo4o.dataset_scripts.synthesis import vocabulary
+from echo4o.dataset_scripts.synthesis.recipe import Gates, Recipe
+
+HASH_BITS = 192
+
+
+class Reason(StrEnum):
+    """Every planned row is accepted, or rejected for exactly one of these."""
+
+    NO_INSTRUCTION = "no usable instruction"
+    TEXT_REFUSED = "refused by the text model"
+    BLOCKED = "blocked content"
+    CONTAMINATION = "benchmark prompt"
+    DUPLICATE_INSTRUCTION = "duplicate instruction"
+    PICTURE_REFUSED = "refused by the image model"
+    UNDECODABLE = "undecodable picture"
+    WRONG_SIZE = "wrong size"
+    DUPLICATE_PICTURE = "duplicate picture"
+    NOT_VERIFIED = "not verified"
+    JUDGE_REFUSED = "refused by the judge"
+    NO_VERDICT = "no usable verdict"
+    BAD_REQUEST = "request not accepted"
+
+
+class Rejected(Exception):
+    """The row, or (where another one may be drawn) its picture, does not pass."""
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class InstructionGates:
+    """Blocked words, benchmark prompts, duplicates of what was accepted or is being made."""
+
+    gates: Gates
+    prompts: PromptIndex | None
+    blocked: tuple[str, ...] = ()
+    taken: dict[str, str] = field(default_factory=dict)  # normalised instruction -> row
+    contaminated: int = 0
+
+    @classmethod
+    def of(cls, gates: Gates, prompts: PromptIndex | None) -> "InstructionGates":
+        if isinstance(gates.blocked, Path):
+            blocked = vocabulary.load("blocked", gates.blocked, least=1).words
+        else:
+            blocked = vocabulary.shipped("blocked").words if gates.blocked is None else gates.blocked
+        return cls(gates, prompts, blocked)
+
+    def check(self, row: str, text: str) -> None:
+        """Take the instruction for this row, or raise [`Rejected`]."""
+        if found := next((word for word in self.blocked if vocabulary.holds(text, word)), None):
+            raise Rejected(Reason.BLOCKED, f"the instruction says {found!r}")
+        match = next(self.prompts.matches(row, text), None) if self.prompts else None
+        if match:
+            if self.gates.contamination.action == "refuse":
+                near = f"{match.overlap:.2f} of {match.benchmark}'s {match.prompt!r}"
+                raise Rejected(Reason.CONTAMINATION, near)
+            self.contaminated += 1
+        owner = self.taken.setdefault(normalise(text), row)
+        if self.gates.duplicate_instructions and owner != row:
+            raise Rejected(Reason.DUPLICATE_INSTRUCTION, f"{owner} has the same one")
+
+    def release(self, row: str, text: str) -> None:
+        """The row was rejected: another one may have its instruction."""
+        if self.taken.get(normalise(text)) == row:
+            del self.taken[normalise(text)]
+
+
+@dataclass
+class PictureGates:
+    """Decodes, size and aspect, duplicates of accepted pictures."""
+
+    recipe: Recipe
+    accepted: dict[str, int] = field(default_factory=dict)  # row -> perceptual hash
+
+    def check(self, part: str, data: bytes) -> tuple[Picture, int]:
+        """The picture and its perceptual hash; raises [`Rejected`]."""
+        picture = check_picture(data)
+        if picture.reason is not None:
+            raise Rejected(Reason.UNDECODABLE, f"{picture.reason}: {picture.detail}")
+        if self.recipe.gates.size:
+            _check_size(picture, self.recipe.image_model(part).size)
+        seen, most = perceptual_hash(data), self.recipe.gates.duplicate_pictures
+        if most is not None:
+            near = next((row for row, other in self.accepted.items() if (seen ^ other).bit_count() <= most), None)
+            if near:
+                raise Rejected(Reason.DUPLICATE_PICTURE, f"it looks like that of {near}")
+        return picture, seen
+
+
+def _check_size(picture: Picture, asked: str) -> None:
+    """The size that was asked for, or a larger or smaller one of the same aspect, to half the side at least."""
+    if asked == "auto":
+        return
+    width, height = map(int, asked.split("x"))
+    aspect = (picture.width / picture.height) / (width / height)
+    if not 0.98 <= aspect <= 1.02 or picture.width < width / 2:
+        raise Rejected(Reason.WRONG_SIZE, f"{picture.width} x {picture.height} instead of {width} x {height}")
+
+
+def perceptual_hash(data: bytes) -> int:
+    """192 bits: for each colour channel, in a grid of 8 x 8, whether it gets brighter to the right."""
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGB").resize((9, 8), Image.Resampling.BOX)
+    bits = 0
+    for channel in small.split():
+        values = channel.tobytes()
+        for row in range(8):
+            for left, right in zip(values[row * 9 : row * 9 + 8], values[row * 9 + 1 : row * 9 + 9]):
+                bits = bits << 1 | (right > left + 1)
+    return bits
+
+
+def instructions_of(rows: Iterable[dict]) -> dict[str, str]:
+    """What [`InstructionGates`] holds after these accepted rows."""
+    return {normalise(row["instruction"]): row["row"] for row in rows}

@@ -1,0 +1,234 @@
+"""What a synthesis is, in one file: unknown keys and impossible values are errors, before anything is paid for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+BREAKS = ("colour", "shape", "size", "material", "combination", "time", "environment", "several")
+TAGS = (
+    "color_attr",
+    "counting",
+    "color_count_attr",
+    "color_spatial_attr",
+    "spatial_count_attr",
+    "size_spatial_attr",
+    "multi_object_count_attr",
+)
+TYPES = ("person", "object", "scene", "animal")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Price(_Strict):
+    """USD per picture, and per million tokens. What is not said is not counted."""
+
+    picture: float | None = Field(None, ge=0)
+    input: float | None = Field(None, ge=0)
+    output: float | None = Field(None, ge=0)
+
+
+class Endpoint(_Strict):
+    """A model, as configuration: models are retired, recipes stay."""
+
+    name: str = Field(min_length=1)
+    url: str | None = None  # of any OpenAI-compatible endpoint; None: OPENAI_BASE_URL, else OpenAI
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    price: Price = Price()
+    timeout: float = Field(300.0, gt=0)
+    seconds: float = Field(5.0, gt=0)  # about how long one call takes, for --plan
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, value: str | None) -> str | None:
+        if value and any(mark in value for mark in "@?#"):
+            raise ValueError(
+                "a URL with a user, a query or a fragment may hold a key; the key belongs into key_variable"
+            )
+        return value
+
+
+class Text(Endpoint):
+    """Writes properties, instructions and paraphrases."""
+
+    temperature: float | None = Field(1.0, ge=0)
+    max_tokens: int = Field(600, gt=0)
+
+
+class Image(Endpoint):
+    """Draws; `options` is sent as it is (quality, output_format, ...)."""
+
+    size: str = Field("1024x1024", pattern=r"^(auto|\d+x\d+)$")
+    options: dict[str, Any] = {}
+    send_seed: bool = False  # for endpoints that take a seed
+    seconds: float = Field(30.0, gt=0)
+
+
+class Judge(Endpoint):
+    """Sees pictures; `name: pixels` is the quickstart's detector, which costs nothing."""
+
+
+class Models(_Strict):
+    text: Text
+    image: Image
+    edit: Image | None = None  # draws from references; None: `image`
+    judge: Judge | None = None
+    check: bool = True  # ask the endpoints, before anything is paid for, whether they offer these models
+
+
+class Rate(_Strict):
+    concurrency: int = Field(8, gt=0)  # calls of each model that are open at once
+    per_minute: int | None = Field(None, gt=0)  # calls of each model
+    tries: int = Field(6, gt=0)  # of one call, before its failure is accepted
+    first_wait: float = Field(1.0, ge=0)
+    give_up_after: int = Field(8, gt=0)  # failures in a row that stop the run
+
+
+class SurrealFantasy(_Strict):
+    rows: int = Field(ge=0)
+    objects: Path | None = None
+    colours: Path | None = None
+    breaks: tuple[Literal[BREAKS], ...] = Field(BREAKS, min_length=1)
+
+
+class References(_Strict):
+    """Where reference pictures come from: a built dataset (or a Hub repository), or a folder with one folder per type."""
+
+    path: str
+    configuration: str = "all"
+    column: str = "image"
+    type_column: str = "category"
+    types: dict[Literal[TYPES], tuple[str, ...]] = Field({t: (t,) for t in TYPES}, min_length=1)  # type -> its values
+
+
+class MultiReference(_Strict):
+    rows: int = Field(ge=0)
+    references: References
+    least: int = Field(2, ge=2, le=4)
+    most: int = Field(4, ge=2, le=4)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least} and most is {self.most}")
+        if set(self.references.types) == {"scene"}:
+            raise ValueError("references.types names only scenes; name something that stands in them, too")
+        return self
+
+
+class InstructionFollowing(_Strict):
+    rows: int = Field(ge=0)
+    objects: Path | None = None
+    colours: Path | None = None
+    tags: tuple[Literal[TAGS], ...] = Field(TAGS, min_length=1)  # they take turns
+    most_count: int = Field(7, ge=2, le=12)
+    paraphrase: bool = True
+    otherwise: Literal["template", "reject"] = "template"  # when no paraphrase keeps the structure
+
+
+class Contamination(_Strict):
+    benchmarks: tuple[str, ...] = ("genevalpp", "imagine_bench")
+    prompts: tuple[Path, ...] = ()  # files of more prompts, or of these where they cannot be downloaded
+    overlap: float = Field(0.5, gt=0, le=1)
+    action: Literal["refuse", "count"] = "refuse"
+
+
+class Gates(_Strict):
+    verify: bool = True  # by `models.judge`
+    pictures: int = Field(3, gt=0)  # drawn for one row at most, until one passes
+    answers: int = Field(3, gt=0)  # asked for at most, until one can be used
+    duplicate_instructions: bool = True
+    duplicate_pictures: int | None = Field(6, ge=0)  # of 192 bits that may differ between two "equal" ones; null: off
+    blocked: tuple[str, ...] | Path | None = None  # words, or a file of them; null: a short list that comes along
+    size: bool = True  # as asked for, or at least of that aspect
+    contamination: Contamination | None = Contamination()
+
+
+class Recipe(_Strict):
+    """A run of `echo4o dataset synthesize RECIPE.yaml`."""
+
+    version: str  # yours; it goes into every row
+    seed: int = Field(0, ge=0)
+    models: Models
+    rate: Rate = Rate()
+    gates: Gates = Gates()
+    surreal_fantasy: SurrealFantasy | None = None
+    multi_reference: MultiReference | None = None
+    instruction_following: InstructionFollowing | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not sum(self.rows.values()):
+            raise ValueError("no part has rows: give surreal_fantasy, multi_reference or instruction_following some")
+        if self.gates.verify and self.models.judge is None:
+            raise ValueError("gates.verify needs models.judge (or set gates.verify: false)")
+        return self
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows by part."""
+        parts = ("surreal_fantasy", "multi_reference", "instruction_following")
+        return {name: part.rows for name in parts if (part := getattr(self, name)) is not None}
+
+    def image_model(self, part: str) -> Image:
+        return (self.models.edit or self.models.image) if part == "multi_reference" else self.models.image
+
+    def fingerprint(self) -> str:
+        """Of all that decides what a row is; more rows, other rates, prices and keys are still the same recipe."""
+        values = self.model_dump(mode="json", exclude={"rate", "gates"})
+        for part in self.rows:
+            values[part].pop("rows")
+        for model in filter(None, values["models"].values()):
+            if isinstance(model, dict):
+                for name in ("key_variable", "price", "timeout", "seconds"):
+                    model.pop(name)
+        values["models"].pop("check")
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names each key and what is wrong with it."""
+
+
+def shipped_names() -> list[str]:
+    return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe, or one that comes along by its name. Paths in it are relative to the working folder.
+
+    Raises:
+        RecipeError: the file is unreadable or a setting is unknown or impossible; all of them are listed.
+    """
+    is_shipped = str(path) in shipped_names() and not Path(path).exists()
+    file = Path(__file__).parent / "recipes" / f"{path}.yaml" if is_shipped else Path(path)
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        names = ", ".join(shipped_names())
+        raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no mapping of settings")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}:\n{_describe(error)}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "recipe"
+        # What stands under an unknown key is not repeated: it may be a secret in the wrong place.
+        silent = item["type"] in ("missing", "value_error", "extra_forbidden")
+        given = "" if silent else f" (given: {item['input']!r})"
+        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        lines.append(f"  {key}: {message}{given}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Where reference pictures come from: a folder with one folder per subject type, or a dataset with a column of types."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echo4o.dataset_scripts.pictures import check_picture
+from echo4o.dataset_scripts.source import PICTURE_SUFFIXES
+from echo4o.dataset_scripts.synthesis.recipe import References as Config
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """One picture: of which type, what it shows, and where it is."""
+
+    kind: str
+    label: str
+    source: str
+    place: tuple
+
+
+@dataclass
+class References:
+    """The pictures of a source by type. Only those that a row takes are read."""
+
+    by_type: dict[str, tuple[ReferencePicture, ...]]
+    column: str
+    _checked: set[ReferencePicture] = field(default_factory=set)
+
+    @property
+    def fingerprint(self) -> str:
+        names = [p.source for of in self.by_type.values() for p in of]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def count(self, kind: str) -> int:
+        return len(self.by_type.get(kind, ()))
+
+    def read(self, picture: ReferencePicture) -> bytes:
+        file, *row = picture.place
+        return _of_shard(file, *row, self.column) if row else Path(file).read_bytes()
+
+    def check(self, picture: ReferencePicture) -> None:
+        """ValueError when it does not decode."""
+        if picture in self._checked:
+            return
+        checked = check_picture(self.read(picture))
+        if checked.reason is not None:
+            raise ValueError(
+                f"the reference picture {picture.source} cannot be used: {checked.reason}: {checked.detail}"
+            )
+        self._checked.add(picture)
+
+
+def open_references(config: Config) -> References:
+    """Find the pictures of every type.
+
+    Raises:
+        ValueError: there is no such source, or it has no picture of one of the types.
+    """
+    root = Path(config.path)
+    found = _of_folders(root, config) if root.is_dir() and not any(root.rglob("*.parquet")) else _of_dataset(config)
+    if missing := [kind for kind in config.types if not found.get(kind)]:
+        values = ", ".join(config.types[missing[0]])
+        raise ValueError(
+            f"{config.path} has no picture of the subject type {missing[0]!r} (looked for {values}); it has "
+            f"{', '.join(sorted(k for k in found if found[k])) or 'none of the types'}: set multi_reference.references.types"
+        )
+    return References({kind: tuple(found[kind]) for kind in config.types}, config.column)
+
+
+def _of_folders(root: Path, config: Config) -> dict[str, list[ReferencePicture]]:
+    found: dict[str, list[ReferencePicture]] = {}
+    for kind, folders in config.types.items():
+        for folder in folders:
+            files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+            found.setdefault(kind, []).extend(
+                ReferencePicture(
+                    kind, _label(file, root / folder, folder), file.relative_to(root).as_posix(), (str(file),)
+                )
+                for file in files
+            )
+    return found
+
+
+def _label(file: Path, folder: Path, kind: str) -> str:
+    """A folder inside the type's folder says what it is: animal/owl/3.jpg."""
+    steps = file.relative_to(folder).parts
+    return steps[0] if len(steps) > 1 else kind
+
+
+def _of_dataset(config: Config) -> dict[str, list[ReferencePicture]]:
+    import pyarrow.parquet as pq
+
+    from echo4o.dataset_scripts.loading import open_file, parquet_files
+
+    kinds = {value: kind for kind, values in config.types.items() for value in values}
+    found: dict[str, list[ReferencePicture]] = {}
+    seen: set[str] = set()
+    for file in parquet_files(config.path, config.configuration):
+        with open_file(file) as stream:
+            shard = pq.ParquetFile(stream)
+            for name in (config.column, config.type_column):
+                if name not in shard.schema_arrow.names:
+                    raise ValueError(
+                        f"{config.path} has no column {name!r}; it has {', '.join(shard.schema_arrow.names)}"
+                    )
+            for group in range(shard.num_row_groups):
+                values = shard.read_row_group(group, columns=[config.type_column]).column(0).to_pylist()
+                seen.update(map(str, values))
+                for row, value in enumerate(values):
+                    if kind := kinds.get(str(value)):
+                        source = f"{Path(file).name}:{group}:{row}"
+                        found.setdefault(kind, []).append(
+                            ReferencePicture(kind, str(value), source, (file, group, row))
+                        )
+    if not found:
+        some = ", ".join(sorted(seen)[:8])
+        raise ValueError(
+            f"{config.path}: no row is of the subject types {', '.join(config.types)}; its column {config.type_column} "
+            f"holds {some}: say which are which in multi_reference.references.types"
+        )
+    return found
+
+
+def _of_shard(file: str, group: int, row: int, column: str) -> bytes:
+    import pyarrow.parquet as pq
+
+    from echo4o.dataset_scripts.loading import open_file
+
+    with open_file(file) as stream:
+        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+    stored = table.column(0)[row].as_py()
+    return (stored or {}).get("bytes") or b""

@@ -1,0 +1,102 @@
+"""What passes between the steps: a planned row, the instruction that is made for it, and the steps in between."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from echo4o.dataset_scripts.synthesis.calls import Calls, Unreadable
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row that is planned: all that chance decides about it is in `sketch`."""
+
+    part: str
+    number: int
+    seed: int
+    sketch: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.part}-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An instruction with what its picture must show: `include` as GenEval++ has it, or `note` in words."""
+
+    text: str
+    category: str
+    include: tuple[dict, ...] = ()
+    note: str = ""
+    references: tuple[bytes, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)  # goes into the row's metadata as it is
+    remarks: tuple[str, ...] = ()  # counted at the end
+
+
+class Steps:
+    """The steps of one row: asks, reads, and keeps every result as a row of its own."""
+
+    def __init__(self, task: Task, calls: Calls, keep: Callable[[dict], None], answers: int):
+        self.task, self.calls, self._keep, self.answers = task, calls, keep, answers
+        self.prompts: dict[str, str] = {}  # step -> hash of the words it was asked with
+
+    def keep(self, step: str, attempt: int = 1, **result: Any) -> None:
+        self._keep({"row": self.task.id, "step": step, "attempt": attempt, **result})
+
+    async def write(self, step: str, prompt: str, read: Callable[[str], Value], shared: bool = False) -> Value:
+        """The first answer that can be read; `shared`: rows that ask the same get the same.
+
+        Raises:
+            Unreadable: none of `answers` answers can.
+        """
+        digest = self.prompts[step] = hashlib.sha256(prompt.encode()).hexdigest()
+        model, last = self.calls.names.get("text", ""), ""
+        for attempt in range(1, self.answers + 1):
+            salt = str(attempt) if shared else f"{self.task.id} {attempt}"
+            about = {"model": model, "prompt_sha256": digest}
+            try:
+                answer = await self.calls.write(prompt, salt)
+                value = read(answer)
+            except Unreadable as error:
+                last = str(error)
+                self.keep(step, attempt, **about, unusable=last)
+                continue
+            self.keep(step, attempt, **about, result=value)
+            return value
+        raise Unreadable(f"{step}: {last}")
+
+
+def one_line(answer: str, most_words: int = 80) -> str:
+    """A sentence from an answer; Unreadable when it is none, or a talk."""
+    text = " ".join(answer.split()).strip("\"'“”` ")
+    if not text:
+        raise Unreadable("the answer is empty")
+    if len(text.split()) > most_words:
+        raise Unreadable(f"the answer has {len(text.split())} words, at most {most_words} are wanted")
+    return text
+
+
+def json_object(answer: str, keys: tuple[str, ...]) -> dict[str, str]:
+    """The object in an answer, with a text under each key."""
+    start, end = answer.find("{"), answer.rfind("}")
+    try:
+        value = json.loads(answer[start : end + 1])
+    except ValueError as error:
+        raise Unreadable(f"the answer is no JSON object ({error})") from None
+    missing = [key for key in keys if not isinstance(value.get(key), str) or not value[key].strip()]
+    if missing:
+        raise Unreadable(f"the answer has no text under {missing[0]!r}")
+    return {key: value[key].strip()[:200] for key in keys}
+
+
+def article(words: str) -> str:
+    return ("an " if words[:1].lower() in "aeiou" else "a ") + words
+
+
+def listed(things: list[str]) -> str:
+    return f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]

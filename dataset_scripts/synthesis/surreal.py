@@ -1,0 +1,135 @@
+"""Surreal fantasy: a common thing, what everybody knows about it, one break with that, and its instruction."""
+
+import random
+from dataclasses import dataclass
+
+from echo4o.dataset_scripts.synthesis import vocabulary, wording
+from echo4o.dataset_scripts.synthesis.calls import Unreadable
+from echo4o.dataset_scripts.synthesis.recipe import SurrealFantasy
+from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, article, json_object, listed, one_line
+from echo4o.dataset_scripts.synthesis.vocabulary import Vocabulary, holds, words_of
+
+PROPERTIES = ("colour", "shape", "size", "material", "surroundings", "time")
+CATEGORIES = {
+    "colour": "attribute_shift",
+    "shape": "attribute_shift",
+    "size": "attribute_shift",
+    "material": "hybridization",
+    "combination": "hybridization",
+    "time": "spatiotemporal_anomaly",
+    "environment": "spatiotemporal_anomaly",
+    "several": "several_objects",
+}
+_LISTS = {
+    "shape": "shapes",
+    "size": "sizes",
+    "material": "materials",
+    "time": "times",
+    "environment": "places",
+}
+
+
+@dataclass(frozen=True)
+class Surreal:
+    """The recipe with its words."""
+
+    recipe: SurrealFantasy
+    objects: Vocabulary
+    colours: Vocabulary
+
+    part = "surreal_fantasy"
+
+    @classmethod
+    def load(cls, recipe: SurrealFantasy) -> "Surreal":
+        colours = vocabulary.load("colours", recipe.colours, least=3)
+        return cls(recipe, vocabulary.load("objects", recipe.objects, least=3), colours)
+
+    def hashes(self) -> dict[str, str]:
+        return {"objects": self.objects.sha256, "colours": self.colours.sha256}
+
+    def sketch(self, number: int, rng: random.Random) -> dict:
+        """Which things, which break, and the values that it may take, in the order of preference."""
+        kind = self.recipe.breaks[number % len(self.recipe.breaks)]
+        count = {"combination": 2, "several": rng.choice((2, 3))}.get(kind, 1)
+        values = list(self.colours.words if kind in ("colour", "several") else ())
+        if kind in _LISTS:
+            values = list(vocabulary.shipped(_LISTS[kind]).words)
+        rng.shuffle(values)
+        return {"break": kind, "objects": rng.sample(self.objects.words, count), "values": values}
+
+    async def instruct(self, task: Task, steps: Steps) -> Made:
+        sketch = task.sketch
+        steps.keep("objects", result={"objects": sketch["objects"], "break": sketch["break"]})
+        known = {thing: await self._properties(thing, steps) for thing in sketch["objects"]}
+        values = _values(sketch, known)
+        note, must, include = _break(sketch, values)
+        steps.keep("break", result={"note": note, "values": values})
+        usual = "; ".join(f"{thing}: {', '.join(f'{k} {v}' for k, v in of.items())}" for thing, of in known.items())
+        prompt = wording.SURREAL.format(usual=usual, note=note, must=listed([f'"{word}"' for word in must]))
+        text = await steps.write("instruction", prompt, lambda answer: _holding(answer, must))
+        facts = {
+            "break": sketch["break"], "objects": sketch["objects"], "properties": known, "values": values, "note": note,
+        }  # fmt: skip
+        if include:
+            facts["structure"] = {"include": list(include), "exclude": []}
+        return Made(text, CATEGORIES[sketch["break"]], include, note, facts=facts)
+
+    async def _properties(self, thing: str, steps: Steps) -> dict[str, str]:
+        prompt = wording.PROPERTIES.format(thing=thing)
+        return await steps.write(
+            f"properties of {thing}", prompt, lambda answer: json_object(answer, PROPERTIES), shared=True
+        )
+
+
+def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
+    """The first values that are none of the usual ones: one per thing that is broken."""
+    kind = sketch["break"]
+    if kind == "combination":
+        return []
+    about = {"environment": "surroundings", "several": "colour"}.get(kind, kind)
+    values, chosen = list(sketch["values"]), []
+    for thing in sketch["objects"]:
+        unusual = [value for value in values if not holds(known[thing][about], value)]
+        chosen.append((unusual or values)[0])
+        values.remove(chosen[-1])
+    return chosen
+
+
+def _break(sketch: dict, values: list[str]) -> tuple[str, list[str], tuple[dict, ...]]:
+    """The break in words, the words that the instruction must hold, and its structure where it has one."""
+    things, kind = sketch["objects"], sketch["break"]
+    a = article(things[0])
+    if kind in ("colour", "several"):
+        items = [{"class": thing, "count": 1, "color": value} for thing, value in zip(things, values)]
+        never = "a colour that it never has" if len(things) == 1 else "colours that they never have"
+        note = listed([f"{article(f'{value} {thing}')}" for thing, value in zip(things, values)])
+        return (
+            f"there is exactly {note}, {never}",
+            [f"{v} {t}" for t, v in zip(things, values)],
+            tuple(items),
+        )
+    if kind == "combination":
+        other = things[1]
+        return f"{a} and {article(other)} have grown together into one single thing", things, ()
+    value = values[0]
+    note = {
+        "shape": f"{a} has the shape of a {value}",
+        "size": f"{a} is {value}, which its surroundings show",
+        "material": f"{a} is made of {value}",
+        "time": f"{a} appears in {value}, where it cannot belong",
+        "environment": f"{a} is found at {value}, where it never is",
+    }[kind]
+    return note, [things[0], _telling(value)], ()
+
+
+def _telling(value: str) -> str:
+    """The word of a value that an instruction cannot do without: its longest."""
+    return max(words_of(value).split(), key=len)
+
+
+def _holding(answer: str, must: list[str]) -> str:
+    text = one_line(answer)
+    for words in must:
+        if not holds(text, words):
+            raise Unreadable(f'the instruction lost "{words}"')
+    return text

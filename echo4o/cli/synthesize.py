@@ -1,0 +1,134 @@
+"""``echo4o dataset synthesize``: make rows of Echo-4o-Image with an image API."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echo4o.cli.frame import finish, say
+
+
+def synthesize(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write; a run that was broken off goes on there.")
+    ] = Path("synthesis"),
+    plan: Annotated[bool, typer.Option("--plan", help="Print counts, calls, cost and time; ask nothing.")] = False,
+    preview: Annotated[
+        int | None, typer.Option(min=1, help="Make only this many rows, of all parts in turn, and a contact sheet.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="USD that the folder may cost in all.", show_default="no limit")
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="First show the judge a test picture.")] = True,
+) -> None:
+    """Make rows with an image API: instructions, pictures, checks; then echo4o dataset build takes them.
+
+    Example: [bold]echo4o dataset synthesize first_hundred --plan[/bold]
+    Then: [bold]echo4o dataset synthesize first_hundred --out made --budget 5 --preview 12[/bold]
+    """
+    from echo4o.dataset_scripts.synthesis.folder import DATASET, Folder
+    from echo4o.dataset_scripts.synthesis.plan import make_plan
+    from echo4o.dataset_scripts.synthesis.preview import contact_sheet, first_tasks
+    from echo4o.dataset_scripts.synthesis.recipe import load_recipe
+    from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
+
+    chosen = load_recipe(recipe)
+    if budget is not None and budget <= 0:
+        raise ValueError(f"--budget {budget:g} buys nothing: give USD, for example --budget 5")
+    chains = load_chains(chosen)
+    tasks = make_tasks(chosen, chains)
+    again = ["echo4o", "dataset", "synthesize", recipe, "--out", str(out)]
+    if plan:
+        print("\n".join(make_plan(chosen, tasks).lines()))
+        finish(None, shlex.join([*again, "--preview", "12"]))
+        return
+    wanted = first_tasks(tasks, preview) if preview else tasks
+    prompts = _prompts(chosen)
+    with Folder(out) as folder:
+        folder.begin(_run(chosen, chains))
+        waiting = [task for task in wanted if not folder.is_decided(task.id)]
+        say("\n".join(make_plan(chosen, waiting).lines()))
+        outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe)
+        sheet = contact_sheet(folder, wanted) if preview else None
+    say(f"{outcome}; {spent:.4f} USD spent")
+    for row, why in list(outcome.open.items())[:3]:
+        say(f"{row} has no end yet: {why}")
+    if reason is not None:
+        say(f"what was paid for is kept in {out}; run the same command again to go on")
+        raise reason
+    if sheet is not None:
+        finish(sheet, shlex.join(again))
+    elif outcome.decided < outcome.planned:
+        finish(out, shlex.join(again))
+    else:
+        finish(out / DATASET, shlex.join(["echo4o", "dataset", "build", str(out / DATASET), "--out", f"{out}-built"]))
+
+
+def _run(recipe, chains) -> dict:
+    """What run.json says; no key is in a recipe."""
+    drawn_from = {
+        f"{part}.{name}": digest for part, chain in chains.items() for name, digest in chain.hashes().items()
+    }
+    return {"fingerprint": recipe.fingerprint(), "drawn_from": drawn_from, "recipe": recipe.model_dump(mode="json")}
+
+
+def _prompts(recipe):
+    """The index of benchmark prompts that no row may come close to; None when the recipe switches it off."""
+    from echo4o.dataset_scripts.contamination import PromptIndex, read_prompts
+    from echo4o.evaluation.benchmarks import get_benchmark
+    from echo4o.evaluation.prompt_files import load_prompts
+
+    gate = recipe.gates.contamination
+    if gate is None:
+        return None
+    listed = [pair for file in gate.prompts for pair in read_prompts(file)]
+    for name in gate.benchmarks:
+        try:
+            listed += [(name, prompt.text) for prompt in load_prompts(get_benchmark(name)).prompts]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"gates.contamination: the prompts of {name} cannot be had ({error}). Put their file under "
+                f"gates.contamination.prompts and take {name} out of gates.contamination.benchmarks, or switch the gate "
+                "off with gates.contamination: null"
+            ) from None
+    return PromptIndex(listed, gate.overlap)
+
+
+def _make(recipe, chains, tasks, folder, prompts, budget, probe):
+    """Run the engine over the robust calls: (outcome, USD spent in all, what ended the run early)."""
+    from tqdm.auto import tqdm
+
+    from echo4o.dataset_scripts.synthesis.engine import Synthesis
+    from echo4o.evaluation.judge import run_async
+    from echo4o.evaluation.synthesis_calls import RobustCalls
+
+    waiting = any(not folder.is_decided(task.id) for task in tasks)
+    calls = RobustCalls(recipe, folder.path, budget, probe) if waiting else None
+    bar = tqdm(total=len(tasks), desc="synthesizing", unit=" rows", disable=None, leave=False)
+
+    def progress(outcome) -> None:
+        bar.n = outcome.decided
+        bar.set_postfix_str(f"{outcome.rejected.total()} rejected, {calls.purse.spent:.2f} USD", refresh=False)
+        bar.update(0)
+
+    engine = Synthesis(recipe, chains, tasks, calls, folder, prompts, progress)
+
+    async def run() -> None:
+        async with calls:
+            await engine.run()
+
+    with bar:
+        if waiting:
+            run_async(run)
+    return engine.outcome, calls.purse.spent if calls else _spent(folder.path), calls.reason if calls else None
+
+
+def _spent(out: Path) -> float:
+    from echo4o.dataset_scripts.synthesis.folder import SPENDING
+    from echo4o.evaluation.purse import Purse
+
+    return Purse(out / SPENDING).spent
