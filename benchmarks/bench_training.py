@@ -1,0 +1,187 @@
+"""What a training step costs beside its own matrix products, what freezing saves, and what feeding it takes."""
+
+import statistics
+import time
+from argparse import Namespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import in_turns, table
+from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, text_segment
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
+from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.training.model import TrainedModel, add_lora
+from echo4o.training.recipe import Lora
+from echo4o.training.samples import TrainingBatch, TrainingSample, collate
+
+TOKENS = SpecialTokens(1, 2, 3, 4)
+SIDES = (64, 70)
+CHANNELS, PIXELS = 64, 14 * 14 * 3
+VOCABULARY = 4096  # a real vocabulary would be most of a model of this width
+
+
+def main(options: Namespace) -> None:
+    """Print one table per question, at a middle size: width 512, 8 layers, two experts."""
+    torch.manual_seed(0)
+    repeats, device = options.repeats, options.device
+    full, lora = model("full").to(device), model("lora").to(device)
+    for title, samples in (("2 references", [with_references(2)]), ("text to image", [text_to_image()] * 2)):
+        batch = collate(samples, *SIDES).to(device)
+        tokens = sum(map(len, samples))
+        products = record(lambda batch=batch: step(full, batch))
+        ways = {
+            "its matrix products": lambda products=products: replay(products),
+            "full: forward and backward": lambda batch=batch: step(full, batch),
+            "LoRA on gen, und frozen": lambda batch=batch: step(lora, batch),
+        }
+        times = (in_turns if device != "cpu" else cpu_seconds)(ways, repeats)
+        print(table(f"{title}: {tokens} tokens, {len(products)} products", times))
+        bare, whole, small = times.values()
+        print(f"  full / products      {ratio(whole, bare)}   target 1.35")
+        print(f"  LoRA / full          {ratio(small, whole)}" + ("   target 0.75" if "2" in title else ""), flush=True)
+        if "2" in title:
+            feeding(samples, statistics.median(whole), repeats)
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> str:
+    """Median and spread of the ratios of neighbours in time."""
+    each = [a / b for a, b in zip(numerators, denominators)]
+    return f"x{statistics.median(each):.2f}  ({min(each):.2f} to {max(each):.2f})"
+
+
+def cpu_seconds(ways: dict, repeats: int) -> dict[str, list[float]]:
+    """As `in_turns`, in seconds of processor time: other work on the machine weighs less. Use one thread."""
+    for run in ways.values():
+        run()
+    times = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            start = time.process_time()
+            run()
+            times[name].append(time.process_time() - start)
+    return times
+
+
+def feeding(samples: list[TrainingSample], step_seconds: float, repeats: int) -> None:
+    """What the packed batch and the drawing of a sample cost, as shares of the full step that they feed."""
+    from echo4o.training.objective import named_generator
+    from echo4o.training.packing import best_fit
+
+    def pack():
+        lengths = [len(sample) for sample in samples] + list(range(500, 1500, 32))
+        best_fit(lengths, 10_240, first=False)
+        collate(samples, *SIDES)
+
+    def draw():
+        """The random draws of a cached sample: latents of three pictures, noise."""
+        for sample in samples:
+            for segment in sample.segments:
+                if segment.kind in ("vae", "noise"):
+                    torch.randn(segment.data.shape, generator=named_generator(0, sample.id, 0, segment.kind))
+
+    times = cpu_seconds({"packing": pack, "draws of prepared rows": draw}, repeats)
+    for name, seconds in times.items():
+        share = statistics.median(seconds) / step_seconds
+        limit = "   target 2%" if name == "packing" else ""
+        print(f"  {name:<22} {1000 * statistics.median(seconds):6.2f} ms, {share:.3%} of a full step{limit}")
+
+
+# --- models and samples ---------------------------------------------------------------------------------------------
+
+
+def model(way: str) -> TrainedModel:
+    """Everything learns ("full"), or an adapter on the generation expert ("lora")."""
+    transformer = BagelTransformer2DModel(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    vision = BagelVisionModel(
+        hidden_size=256, intermediate_size=768, num_layers=4, num_attention_heads=8, output_size=512
+    )
+    made = TrainedModel(transformer, vision).train()
+    if way == "lora":
+        made.requires_grad_(False)
+        add_lora(transformer, Lora(method="lora", rank=16, alpha=16), 0)
+    return made
+
+
+def text_to_image(text: int = 64, side: int = 12) -> TrainingSample:
+    """192 x 192 pixels of the release's VAE."""
+    return _sample([_text(text), _picture("noise", side, CHANNELS)])
+
+
+def with_references(count: int, text: int = 64, side: int = 12) -> TrainingSample:
+    """Each reference as latents and as a view of 168 pixels."""
+    references = [s for _ in range(count) for s in (_picture("vae", side, CHANNELS), _picture("vit", 12, PIXELS))]
+    return _sample([*references, _text(text), _picture("noise", side, CHANNELS)])
+
+
+def _text(length: int):
+    return text_segment(torch.randint(5, VOCABULARY, (length,)).tolist(), TOKENS)
+
+
+def _picture(kind: str, side: int, values: int):
+    return image_segment(kind, (side, side), TOKENS, torch.randn(side * side, values))
+
+
+def _sample(segments) -> TrainingSample:
+    return TrainingSample("sample", segments, torch.randn(segments[-1].data.shape), torch.randn(1))
+
+
+def step(trained: TrainedModel, batch: TrainingBatch) -> None:
+    """Forward and backward pass."""
+    for parameter in trained.parameters():
+        parameter.grad = None
+    sums = trained(batch, 1.0).sums()
+    (sums[0] / sums[1]).backward()
+
+
+# --- a step's matrix products ---------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every matrix product and attention call with the shapes and strides of its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
+            self.calls.append((function, [_like(a) for a in args], {k: _like(v) for k, v in (kwargs or {}).items()}))
+        return result
+
+
+_POOL: dict[tuple, torch.Tensor] = {}  # arguments of the replay
+
+
+def _like(value):
+    """A tensor of the same shape, strides and type; equal ones share memory, as the caches would see it in a step."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    key = (tuple(value.shape), value.stride(), value.dtype, value.device)
+    if key not in _POOL or value.dtype == torch.bool:
+        _POOL[key] = value.detach().clone(memory_format=torch.preserve_format)
+    return _POOL[key]
+
+
+def record(run) -> list[tuple]:
+    """The matrix products of `run`, forward and backward."""
+    recorder = _Recorder()
+    with recorder:
+        run()
+    return recorder.calls
+
+
+@torch.no_grad()
+def replay(calls: list[tuple]) -> None:
+    """Nothing but the products."""
+    for function, args, kwargs in calls:
+        function(*args, **kwargs)
