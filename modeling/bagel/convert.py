@@ -1,6 +1,6 @@
 """Original BAGEL / Echo-4o checkpoints to diffusers folders and back, bit for bit.
 
-Neither direction builds a model or decodes a tensor: the headers of the source say what is there, one table
+Neither direction fills a model or decodes a tensor: the headers of the source say what is there, one table
 (original_keys.py) says what it is called on the other side, and bytes are copied chunk by chunk into new files. Memory
 stays at a few chunks for a checkpoint of any size. Names, shapes and configurations are checked before anything is
 written; a file gets its name when it is complete, and an interrupted conversion goes on where it stopped.
@@ -194,12 +194,26 @@ def read_original(folder: Path) -> Original:
         raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks the tokenizer's files.")
     ae = read_header(folder / "ae.safetensors")
     sizes, problems = original_sizes(llm, vit, config, ema, ae)
+    configs = component_configs(llm, vit, config, sizes, problems)
     keys = all_keys(sizes)
     for where, tensors in (("ema.safetensors", ema), ("ae.safetensors", ae)):
         expected = {k.original: k.original_shape for k in keys if ORIGINAL_FILES[k.component] == where}
         problems += differences(expected, tensors, where)
     _raise_all(folder, problems)
-    return Original(folder, keys, {**ema, **ae}, component_configs(llm, vit, config, sizes))
+    _raise_all(folder, _what_cannot_be_built(configs))
+    return Original(folder, keys, {**ema, **ae}, configs)
+
+
+def _what_cannot_be_built(configs: Configs) -> list[str]:
+    """One line for each component whose class refuses its arguments; nothing is allocated."""
+    lines = []
+    for component, arguments in configs.items():
+        try:
+            with torch.device("meta"):
+                _model_class(component)(**arguments)
+        except Exception as error:  # whatever a class makes of arguments that it does not like
+            lines.append(f"{component} cannot be built: {type(error).__name__}: {error}")
+    return lines
 
 
 def _original_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -270,6 +284,7 @@ def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
 
 
 def _raise_all(folder: Path, problems: list[str]) -> None:
+    problems = list(dict.fromkeys(problems))
     if problems:
         raise ValueError(f"The checkpoint {folder} does not fit ({len(problems)}):\n  {shortened(problems)}")
 

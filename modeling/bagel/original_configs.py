@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,74 @@ LATENT_SCALING, LATENT_SHIFT = 0.3611, 0.1159  # FLUX's VAE, which the release u
 JSON_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json")
 
 Configs = dict[str, dict[str, Any]]  # component -> arguments of its class
+_MOST = 1 << 24  # no size of a model is beyond it
+_MOST_LAYERS = 1000
+_NORM_GROUPS = 32  # of the VAE's group norms, in the original as in diffusers
+_ABSENT: Any = object()
+
+
+class Told:
+    """What one JSON file says, checked entry by entry; whatever it says wrongly becomes a line of `problems`.
+
+    An entry may be left out when a default is given; then it must not be null either.
+    """
+
+    def __init__(self, content: Mapping[str, Any], file: str, problems: list[str]):
+        self.content, self.file, self.problems = content, file, problems
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.content
+
+    def whole(self, key: str, default: Any = _ABSENT, most: int = _MOST) -> int:
+        """A whole number from 1 to `most`."""
+        return self._read(key, default, 1, lambda v: type(v) is int and 1 <= v <= most, f"a whole number to {most}")
+
+    def positive(self, key: str, default: Any = _ABSENT) -> float:
+        """A finite number above 0."""
+        return self._read(key, default, 1.0, lambda v: _is_number(v) and v > 0, "a number above 0")
+
+    def number(self, key: str, default: Any = _ABSENT) -> float:
+        """A finite number."""
+        return self._read(key, default, 0.0, _is_number, "a number")
+
+    def choice(self, key: str, known: Container[str], default: Any = _ABSENT) -> str:
+        """One of the known names."""
+        return self._read(key, default, "", lambda v: isinstance(v, str) and v in known, "known here")
+
+    def widths(self, key: str) -> list[int]:
+        """A list of whole numbers, one or more."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, list) and 0 < len(value) <= 20 and all(type(v) is int and v > 0 for v in value)
+
+        return self._read(key, _ABSENT, [1], fits, "a list of whole numbers")
+
+    def part(self, key: str) -> "Told":
+        """An object inside; nothing, when it is absent or null."""
+        value = self.content.get(key)
+        if not isinstance(value, dict | None):
+            self.problems.append(f"{self.file} says {key} is {value!r}, which is no object")
+        return Told(value if isinstance(value, dict) else {}, f"{self.file} ({key})", self.problems)
+
+    def _read(self, key: str, default: Any, spare: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
+        value = self.content.get(key, default)
+        if value is _ABSENT:
+            self.problems.append(f"{self.file} does not say {key}")
+        elif fits(value) or (value is default and key not in self.content):
+            return value
+        else:
+            self.problems.append(f"{self.file} says {key} is {value!r}, which is not {wanted}")
+        return spare
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def read_original_jsons(folder: Path) -> tuple[dict, dict, dict]:
     """llm_config, vit_config and config of a folder; config may be empty, the others may come out of it.
 
-    Raises FileNotFoundError naming what is lacking.
+    Raises FileNotFoundError naming what is lacking, ValueError for what is no JSON object.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = {}
@@ -28,6 +90,9 @@ def read_original_jsons(folder: Path) -> tuple[dict, dict, dict]:
     lost = [f"{name}.json" for name, value in found.items() if not value]
     if lost:
         raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks {', '.join(lost)}.")
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{folder / 'config.json'} says {name} is {value!r}, which is no object.")
     return found["llm_config"], found["vit_config"], config
 
 
@@ -41,13 +106,7 @@ def original_sizes(
     is 0, which a listing shows as `?`.
     """
     problems: list[str] = []
-
-    def told(source: dict, file: str, key: str) -> int:
-        value = source.get(key)
-        if not isinstance(value, int) or value < 1:
-            problems.append(f"{file} does not say {key}" if value is None else f"{file} says {key} is {value!r}")
-            return 1
-        return value
+    llm, vit, config = _told(llm, vit, config, problems)
 
     def side(fallback: int | None, *names: str) -> int:
         """The side of a square table, one row for each position."""
@@ -56,42 +115,60 @@ def original_sizes(
             problems.append(f"{names[0]} has {rows} rows, which is no square number")
         return math.isqrt(rows) or fallback or 0
 
-    def llm_says(key: str) -> int:
-        return told(llm, "llm_config.json", key)
-
-    def vit_says(key: str) -> int:
-        return told(vit, "vit_config.json", key)
-
-    vae = config.get("vae_config") or {}
-    latent_channels = vae.get("z_channels") or _dim(ae, 1, "decoder.conv_in.weight")
+    vae = config.part("vae_config")
+    channels = vae.whole("z_channels", _dim(ae, 1, "decoder.conv_in.weight"))
     patch_values = _dim(ema, 1, "vae2llm.weight") or _dim(ema, 0, "llm2vae.weight")
+    heads = llm.whole("num_attention_heads")
     sizes = Sizes(
-        hidden=llm_says("hidden_size"),
-        intermediate=llm_says("intermediate_size"),
-        layers=llm_says("num_hidden_layers"),
-        heads=llm_says("num_attention_heads"),
-        kv_heads=llm.get("num_key_value_heads") or llm_says("num_attention_heads"),
-        vocabulary=llm_says("vocab_size"),
-        latent_channels=latent_channels,
-        latent_patch=config.get("latent_patch_size") or math.isqrt(patch_values // max(1, latent_channels)),
-        latent_side=side(config.get("max_latent_size"), "latent_pos_embed.pos_embed"),
-        vit_hidden=vit_says("hidden_size"),
-        vit_intermediate=vit_says("intermediate_size"),
+        hidden=llm.whole("hidden_size"),
+        intermediate=llm.whole("intermediate_size"),
+        layers=llm.whole("num_hidden_layers", most=_MOST_LAYERS),
+        heads=heads,
+        kv_heads=llm.whole("num_key_value_heads", heads),
+        vocabulary=llm.whole("vocab_size"),
+        latent_channels=channels,
+        latent_patch=config.whole("latent_patch_size", math.isqrt(patch_values // max(1, channels))),
+        latent_side=side(config.whole("max_latent_size", 0), "latent_pos_embed.pos_embed"),
+        vit_hidden=vit.whole("hidden_size"),
+        vit_intermediate=vit.whole("intermediate_size"),
         # The original builds one layer fewer than vit_config.json counts, and stores what it builds.
-        vit_layers=vit_says("num_hidden_layers") - 1,
-        vit_patch_values=vit_says("patch_size") ** 2 * vit.get("num_channels", 3),
+        vit_layers=vit.whole("num_hidden_layers", most=_MOST_LAYERS) - 1,
+        vit_patch_values=vit.whole("patch_size") ** 2 * vit.whole("num_channels", 3),
         vit_side=side(
-            config.get("vit_max_num_patch_per_side"),
+            config.whole("vit_max_num_patch_per_side", 0),
             "vit_model.vision_model.embeddings.position_embedding.weight",
             "vit_pos_embed.pos_embed",
         ),
         vae_channels=_vae_channels(vae, ae),
-        vae_blocks=vae.get("num_res_blocks") or _count(ae, "encoder.down.0.block.{}.conv1.weight"),
+        vae_blocks=vae.whole("num_res_blocks", _count(ae, "encoder.down.0.block.{}.conv1.weight"), _MOST_LAYERS),
     )
-    if sizes.hidden % sizes.heads:
-        problems.append(f"hidden_size {sizes.hidden} is no multiple of num_attention_heads {sizes.heads}")
-    vit_says("num_attention_heads")
+    vit_heads = vit.whole("num_attention_heads")
+    if not problems:
+        _check_sizes(sizes, vit_heads, problems)
     return sizes, problems
+
+
+def _told(llm: dict, vit: dict, config: dict, problems: list[str]) -> tuple[Told, Told, Told]:
+    files = (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config))
+    return tuple(Told(content, file, problems) for file, content in files)
+
+
+def _check_sizes(s: Sizes, vit_heads: int, problems: list[str]) -> None:
+    """Sizes that fit each other, as the original's classes need it and ours."""
+    if s.hidden % s.heads:
+        problems.append(f"hidden_size {s.hidden} is no multiple of num_attention_heads {s.heads}")
+    elif s.hidden // s.heads % 2:
+        problems.append(f"a head is {s.hidden // s.heads} wide, and rotary positions need an even number")
+    if s.heads % s.kv_heads:
+        problems.append(f"num_attention_heads {s.heads} is no multiple of num_key_value_heads {s.kv_heads}")
+    if s.hidden % 4:
+        problems.append(f"hidden_size {s.hidden} is no multiple of 4, which its position tables need")
+    if s.vit_hidden % vit_heads:
+        problems.append(f"the ViT's hidden_size {s.vit_hidden} is no multiple of its {vit_heads} num_attention_heads")
+    if s.vae_channels != (1,) and any(c % _NORM_GROUPS for c in s.vae_channels):
+        problems.append(
+            f"the VAE's widths {list(s.vae_channels)} are no multiples of {_NORM_GROUPS}, as its norms need"
+        )
 
 
 def _dim(tensors: Mapping[str, StoredTensor], axis: int, *names: str) -> int:
@@ -99,9 +176,9 @@ def _dim(tensors: Mapping[str, StoredTensor], axis: int, *names: str) -> int:
     return next((tensors[n].shape[axis] for n in names if n in tensors and len(tensors[n].shape) > axis), 0)
 
 
-def _vae_channels(vae: dict, ae: Mapping[str, StoredTensor]) -> tuple[int, ...]:
-    if vae.get("ch") and vae.get("ch_mult"):
-        return tuple(vae["ch"] * m for m in vae["ch_mult"])
+def _vae_channels(vae: Told, ae: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    if "ch" in vae and "ch_mult" in vae:
+        return tuple(vae.whole("ch") * m for m in vae.widths("ch_mult"))
     name = "encoder.down.{}.block.0.conv1.weight"
     return tuple(ae[name.format(i)].shape[0] for i in range(_count(ae, name))) or (1,)
 
@@ -113,10 +190,22 @@ def _count(tensors: Mapping[str, StoredTensor], name: str) -> int:
     return count
 
 
-def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes) -> Configs:
-    """The arguments of our components' classes. Absent entries take the defaults of the original's own classes."""
-    vae = config.get("vae_config") or {}
-    rope = llm.get("rope_theta") or (llm.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems: list[str] | None = None) -> Configs:
+    """The arguments of our components' classes. Absent entries take the defaults of the original's own classes.
+
+    What cannot be used, or would make another model than ours, becomes a line of `problems`.
+    """
+    from transformers.activations import ACT2FN
+
+    llm, vit, config = _told(llm, vit, config, [] if problems is None else problems)
+    vae = config.part("vae_config")
+    llm.choice("hidden_act", ("silu",), "silu")
+    parameters, scaling = llm.part("rope_parameters"), llm.part("rope_scaling")
+    for part, key in ((parameters, "rope_type"), (scaling, "rope_type"), (scaling, "type")):
+        part.choice(key, ("default",), "default")
+    if scaling.content and not {"type", "rope_type"} & set(scaling.content):
+        scaling.problems.append(f"{scaling.file} has {scaling.content!r}, which is another model")
+    rope = llm.positive("rope_theta", None) or parameters.positive("rope_theta", 10000.0)
     transformer = {
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.intermediate,
@@ -124,7 +213,7 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes) -> Confi
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
         "vocab_size": sizes.vocabulary,
-        "rms_norm_eps": llm.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": llm.positive("rms_norm_eps", 1e-6),
         "rope_theta": rope,
         "latent_channels": sizes.latent_channels,
         "latent_patch_size": sizes.latent_patch,
@@ -134,13 +223,13 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes) -> Confi
         "hidden_size": sizes.vit_hidden,
         "intermediate_size": sizes.vit_intermediate,
         "num_layers": sizes.vit_layers,
-        "num_attention_heads": vit["num_attention_heads"],
-        "patch_size": vit["patch_size"],
-        "num_channels": vit.get("num_channels", 3),
-        "hidden_act": vit.get("hidden_act", "gelu_pytorch_tanh"),
-        "layer_norm_eps": vit.get("layer_norm_eps", 1e-6),
+        "num_attention_heads": vit.whole("num_attention_heads"),
+        "patch_size": vit.whole("patch_size"),
+        "num_channels": vit.whole("num_channels", 3),
+        "hidden_act": vit.choice("hidden_act", ACT2FN, "gelu_pytorch_tanh"),
+        "layer_norm_eps": vit.positive("layer_norm_eps", 1e-6),
         "max_patches_per_side": sizes.vit_side,
-        "connector_act": config.get("connector_act", "gelu_pytorch_tanh"),
+        "connector_act": config.choice("connector_act", ACT2FN, "gelu_pytorch_tanh"),
         "output_size": sizes.hidden,
     }
     levels = len(sizes.vae_channels)
@@ -153,10 +242,10 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes) -> Confi
         "layers_per_block": sizes.vae_blocks,
         "act_fn": "silu",
         "latent_channels": sizes.latent_channels,
-        "norm_num_groups": 32,
+        "norm_num_groups": _NORM_GROUPS,
         "sample_size": 1024,
-        "scaling_factor": vae.get("scale_factor", LATENT_SCALING),
-        "shift_factor": vae.get("shift_factor", LATENT_SHIFT),
+        "scaling_factor": vae.positive("scale_factor", LATENT_SCALING),
+        "shift_factor": vae.number("shift_factor", LATENT_SHIFT),
         "latents_mean": None,
         "latents_std": None,
         "force_upcast": True,
@@ -168,42 +257,38 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes) -> Confi
 
 
 def sizes_of(configs: Configs) -> Sizes:
-    """The sizes that our components' configurations state; ValueError listing entries that are lacking."""
-    wanted = {
-        "transformer": (
-            "hidden_size intermediate_size num_layers num_attention_heads num_key_value_heads vocab_size "
-            "rms_norm_eps rope_theta latent_channels latent_patch_size max_latent_size"
-        ),
-        "vision_model": (
-            "hidden_size intermediate_size num_layers num_attention_heads patch_size num_channels hidden_act "
-            "layer_norm_eps max_patches_per_side connector_act output_size"
-        ),
-        "vae": "block_out_channels layers_per_block latent_channels scaling_factor shift_factor",
-    }
-    lost = [
-        f"{c}/config.json does not say {k}" for c, keys in wanted.items() for k in keys.split() if k not in configs[c]
-    ]
-    if lost:
-        raise ValueError("The checkpoint's sizes cannot be told:\n  " + "\n  ".join(lost))
-    llm, vit, vae = configs["transformer"], configs["vision_model"], configs["vae"]
-    return Sizes(
-        hidden=llm["hidden_size"],
-        intermediate=llm["intermediate_size"],
-        layers=llm["num_layers"],
-        heads=llm["num_attention_heads"],
-        kv_heads=llm["num_key_value_heads"],
-        vocabulary=llm["vocab_size"],
-        latent_channels=llm["latent_channels"],
-        latent_patch=llm["latent_patch_size"],
-        latent_side=llm["max_latent_size"],
-        vit_hidden=vit["hidden_size"],
-        vit_intermediate=vit["intermediate_size"],
-        vit_layers=vit["num_layers"],
-        vit_patch_values=vit["patch_size"] ** 2 * vit["num_channels"],
-        vit_side=vit["max_patches_per_side"],
-        vae_channels=tuple(vae["block_out_channels"]),
-        vae_blocks=vae["layers_per_block"],
+    """The sizes that our components' configurations state; ValueError listing entries that are lacking or wrong."""
+    problems: list[str] = []
+    llm, vit, vae = (Told(configs[c], f"{c}/config.json", problems) for c in ("transformer", "vision_model", "vae"))
+    sizes = Sizes(
+        hidden=llm.whole("hidden_size"),
+        intermediate=llm.whole("intermediate_size"),
+        layers=llm.whole("num_layers", most=_MOST_LAYERS),
+        heads=llm.whole("num_attention_heads"),
+        kv_heads=llm.whole("num_key_value_heads"),
+        vocabulary=llm.whole("vocab_size"),
+        latent_channels=llm.whole("latent_channels"),
+        latent_patch=llm.whole("latent_patch_size"),
+        latent_side=llm.whole("max_latent_size"),
+        vit_hidden=vit.whole("hidden_size"),
+        vit_intermediate=vit.whole("intermediate_size"),
+        vit_layers=vit.whole("num_layers", most=_MOST_LAYERS) if vit.content.get("num_layers") != 0 else 0,
+        vit_patch_values=vit.whole("patch_size") ** 2 * vit.whole("num_channels"),
+        vit_side=vit.whole("max_patches_per_side"),
+        vae_channels=tuple(vae.widths("block_out_channels")),
+        vae_blocks=vae.whole("layers_per_block", most=_MOST_LAYERS),
     )
+    vit_heads = vit.whole("num_attention_heads")
+    if not problems:
+        _check_sizes(sizes, vit_heads, problems)
+    llm.positive("rms_norm_eps"), llm.positive("rope_theta")
+    vit.positive("layer_norm_eps"), vae.positive("scaling_factor"), vae.number("shift_factor")
+    for key in ("hidden_act", "connector_act"):
+        if not isinstance(vit.content.get(key), str):
+            problems.append(f"{vit.file} does not say {key}")
+    if problems:
+        raise ValueError("The checkpoint's sizes cannot be told:\n  " + "\n  ".join(problems))
+    return sizes
 
 
 def original_jsons(configs: Configs, dtype: str, token_ids: Mapping[str, int]) -> Configs:
