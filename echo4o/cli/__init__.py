@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from echo4o import __version__
-from echo4o.cli import dataset, evaluate, pictures, tools, train
+from echo4o.cli import dataset, evaluate, pictures, precompute, tools, train
 from echo4o.cli.frame import Group
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command()(pictures.chat)
 app.command()(train.train)
 app.command()(train.export)
 app.add_typer(evaluate.app, name="evaluate")
+dataset.app.command()(precompute.precompute)
 app.add_typer(dataset.app, name="dataset")
 app.command()(tools.convert)
 app.command()(tools.info)

@@ -28,6 +28,11 @@ def train(
         list[str] | None, typer.Option("--set", help="Replace a setting, as section.key=value; repeatable.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what memory and disk it would take.")] = False,
+    gpu: Annotated[str, typer.Option(help="For --plan: memory of a GPU.")] = "80GB",
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="For --plan: GPUs.", show_default="the recipe's processes")
+    ] = None,
 ) -> None:
     """Fine-tune: LoRA or full, on one device or many. A recipe for several processes is started on as many.
 
@@ -38,6 +43,11 @@ def train(
 
     changes = parse_changes(set_ or []) | ({"resume": True} if resume else {})
     asked = load_recipe(recipe, changes)
+    if plan:
+        from echo4o.training.plan import print_plan
+
+        fits = print_plan(asked, gpu, num_gpus or asked.processes or 1)
+        raise typer.Exit(0 if fits else 1)
     arguments = [recipe, *(part for pair in set_ or [] for part in ("--set", pair)), *(["--resume"] if resume else [])]
     if asked.processes not in (None, 1) and "WORLD_SIZE" not in os.environ:
         launch(asked.processes, asked.device, asked.mixed_precision, arguments)

@@ -22,7 +22,7 @@ from echo4o.training.recipe import Recipe, RecipeError, load_recipe, shipped_rec
 from echo4o.training.samples import TrainingBatch
 from echo4o.training.train import Trainer
 
-ACTIVATION_TOLERANCE = 0.1
+ACTIVATION_TOLERANCE = 0.05  # with checkpointing, where little is kept on so small a model, twice that
 TOKENS = SpecialTokens(317, 318, 325, 326)
 LORA = {"method": "lora", "rank": 4, "alpha": 4}
 
@@ -126,7 +126,7 @@ def test_activations_are_close(model_dir, way, checkpointing):
     if checkpointing:  # the forward pass holds no layer in full yet
         planned -= recomputed_bytes(asked, built, load)
     measured = saved_bytes(model, batch, asked.mixed_precision == "bf16")
-    assert planned == pytest.approx(measured, rel=ACTIVATION_TOLERANCE)
+    assert planned == pytest.approx(measured, rel=ACTIVATION_TOLERANCE * (1 + checkpointing))
 
 
 def test_the_fullest_share_is_torchs_first_chunk():

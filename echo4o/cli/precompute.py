@@ -1,0 +1,29 @@
+"""``echo4o dataset precompute``."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echo4o.cli.frame import finish, say
+
+
+def precompute(
+    dataset: Annotated[str, typer.Argument(help="A folder or a repository of the Hub.", show_default=False)],
+    model: Annotated[str, typer.Option(help="The pipeline whose VAE and picture sizes count.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+) -> None:
+    """Encode the pictures once for all epochs: VAE moments and vision patches. The same command goes on after a stop.
+
+    Example: [bold]echo4o dataset precompute echo-4o-image --model echo-4o --out latents[/bold]
+    Several GPUs: [bold]accelerate launch -m echo4o.training.precompute echo-4o-image ...[/bold]
+    """
+    from echo4o.training.precompute import run
+
+    rows = run(dataset, model, out, name, split)
+    say(f"{rows} rows, encoded:")
+    settings = ["--set", f"model={model}", "--set", f"data.path={dataset}"]
+    finish(out, shlex.join(["echo4o", "train", "lora_single_gpu", *settings]))
