@@ -1,8 +1,10 @@
 """The command line: help, lazy imports, how mistakes are told, and what is handed to the pipeline."""
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,8 +69,18 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model" / "model_index.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "a-2.png").mkdir()
     Image.new("RGB", (32, 48), "red").save(tmp_path / "red.png")
+    data = (tmp_path / "red.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[:50])
+    (tmp_path / "huge.png").write_bytes(_with_size(data, 20_000, 20_000))
     return tmp_path
+
+
+def _with_size(png: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header says that it is another size."""
+    header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 MISTAKES = {
@@ -79,6 +91,15 @@ MISTAKES = {
     "no image": (["generate", "x", "-m", "model", "-i", "none.png"], "--image none.png: No such file"),
     "broken image": (["generate", "x", "-m", "model", "-i", "text.png"], "--image text.png: this is no picture"),
     "out is no picture": (["generate", "x", "-m", "model", "-o", "x.txt"], "--out x.txt: a picture file is needed"),
+    "huge image": (["generate", "x", "-m", "model", "-i", "huge.png"], "--image huge.png: Image size (400000000"),
+    "damaged image": (["generate", "x", "-m", "model", "-i", "cut.png"], "--image cut.png: this is no picture"),
+    "out below a file": (["generate", "x", "-m", "model", "-o", "red.png/a.png"], "--out red.png/a.png: cannot be"),
+    "out is nowhere": (["generate", "x", "-m", "model", "-o", "/proc/x/a.png"], "--out /proc/x/a.png: cannot be"),
+    "numbered out is a folder": (
+        ["generate", "x", "-m", "model", "-o", "a.png", "--num-images", "2"],
+        "--out a-1.png: cannot be written (a-2.png: Is a directory)",
+    ),
+    "seed too large": (["generate", "x", "-m", "model", "--seed", str(2**63)], "seed"),
     "unknown device": (["generate", "x", "-m", "model", "--device", "tpu9"], "--device tpu9"),
     "unknown option value": (["generate", "x", "-m", "model", "--dtype", "int8"], "int8"),
     "zero steps": (["generate", "x", "-m", "model", "--steps", "0"], "steps"),
@@ -95,6 +116,23 @@ def test_mistakes_are_one_line(name, folder):
     assert message in words(result.stderr)
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), ValueError("bad chunk"), OSError("truncated")])
+def test_whatever_a_decoder_raises_is_a_mistake_in_one_line(folder, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    result = run("chat", "x", "-m", "model", "-i", "red.png")
+    assert result.exit_code == 2 and "--image red.png: this is no picture that can be decoded" in words(result.stderr)
+
+
+def test_the_largest_seed(folder, fake):
+    result = run(
+        "generate", "x", "-m", "model", "--device", "cpu", "--seed", 2**63 - 1, "--num-images", 2, "-o", "b.png"
+    )
+    assert result.exit_code == 0, result.output
 
 
 def test_cuda_absent(folder, monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import secrets
 import shlex
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from echo4o import Echo4oPipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_SEED = 2**63 - 1
 # namespace/name, as the Hub allows them
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -64,7 +66,7 @@ def generate(
         int | None, typer.Option(min=1, help="Width in pixels.", show_default="1024, or the last reference's")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first picture.", show_default="a new one")
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the first picture.", show_default="a new one")
     ] = None,
     think: Think = False,
     num_images: Annotated[int, typer.Option(min=1, help="How many pictures to draw.")] = 1,
@@ -81,6 +83,7 @@ def generate(
     references = open_images(image)
     check_model(model)
     where = choose_device(device)
+    require_writable(files)
     seed = secrets.randbelow(2**31) if seed is None else seed
     options = {
         "num_inference_steps": steps,
@@ -104,7 +107,6 @@ def generate(
     if think:
         for text in dict.fromkeys(result.texts or []):
             print(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for file, picture in zip(files, result.images, strict=True):
         picture.save(file)
     say(f"seed {seed}; the picture{'s' if num_images > 1 else ''}:")
@@ -150,6 +152,20 @@ def output_files(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
 
 
+def require_writable(files: list[Path]) -> None:
+    """Make the folder of the files; refuse a place that cannot be written before anything slow is done for it."""
+    folder = files[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for file in files:
+            if file.exists():
+                open(file, "r+b").close()
+    except OSError as error:
+        raise ValueError(f"--out {files[0]}: cannot be written ({error.filename}: {error.strerror})") from error
+
+
 def open_images(paths: "list[Path] | None") -> "list[Image]":
     """Read and decode the reference pictures, turned as their EXIF orientation says."""
     if not paths:
@@ -161,8 +177,10 @@ def open_images(paths: "list[Path] | None") -> "list[Image]":
         try:
             with Image.open(path) as picture:
                 pictures.append(ImageOps.exif_transpose(picture))
-        except OSError as error:
-            reason = error.strerror or "this is no picture that can be decoded"
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"--image {path}: {error}") from error
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders make of damaged files
+            reason = getattr(error, "strerror", None) or "this is no picture that can be decoded"
             raise ValueError(f"--image {path}: {reason}") from error
     return pictures
 
