@@ -283,6 +283,9 @@ def describe(error: ValidationError) -> str:
         key = ".".join(str(part) for part in location) or "recipe"
         known = "" if item["type"] != "extra_forbidden" else f"; known here: {', '.join(_siblings(item['loc']))}"
         given = "" if item["type"] in ("missing", "value_error") else f" (given: {item['input']!r})"
+        if item["type"].startswith("union_tag"):
+            lines.append(f"  {key}: say `method: full` or `method: lora` (given: {item['input']!r})")
+            continue
         message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         lines.append(f"  {key}: {message}{given}{known}")
     return "\n".join(lines)

@@ -40,6 +40,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def forgotten_engine():
+    """Accelerate remembers a process's first settings; a run of the command line has a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def make_pipeline():
     from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 

@@ -9,10 +9,21 @@ import yaml
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training.data import Order
+from echo4o.training.flops import Arithmetic
+from echo4o.training.model import TrainedModel
 from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import Muon
-from echo4o.training.packing import FixedBatches
-from echo4o.training.recipe import Recipe, RecipeError, load_recipe, shipped_recipe
+from echo4o.training.packing import FixedBatches, best_fit
+from echo4o.training.recipe import (
+    Recipe,
+    RecipeError,
+    dump_recipe,
+    load_recipe,
+    parse_changes,
+    shipped_names,
+    shipped_recipe,
+)
+from echo4o.training.samples import Dropout, SampleMaker, collate
 from echo4o.training.train import NonFiniteLoss, Trainer, learning_rate_factor, main
 
 from .conftest import row
@@ -173,3 +184,113 @@ def test_every_parameter_has_a_gradient_without_references(tmp_path, tiny_pipeli
     assert batch.sequence.patches is None
     trainer.model(batch, 1.0).sums()[[0, 2]].sum().backward()
     assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []
+
+
+LORA = {"tune": {"method": "lora"}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": None}, "give either batch_size or packing"),
+        ({"packing": {"packs_per_step": 1}}, "give either batch_size or packing"),
+        ({"tune": {"rank": 4}}, "tune: say `method: full` or `method: lora`"),
+        ({"tune": {"method": "full", "rank": 4}}, "tune.rank: unknown key.*known here: method, parts"),
+        (LORA | {"optimizer": {"name": "muon", "muon_lr": 0.1}}, "muon is for full matrices"),
+        ({"sharding": "fsdp2", "processes": 1}, "sharding: fsdp2 has no effect with processes: 1"),
+        ({"tune": {"method": "lora", "quantize": "nf4"}}, "set mixed_precision: bf16"),
+        ({"data": {"path": "d", "streaming": True}}, "data.streaming needs packing"),
+        ({"data": {"path": "d", "weight": 2}}, "data.weight has no effect on a single dataset"),
+        ({"data": [{"path": "d"}, {"path": "e", "wieght": 2}]}, "wieght: unknown key.*known here: path"),
+        ({"pictures": {"every": 1, "prompts": []}}, "pictures.prompts"),
+        ({"objective": {"mse_weight": 0, "ce_weight": 0}}, "nothing would be learned"),
+        (
+            {"batch_size": None, "packing": {"packs_per_step": 3}, "processes": 2},
+            "packs_per_step=3 must be a multiple of processes=2",
+        ),
+    ],
+)
+def test_impossible_and_idle_settings(tmp_path, change, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in (BASE | change).items() if v is not None}))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file)
+
+
+def test_a_resolved_recipe_loads_as_itself(tmp_path):
+    for name in shipped_names():
+        recipe = load_recipe(name)
+        (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_settings_from_the_command_line(tmp_path):
+    changes = parse_changes(["optimizer.lr=1e-5", "data.0.path=x", "mixed_precision=no", "ema.decay=0.5"])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"data": [{"path": "d"}, {"path": "e"}]}))
+    recipe = load_recipe(file, changes)
+    assert recipe.optimizer.lr == 1e-5 and recipe.data[0].path == "x" and recipe.mixed_precision == "no"
+    assert recipe.ema.decay == 0.5
+    for wrong in ("optimizer.lr", "=3", "model.lr=1", "data.7.path=x"):
+        with pytest.raises(RecipeError, match=f"--set {wrong.split('=')[0]}"):
+            load_recipe(file, parse_changes([wrong]))
+
+
+def test_several_datasets_are_drawn_by_weight():
+    order = Order([10, 1000], [3.0, 1.0], seed=0)
+    drawn = [next(order) for _ in range(4000)]
+    assert sum(ref.source == 0 for ref in drawn) / 4000 == pytest.approx(0.75, abs=0.03)
+    small = [ref for ref in drawn if ref.source == 0]
+    assert sorted(ref.row for ref in small[:10]) == list(range(10)), "an epoch sees each row once"
+    lanes = [Order([10, 1000], [3.0, 1.0], 0, start, 3) for start in range(3)]
+    dealt = [[next(lane) for _ in range(100)] for lane in lanes]
+    assert [dealt[i % 3][i // 3] for i in range(300)] == drawn[:300]
+
+
+def test_best_fit_fills_packs_and_lets_nobody_wait():
+    assert best_fit([5, 3, 9], 9, first=True) == 0
+    assert best_fit([5, 3, 9, 4, 4], 4, first=False) == 3
+    assert best_fit([5], 4, first=False) is None
+    lengths = torch.randint(200, 3000, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    buffer, fills, waiting = list(enumerate(lengths[:32])), [], 32
+    for _ in range(200):
+        room, taken = 10_240, []
+        while (place := best_fit([n for _, n in buffer], room, first=not taken)) is not None:
+            taken.append(buffer.pop(place))
+            room -= taken[-1][1]
+        fills.append(1 - room / 10_240)
+        while len(buffer) < 32:
+            buffer.append((waiting, lengths[waiting]))
+            waiting += 1
+    assert sum(fills) / len(fills) > 0.98
+
+
+def test_samples_that_are_too_long_are_reported(tmp_path, tiny_pipeline, rows, capsys):
+    packing = {"tokens": 40, "packs_per_step": 1, "buffer": 4}
+    changes = {"batch_size": None, "packing": packing, "optimizer": {}, "steps": 3}
+    result = Trainer(recipe(tmp_path, **changes), tiny_pipeline, rows).run()
+    reported = [json.loads(line) for line in (tmp_path / "run" / "too_long_0.jsonl").read_text().splitlines()]
+    assert result.log[-1]["too_long"] == len(reported) > 0 and all(entry["tokens"] > 40 for entry in reported)
+    assert f"{reported[0]['id']} has {reported[0]['tokens']} tokens" in capsys.readouterr().out
+    assert 0 < result.log[-1]["packing_efficiency"] <= 1
+
+
+def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("echo4o.training.engine.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="tensorboard is not installed: pip install tensorboard"):
+        Trainer(recipe(tmp_path, trackers=["tensorboard"]))
+
+
+def test_flops_are_those_of_the_matrix_products(tiny_pipeline, rows):
+    """Counted by torch in a forward and backward pass of everything."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    maker = SampleMaker(tiny_pipeline, Dropout(0, 0, 0), seed=0)
+    batch = collate([maker.sample(row, 0) for row in maker.prepare(list(rows))], 16, 16)
+    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model).train()
+    with FlopCounterMode(display=False) as counter:
+        model(batch, 1.0).mse.mean().backward()
+    ours = Arithmetic(
+        tiny_pipeline.transformer.config, tiny_pipeline.vision_model.config, {"gen", "und", "text", "vision"}, False
+    ).of(batch)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
