@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.dataset_scripts.layout import small_release
+from tests.openai_server import KEY, OpenAIServer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -51,10 +52,14 @@ def test_examples_run(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # The model is tiny: more threads would only wait for each other.
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    for script in _scripts():
-        done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace")
-        assert done.returncode == 0, f"{script[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    for name in ("lighthouse.png", "night.png"):
+    with OpenAIServer() as judge:
+        environment |= {"OPENAI_BASE_URL": judge.url, "OPENAI_API_KEY": KEY}
+        for script in _scripts():
+            done = subprocess.run(
+                script, cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace"
+            )
+            assert done.returncode == 0, f"{script[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    for name in ("lighthouse.png", "night.png", "mine.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
 
