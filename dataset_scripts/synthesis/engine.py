@@ -67,7 +67,7 @@ class Synthesis:
         self.fingerprint = recipe.fingerprint()
         self.instructions = InstructionGates.of(recipe.gates, prompts)
         self.instructions.taken |= instructions_of(folder.accepted.values())
-        self.pictures = PictureGates(recipe, folder.hashes())
+        self.pictures = PictureGates(recipe, folder.looks())
         self.outcome = Outcome(len(tasks))
         for task in tasks:
             if task.id in folder.accepted:
@@ -79,6 +79,8 @@ class Synthesis:
         """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""
         waiting = iter([task for task in self.tasks if not self.folder.is_decided(task.id)])
 
+        failures: list[BaseException] = []
+
         async def work() -> None:
             for task in waiting:
                 try:
@@ -87,15 +89,16 @@ class Synthesis:
                     return
                 except Unanswered as error:
                     self.outcome.open[task.id] = str(error)
+                except Exception as error:  # the other rows come to the end of what they paid for
+                    failures.append(error)
+                if failures:
+                    return
                 self.on_progress(self.outcome)
 
         # One row has one call open at a time: twice as many rows keep both text and image model busy.
-        workers = [asyncio.create_task(work()) for _ in range(2 * self.recipe.rate.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
+        await asyncio.gather(*(work() for _ in range(2 * self.recipe.rate.concurrency)))
+        if failures:
+            raise failures[0]
         if self.instructions.contaminated:
             self.outcome.remarks["instruction near a benchmark prompt"] += self.instructions.contaminated
         return self.outcome
@@ -127,7 +130,7 @@ class Synthesis:
         self.outcome.remarks.update(made.remarks)
         return made
 
-    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, int, int]:
+    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, bytes, int]:
         """The first picture that passes every gate, how it looks, and the how manieth it is."""
         failed = None
         for attempt in range(1, self.recipe.gates.pictures + 1):
@@ -148,7 +151,7 @@ class Synthesis:
                     raise
                 failed = rejected
                 continue
-            self.pictures.accepted[task.id] = seen
+            self.pictures.accept(task.id, seen)
             steps.keep("picture", attempt, result=picture.sha256.hex())
             return picture, seen, attempt
         raise failed
@@ -174,7 +177,7 @@ class Synthesis:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, seen: int, drawn: int) -> None:
+    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, seen: bytes, drawn: int) -> None:
         row = {
             "row": task.id,
             "task_type": "multi_reference" if made.references else "t2i",

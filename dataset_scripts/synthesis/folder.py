@@ -28,7 +28,7 @@ FOLDERS = {
     "instruction_following": "Instruction-Following-Image",
 }
 ROWS_PER_SHARD = 1000
-_LOOKED_LIKE = "looked_like"
+_LOOKED_LIKE = "looks"
 
 
 class Folder:
@@ -81,7 +81,7 @@ class Folder:
             self._steps.add(_step_key(step))
             self._append(self.path / STEPS, step)
 
-    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes], looked_like: int) -> None:
+    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes], looked_like: bytes) -> None:
         """Write the pictures (by name, the target's first), then the row."""
         shard = number // self.rows_per_shard
         root, names = self.path / DATASET / FOLDERS[part], []
@@ -89,7 +89,7 @@ class Folder:
             names.append(f"images/{shard:05d}/{name}")
             _write_bytes(root / names[-1], data)
         places = {"output_image": names[0]} | ({"input_images": names[1:]} if names[1:] else {})
-        line = row | places | {_LOOKED_LIKE: f"{looked_like:x}"}
+        line = row | places | {_LOOKED_LIKE: looked_like.hex()}
         self._append(root / f"rows-{shard:05d}.jsonl", line, sync=True)
         self.accepted[row["row"]] = line
 
@@ -99,9 +99,9 @@ class Folder:
         self._append(self.path / REJECTED, row, sync=True)
         self.rejected[row["row"]] = row
 
-    def hashes(self) -> dict[str, int]:
+    def looks(self) -> dict[str, bytes]:
         """Of the accepted pictures, by row."""
-        return {name: int(row[_LOOKED_LIKE], 16) for name, row in self.accepted.items()}
+        return {name: bytes.fromhex(row[_LOOKED_LIKE]) for name, row in self.accepted.items()}
 
     def picture_of(self, row: str) -> Path:
         line = self.accepted[row]

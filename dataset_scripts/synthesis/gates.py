@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from echo4o.dataset_scripts.contamination import PromptIndex, normalise
 from echo4o.dataset_scripts.pictures import Picture, check_picture
 from echo4o.dataset_scripts.synthesis import vocabulary
 from echo4o.dataset_scripts.synthesis.recipe import Gates, Recipe
-
-HASH_BITS = 192
 
 
 class Reason(StrEnum):
@@ -80,26 +79,31 @@ class InstructionGates:
             del self.taken[normalise(text)]
 
 
-@dataclass
 class PictureGates:
-    """Decodes, size and aspect, duplicates of accepted pictures."""
+    """Decodes, size and aspect, duplicates of accepted pictures (`accepted`: row -> how its picture looks)."""
 
-    recipe: Recipe
-    accepted: dict[str, int] = field(default_factory=dict)  # row -> perceptual hash
+    def __init__(self, recipe: Recipe, accepted: dict[str, bytes]):
+        self.recipe = recipe
+        self._rows, self._looks = list(accepted), bytearray(b"".join(accepted.values()))
 
-    def check(self, part: str, data: bytes) -> tuple[Picture, int]:
-        """The picture and its perceptual hash; raises [`Rejected`]."""
+    def check(self, part: str, data: bytes) -> tuple[Picture, bytes]:
+        """The picture and how it looks; raises [`Rejected`]."""
         picture = check_picture(data)
         if picture.reason is not None:
             raise Rejected(Reason.UNDECODABLE, f"{picture.reason}: {picture.detail}")
         if self.recipe.gates.size:
             _check_size(picture, self.recipe.image_model(part).size)
-        seen, most = perceptual_hash(data), self.recipe.gates.duplicate_pictures
-        if most is not None:
-            near = next((row for row, other in self.accepted.items() if (seen ^ other).bit_count() <= most), None)
-            if near:
-                raise Rejected(Reason.DUPLICATE_PICTURE, f"it looks like that of {near}")
+        seen, most = look(data), self.recipe.gates.duplicate_pictures
+        if most is not None and self._rows:
+            others = np.frombuffer(bytes(self._looks), np.uint8).reshape(len(self._rows), -1)
+            apart = np.abs(others.astype(np.int16) - np.frombuffer(seen, np.uint8)).mean(1)
+            if apart.min() <= most:
+                raise Rejected(Reason.DUPLICATE_PICTURE, f"it looks like that of {self._rows[int(apart.argmin())]}")
         return picture, seen
+
+    def accept(self, row: str, seen: bytes) -> None:
+        self._rows.append(row)
+        self._looks += seen
 
 
 def _check_size(picture: Picture, asked: str) -> None:
@@ -112,17 +116,10 @@ def _check_size(picture: Picture, asked: str) -> None:
         raise Rejected(Reason.WRONG_SIZE, f"{picture.width} x {picture.height} instead of {width} x {height}")
 
 
-def perceptual_hash(data: bytes) -> int:
-    """192 bits: for each colour channel, in a grid of 8 x 8, whether it gets brighter to the right."""
+def look(data: bytes) -> bytes:
+    """A picture in 8 x 8 pixels of three colours."""
     with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB").resize((9, 8), Image.Resampling.BOX)
-    bits = 0
-    for channel in small.split():
-        values = channel.tobytes()
-        for row in range(8):
-            for left, right in zip(values[row * 9 : row * 9 + 8], values[row * 9 + 1 : row * 9 + 9]):
-                bits = bits << 1 | (right > left + 1)
-    return bits
+        return image.convert("RGB").resize((8, 8), Image.Resampling.BOX).tobytes()
 
 
 def instructions_of(rows: Iterable[dict]) -> dict[str, str]:

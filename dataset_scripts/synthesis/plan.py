@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from echo4o.dataset_scripts.synthesis.recipe import Endpoint, Recipe
 from echo4o.dataset_scripts.synthesis.rows import Task
 
-# Tokens of a call: asked with and answered, as the prompts of wording.py and the judge's come out.
-_TOKENS = {"text": (220, 60), "image": (60, 0), "edit": (60, 0), "judge": (1400, 150)}
+# Tokens of a call: asked with and answered, as the prompts of wording.py and the judge's come out. Those of pictures count
+# only where the recipe prices pictures by their tokens.
+_TOKENS = {"text": (220, 60), "image": (60, 1100), "edit": (1500, 1100), "judge": (1400, 150)}
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def guess(role: str, model: Endpoint) -> float | None:
     if price.picture is None and price.input is None and price.output is None:
         return None
     asked, answered = _TOKENS[role]
+    if price.picture is not None:
+        answered = 0
     tokens = (asked * (price.input or 0.0) + answered * (price.output or 0.0)) / 1e6
     return tokens + (price.picture or 0.0)
 

@@ -145,7 +145,8 @@ class Gates(_Strict):
     pictures: int = Field(3, gt=0)  # drawn for one row at most, until one passes
     answers: int = Field(3, gt=0)  # asked for at most, until one can be used
     duplicate_instructions: bool = True
-    duplicate_pictures: int | None = Field(6, ge=0)  # of 192 bits that may differ between two "equal" ones; null: off
+    # Two pictures are the same when their 8 x 8 miniatures differ by no more than this, of 255, on average; null: off
+    duplicate_pictures: float | None = Field(2.0, ge=0)
     blocked: tuple[str, ...] | Path | None = None  # words, or a file of them; null: a short list that comes along
     size: bool = True  # as asked for, or at least of that aspect
     contamination: Contamination | None = Contamination()

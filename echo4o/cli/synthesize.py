@@ -64,6 +64,7 @@ def synthesize(
         finish(sheet, shlex.join(again))
     elif outcome.decided < outcome.planned:
         finish(out, shlex.join(again))
+        raise typer.Exit(1)
     else:
         finish(out / DATASET, shlex.join(["echo4o", "dataset", "build", str(out / DATASET), "--out", f"{out}-built"]))
 

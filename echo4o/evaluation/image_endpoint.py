@@ -10,7 +10,7 @@ from echo4o.evaluation.judges.base import Answer, JudgeFault
 from echo4o.evaluation.judges.endpoint import OpenAIEndpoint, message_of, public
 
 _MODERATION = ("moderation_blocked", "content_policy_violation", "content_filter")
-_MODERATION_WORDS = ("safety system", "content policy", "moderation")
+_MODERATION_WORDS = ("safety system", "content policy", "content management policy", "content filter", "moderation")
 _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
 
@@ -91,10 +91,12 @@ def _named(number: int, data: bytes) -> tuple[str, bytes, str]:
 
 
 def _is_moderation(error) -> bool:
-    said = message_of(error).lower()
-    return error.code in _MODERATION or (
-        error.status_code in (400, 403) and any(words in said for words in _MODERATION_WORDS)
-    )
+    return error.code in _MODERATION or (error.status_code in (400, 403) and tells_of_moderation(message_of(error)))
+
+
+def tells_of_moderation(message: str) -> bool:
+    """Whether a server's words mean that the content was refused, not the request."""
+    return any(words in message.lower() for words in _MODERATION_WORDS)
 
 
 async def missing_models(models: list[OpenAIEndpoint]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from echo4o.evaluation.benchmarks.base import PROMPTS, Aspect, Benchmark, Prompt
 from echo4o.evaluation.benchmarks.genevalpp import Correct, GenEvalPP
 from echo4o.evaluation.calls import AnswerCache, BudgetReached, Caller, Gate, Interrupts, Policy, Stop, Stopped
 from echo4o.evaluation.folder import Records
-from echo4o.evaluation.image_endpoint import Drawing, ImageModel, missing_models
+from echo4o.evaluation.image_endpoint import Drawing, ImageModel, missing_models, tells_of_moderation
 from echo4o.evaluation.judge import digest
 from echo4o.evaluation.judges import Answer, Judge, JudgeFault, Question, make_judge
 from echo4o.evaluation.judges import reading as readings
@@ -79,7 +79,7 @@ class RobustCalls:
 
     def __init__(self, recipe: Recipe, out: Path, budget: float | None = None, see: bool = True):
         self.recipe, self.out, self.see = recipe, out, see
-        self.stop, self._locks = Stop(), {}
+        self.stop, self._locks, self._identities = Stop(), {}, {}
         self.models = _make_models(recipe)
         _require_prices(recipe, self.models, budget)
         self.purse = Purse(out / SPENDING, budget)
@@ -190,10 +190,15 @@ class RobustCalls:
             path.write_bytes(data)
         return Picture(path, digest_)
 
+    def _identity(self, role: str) -> dict[str, Any]:
+        if role not in self._identities:
+            self._identities[role] = self.models[role].identity()
+        return self._identities[role]
+
     async def _ask(self, role: str, question, content: list) -> Answer:
         """An answer, kept or paid for; what is asked twice at once is paid once."""
         caller = self.callers[role]
-        key = digest([caller.judge.identity(), *content])
+        key = digest([self._identity(role), *content])
         lock = self._locks.setdefault(key, asyncio.Lock())
         try:
             async with lock:
@@ -222,6 +227,8 @@ class RobustCalls:
             return Ended()
         if fault.retry:
             return Unanswered(f"{role}: {fault} ({fault.kind})")
+        if tells_of_moderation(str(fault)):
+            return Refused(role if role in ("text", "judge") else "image", str(fault))
         if not self.purse.calls.get(role):  # nothing of this kind ever worked: it is the request, not the row
             self.stop.set(ValueError(f"models.{role}: {model.name} does not take our request: {fault} ({fault.kind})"))
             return Ended()

@@ -3,36 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from echo4o.cli import app
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
+from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
 from tests.openai_server import KEY, Fault
-
-PARTS = {"surreal_fantasy": 8, "multi_reference": 4, "instruction_following": 7}
-
-
-def run(*arguments, code: int = 0) -> str:
-    """What the command says on both streams."""
-    result = CliRunner().invoke(app, ["dataset", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def accepted(out) -> list[dict]:
-    return [row for file in sorted((out / "dataset").glob("*/rows-*.jsonl")) for row in lines(file)]
-
-
-def ends(out) -> list[str]:
-    return sorted(row["row"] for row in accepted(out) + lines(out / "rejected.jsonl"))
-
-
-def planned() -> list[str]:
-    return sorted(f"{part}-{number:06d}" for part, rows in PARTS.items() for number in range(rows))
 
 
 def test_three_recipes_end_to_end(server, recipe, tmp_path):
@@ -137,11 +111,6 @@ def test_another_recipe_is_refused_in_the_same_folder(server, recipe, tmp_path):
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
-def one_part(recipe, rows: int = 3, **changes):
-    """Only complex instruction following."""
-    return recipe(surreal_fantasy=None, multi_reference=None, instruction_following__rows=rows, **changes)
-
-
 def test_a_wrong_picture_is_drawn_again_and_given_up_in_the_end(server, recipe, tmp_path):
     file, out = one_part(recipe, gates__verify=True), tmp_path / "made"
     texts = {}
@@ -181,7 +150,7 @@ def test_a_paraphrase_that_loses_the_structure_is_not_used(server, recipe, tmp_p
     [
         ({"gates__blocked": ["seen"]}, "blocked content"),
         ({"models__image__size": "128x64"}, "wrong size"),
-        ({"gates__duplicate_pictures": 192}, "duplicate picture"),
+        ({"gates__duplicate_pictures": 255}, "duplicate picture"),
     ],
 )
 def test_gates_reject_with_their_reason(server, recipe, tmp_path, changes, reason):

@@ -1,0 +1,149 @@
+"""Faults, interruptions and budgets: every planned row ends exactly once, and what was paid for is not paid for again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from echo4o.evaluation.folder import Records
+from tests.dataset_scripts.synthesis.running import accepted, ends, lines, one_part, planned, run
+from tests.openai_server import KEY, Fault
+
+ROOT = Path(__file__).parents[3]
+FAULTS = [
+    Fault("http_429", retry_after=0.05, times=2, of="generate"),
+    Fault("http_500", times=2, of="chat"),
+    Fault("nothing", times=2),
+    Fault("no_picture", of="generate"),
+    Fault("not_json", of="chat"),
+    Fault("late", delay=0.1, times=2),
+    Fault("no_choices", of="chat"),
+    Fault("cut", match="Say this instruction"),
+    Fault("http_503", times=1, of="edit"),
+]
+
+
+def test_faults_are_overcome(server, recipe, tmp_path):
+    server.inject(*FAULTS)
+    said = run("synthesize", recipe(), "--out", tmp_path / "made")
+    assert "19 accepted, 0 rejected" in said
+    assert ends(tmp_path / "made") == planned() and max(server.paid.values()) == 1
+
+
+def test_what_is_not_answered_stays_open_until_it_is(server, recipe, tmp_path):
+    server.inject(Fault("http_500", times=6, of="generate"))
+    out = tmp_path / "made"
+    said = run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out, code=1)
+    left = 3 - len(ends(out))
+    assert left and f"{left} not made yet" in said and "has no end yet: image: the server was told to fail" in said
+    run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out)
+    assert len(ends(out)) == 3 and max(server.paid.values()) == 1
+
+
+def test_a_server_that_only_fails_stops_the_run(server, recipe, tmp_path):
+    server.inject(Fault("http_500", times=10_000, of="generate"))
+    file = one_part(recipe, rows=60, rate__give_up_after=3, rate__tries=1)
+    said = run("synthesize", file, "--out", tmp_path / "made", code=2)
+    assert "judgements in a row failed" in said and not ends(tmp_path / "made")
+
+
+def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):
+    server.inject(Fault("half_picture", of="generate"))
+    out = tmp_path / "made"
+    run("synthesize", one_part(recipe), "--out", out)
+    assert len(accepted(out)) == 3
+    (step,) = [step for step in lines(out / "steps.jsonl") if step.get("rejected") == "undecodable picture"]
+    assert "truncated" in step["detail"].lower() or "IEND" in step["detail"]
+
+
+def test_a_request_that_is_never_taken_stops_the_run(server, recipe, tmp_path):
+    server.inject(Fault("http_400", message="size 64x64 is not supported", times=99, of="generate"))
+    said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
+    assert "models.image: openai:painter does not take our request: size 64x64 is not supported" in said
+    assert not ends(tmp_path / "made")
+
+
+def test_the_budget_ends_the_run_and_a_higher_one_goes_on(server, recipe, tmp_path):
+    out, sums = tmp_path / "made", []
+    for budget in (0.05, 0.12, 5):
+        said = run("synthesize", recipe(), "--out", out, "--budget", budget, code=0 if budget == 5 else 2)
+        sums.append(sum(line["usd"] for line in Records(out / "spending.jsonl")))
+        assert sums[-1] <= budget
+        if budget < 5:
+            assert "the budget of" in said and "higher --budget" in said and "what was paid for is kept" in said
+    assert sums[0] > 0.02 and sums[1] > 0.09, "the budget is used"
+    assert ends(out) == planned() and max(server.paid.values()) == 1
+    assert sum(server.paid.values()) == len(list(Records(out / "spending.jsonl")))
+
+
+def command(file, out, *more) -> subprocess.Popen:
+    arguments = [
+        sys.executable,
+        "-m",
+        "tests.dataset_scripts.synthesis.running",
+        "synthesize",
+        file,
+        "--out",
+        out,
+        *more,
+    ]
+    return subprocess.Popen(
+        list(map(str, arguments)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OPENAI_API_KEY": KEY},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how, at", [(signal.SIGKILL, 25), (signal.SIGINT, 40)])
+def test_interrupted_and_resumed(server, recipe, tmp_path, how, at):
+    """Killed or interrupted in the middle; the second run makes the rest and pays only for that."""
+    server.latency = 0.02
+    out, file = tmp_path / "made", recipe(rate__concurrency=4)
+    child = command(file, out)
+    deadline = time.monotonic() + 60
+    while len(server.calls) < at and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(how)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == (-9 if how == signal.SIGKILL else 130), said
+    before = ends(out)
+    assert len(before) < 19
+    run("synthesize", file, "--out", out)
+    assert ends(out) == planned() and len(accepted(out)) == 19
+    assert set(before) <= set(ends(out))
+    assert max(server.paid.values()) == 1
+    again = sum(count - 1 for count in Counter(call.key for call in server.calls if call.key).values())
+    assert again <= (8 if how == signal.SIGKILL else 0), "only what was open when it was killed is asked for again"
+    steps = Counter((step["row"], step["step"], step["attempt"]) for step in lines(out / "steps.jsonl"))
+    assert max(steps.values()) == 1
+
+
+def test_a_torn_line_is_no_row(server, recipe, tmp_path):
+    out, file = tmp_path / "made", one_part(recipe)
+    run("synthesize", file, "--out", out)
+    (rows,) = (out / "dataset").glob("*/rows-*.jsonl")
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-20])
+    paid = sum(server.paid.values())
+    run("synthesize", file, "--out", out)
+    assert len(rows.read_bytes().splitlines()) == 3 and len(ends(out)) == 3
+    assert sum(server.paid.values()) == paid
+
+
+def test_two_processes_do_not_share_a_folder(server, recipe, tmp_path):
+    from echo4o.dataset_scripts.synthesis.folder import Folder
+
+    with Folder(tmp_path / "made"):
+        assert "another process" in run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
+
+
+def test_calls_keep_to_the_rate(server, recipe, tmp_path):
+    start = time.monotonic()
+    run("synthesize", one_part(recipe, rate__per_minute=1200, rows=10), "--out", tmp_path / "made", "--no-probe")
+    drawn = sum(call.kind == "generate" for call in server.calls)
+    assert drawn == 10 and time.monotonic() - start >= 9 * 0.05
+    assert server.peak <= 3 * 4, "concurrency holds for each of three models"
