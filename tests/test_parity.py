@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack
 
 from .parity.__main__ import main
+from .parity.c_prefill import Chain, chain_of
 from .parity.g_packing import latent_grids
 from .parity.golden import Record
 from .parity.report import EXACT, SINGLE, Report, Row, distance
@@ -130,6 +132,48 @@ def test_unknown_files_and_pictures_are_not_passed_over(copy):
     assert failures(copy, "m") == {"h_audio.json:": "file not checked", "inputs:img_z.png": "picture not checked"}
 
 
+def own_checkpoint(copy: Path) -> Path:
+    (copy / "checkpoint").unlink()
+    return shutil.copytree(GOLDEN / "checkpoint", copy / "checkpoint", copy_function=shutil.copyfile)
+
+
+def test_files_of_the_checkpoint_that_nothing_reads_are_not_passed_over(copy):
+    checkpoint = own_checkpoint(copy)
+    names = ["more.safetensors", "model.safetensors.index.json", "ema-00001-of-00001.safetensors", "model.bin"]
+    for name in names:
+        (checkpoint / name).write_bytes(b"{}")
+    assert failures(copy, "m") == {f"checkpoint:{name}": "file not checked" for name in names}
+
+
+def test_shards_named_by_the_index_are_read(copy):
+    checkpoint = own_checkpoint(copy)
+    shard = checkpoint / "ema-00001-of-00001.safetensors"
+    (checkpoint / "ema.safetensors").rename(shard)
+    weight_map = dict.fromkeys(load_file(shard), shard.name)
+    (checkpoint / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert failures(copy, "m") == {}
+    shutil.copy(checkpoint / "ae.safetensors", checkpoint / "ema-00002-of-00001.safetensors")
+    assert failures(copy, "m") == {"checkpoint:ema-00002-of-00001.safetensors": "file not checked"}
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({}, []),
+        ({"eos_token_id": [318, 316]}, []),
+        ({"eos_token_id": 317}, ["has the one that ends an answer", "as in llm_config.json"]),
+        ({"eos_token_id": [318, 4]}, ["no special tokens"]),
+        ({"bos_token_id": 317}, ["as in llm_config.json"]),
+        ({"pad_token_id": 5}, ["no special tokens"]),
+    ],
+)
+def test_generation_config_agrees_with_the_tokenizer(copy, change, rows):
+    file = own_checkpoint(copy) / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | change))
+    key = next(iter(change), "")
+    assert list(failures(copy, "m")) == [f"manifest:generation_config.{key}: {row}" for row in rows]
+
+
 @pytest.mark.parametrize("name", ["a_vit.json", "a_vit.safetensors"])
 def test_half_a_file_fails(copy, name):
     (copy / name).unlink()
@@ -190,6 +234,42 @@ def test_alterations_elsewhere_fail_too(copy, stem, name, row):
 
     change_tensors(copy, change, stem)
     assert f"{stem}:{row}" in failures(copy, stem[0])
+
+
+def test_image_guidance_without_pictures(copy):
+    """The original guides by an image-free branch that is the condition itself. Guidance by 2.5 with an image scale of
+    2 is then guidance by 1 + 2 * 1.5 = 4, which was recorded."""
+    name = "t2i_global_interval_0.4_1.0"
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(GOLDEN / f"c_inference_t2i{suffix}", copy)
+
+    def change(content):
+        case = content["trajectories"][name]
+        case["hyper"] |= {"cfg_text_scale": 2.5, "cfg_img_scale": 2.0}
+        case["step_cfg_img_scale"] = [2.0 if s > 1 else 1.0 for s in case["step_cfg_text_scale"]]
+        case["step_cfg_text_scale"] = [2.5 if s > 1 else 1.0 for s in case["step_cfg_text_scale"]]
+        for key in ("prefill", "flow"):
+            del content[key]
+        content["trajectories"] = {name: case}
+        content["tensors"] = {n: v for n, v in content["tensors"].items() if n.startswith(name)}
+
+    change_json(copy, change, "c_inference_t2i")
+
+    def keep(tensors):
+        for other in [n for n in tensors if not n.startswith(name)]:
+            del tensors[other]
+
+    change_tensors(copy, keep, "c_inference_t2i")
+    assert failures(copy, "c") == {}
+    change_json(copy, lambda j: j["trajectories"][name]["hyper"].update(cfg_img_scale=2.1), "c_inference_t2i")
+    assert f"c_inference_t2i:{name}.final_latent_tokens" in failures(copy, "c")
+
+
+def test_flows_go_on_from_the_chain_that_ends_where_they_say():
+    chains = [Chain(SimpleNamespace(length=20, position=p), None) for p in (20, 3)]
+    assert [chain_of({"kv_len": 20, "rope_position": p}, chains) for p in (20, 3)] == chains
+    with pytest.raises(ValueError, match="no chain of prefills ends with 20 tokens at position 4"):
+        chain_of({"kv_len": 20, "rope_position": 4}, chains)
 
 
 def test_sizes_are_exact(copy):

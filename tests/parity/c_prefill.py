@@ -40,8 +40,16 @@ def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:
             _check_prefill(pipe, golden, chains[-1], item, file.tensors.under(name), check.of(name))
     for name, flow in file.json["flow"].items():
         with check.trying(name):
-            chain = next(c for c in chains if c.cache.length == flow["kv_len"])
-            _check_flow(pipe, chain, flow, file.tensors.under(name), check.of(name))
+            _check_flow(pipe, chain_of(flow, chains), flow, file.tensors.under(name), check.of(name))
+
+
+def chain_of(flow, chains: list[Chain]) -> Chain:
+    """The chain that a flow goes on from: chains of one length may end at different positions."""
+    wanted = (flow["kv_len"], flow["rope_position"])
+    found = [chain for chain in chains if (chain.cache.length, chain.cache.position) == wanted]
+    if not found:
+        raise ValueError(f"no chain of prefills ends with {wanted[0]} tokens at position {wanted[1]}")
+    return found[0]
 
 
 def _segment(pipe, golden, item, tensors, check) -> Segment:

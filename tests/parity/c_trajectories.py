@@ -56,11 +56,17 @@ def _arguments(golden, pipe, case, tensors) -> dict:
             arguments[ours] = hyper[theirs]
     patch = pipe.transformer.config.latent_patch_size
     _, _, height, width = tensors["decode_in"].shape
+    # On its own the image branch does nothing in the original; ours refuses it.
+    image_scale = hyper["cfg_img_scale"] if hyper["cfg_text_scale"] > 1 else 1.0
+    if image_scale > 1 and not pictures:
+        # A caller who asks for it without a picture is refused, but a checkpoint may be configured so.
+        task = pipe.config.presets["text_to_image"] | {"image_guidance_scale": image_scale}
+        pipe.register_to_config(presets=pipe.config.presets | {"text_to_image": task})
+        image_scale = None
     return arguments | {
         "num_inference_steps": hyper["num_timesteps"] - 1,
         "guidance_scale": hyper["cfg_text_scale"],
-        # On its own the image branch does nothing in the original; ours refuses it.
-        "image_guidance_scale": hyper["cfg_img_scale"] if hyper["cfg_text_scale"] > 1 else 1.0,
+        "image_guidance_scale": image_scale,
         "guidance_interval": tuple(hyper["cfg_interval"]),
         "guidance_renorm": hyper["cfg_renorm_type"],
         "guidance_renorm_min": hyper["cfg_renorm_min"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from echo4o.modeling.bagel.options_bagel import THINK_PROMPTS
+from echo4o.modeling.bagel.original_configs import read_original_jsons
+from echo4o.modeling.bagel.weights_bagel import read_json
 
 from .f_transforms import make_image
 from .g_packing import special_tokens
@@ -34,7 +36,27 @@ def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:
             check(f"images.{name}.pixels", np.array(picture), np.array(pattern))
     for name, ours in (("vlm_think", "text"), ("gen_think", "image")):
         check(f"system_prompts.{name}", THINK_PROMPTS[ours], json["system_prompts"][name])
+    with check.trying("generation_config"):
+        _check_generation(golden, json["special_tokens"]["eos_token_id"], check.of("generation_config"))
     json.note("transforms", "versions")  # each file repeats its transforms, and they are checked there
+
+
+def _check_generation(golden, eos: int, check) -> None:
+    """Token ids of generation_config.json, which no code reads, against what is read: tokenizer, manifest, llm_config."""
+    folder = golden.directory / "checkpoint"
+    if not (folder / "generation_config.json").is_file():
+        return
+    content = read_json(folder / "generation_config.json")
+    llm = read_original_jsons(folder)[0]
+    special = set(golden.components["tokenizer"].added_tokens_decoder)
+    for key, value in content.items():
+        if key.endswith("_token_id") and value is not None:
+            ids = value if isinstance(value, list) else [value]
+            check(f"{key}: no special tokens", [i for i in ids if i not in special], [])
+            if key == "eos_token_id":
+                check(f"{key}: has the one that ends an answer", eos in ids, True)
+            if type(value) is type(llm.get(key)):
+                check(f"{key}: as in llm_config.json", value, llm[key])
 
 
 def _check_config(golden, config, check) -> None:
