@@ -17,7 +17,8 @@ from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, p
 from .parity.__main__ import main
 from .parity.c_prefill import Chain, chain_of
 from .parity.g_packing import latent_grids
-from .parity.golden import Record
+from .parity.golden import GoldenSet, Record
+from .parity.recorder import build_pipeline
 from .parity.report import EXACT, SINGLE, Report, Row, distance
 from .parity.run import FILES, REST, run
 
@@ -263,6 +264,13 @@ def test_image_guidance_without_pictures(copy):
     assert failures(copy, "c") == {}
     change_json(copy, lambda j: j["trajectories"][name]["hyper"].update(cfg_img_scale=2.1), "c_inference_t2i")
     assert f"c_inference_t2i:{name}.final_latent_tokens" in failures(copy, "c")
+
+
+def test_bounds_on_pictures_are_those_of_the_golden_file():
+    bounds = {"max_image_size": 60, "min_image_size": 20, "image_stride": 16, "max_pixels": 1500}
+    transforms = Record({"vae_transform": bounds, "vit_transform": bounds | {"image_stride": 14}})
+    limits = build_pipeline(GoldenSet(GOLDEN), transforms).vae_limits
+    assert (limits.max_size, limits.min_size, limits.max_pixels, limits.stride) == (60, 20, 1500, 16)
 
 
 def test_flows_go_on_from_the_chain_that_ends_where_they_say():

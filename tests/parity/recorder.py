@@ -28,7 +28,10 @@ def build_pipeline(golden: GoldenSet, transforms: Record, shift: float | None = 
     # A copy, always: the recorder looks over the shoulder of this one.
     changes = {} if shift is None else {"shift": shift}
     components["scheduler"] = type(components["scheduler"]).from_config(components["scheduler"].config, **changes)
-    pipe = Echo4oPipeline(**components, **bounds, max_references=64)
+    pipe = Echo4oPipeline(**components, max_references=64)
+    pipe.register_to_config(
+        **bounds
+    )  # afterwards: the original takes bounds that no checkpoint may be configured with
     pipe.set_progress_bar_config(disable=True)
     for ours, theirs in (("vae_limits", "vae_transform"), ("vision_limits", "vit_transform")):
         assert getattr(pipe, ours).stride == transforms[theirs]["image_stride"], theirs
