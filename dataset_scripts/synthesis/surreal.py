@@ -7,7 +7,7 @@ from echo4o.dataset_scripts.synthesis import vocabulary, wording
 from echo4o.dataset_scripts.synthesis.calls import Unreadable
 from echo4o.dataset_scripts.synthesis.recipe import SurrealFantasy
 from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, article, json_object, listed, one_line
-from echo4o.dataset_scripts.synthesis.vocabulary import Vocabulary, holds, words_of
+from echo4o.dataset_scripts.synthesis.vocabulary import Vocabulary, holds
 
 PROPERTIES = ("colour", "shape", "size", "material", "surroundings", "time")
 CATEGORIES = {
@@ -119,12 +119,12 @@ def _break(sketch: dict, values: list[str]) -> tuple[str, list[str], tuple[dict,
         "time": f"{a} appears in {value}, where it cannot belong",
         "environment": f"{a} is found at {value}, where it never is",
     }[kind]
-    return note, [things[0], _telling(value)], ()
+    return note, [things[0], _telling(kind, value)], ()
 
 
-def _telling(value: str) -> str:
-    """The word of a value that an instruction cannot do without: its longest."""
-    return max(words_of(value).split(), key=len)
+def _telling(kind: str, value: str) -> str:
+    """What of a value an instruction cannot do without."""
+    return vocabulary.shipped(_LISTS[kind]).plurals.get(value, value)
 
 
 def _holding(answer: str, must: list[str]) -> str:

@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parent / "vocabulary.yaml"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One list of words; `plurals` holds the irregular ones."""
+    """One list of words; `plurals` holds what stands behind a bar: of things, the irregular plurals."""
 
     name: str
     words: tuple[str, ...]

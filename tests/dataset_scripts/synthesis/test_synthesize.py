@@ -200,3 +200,22 @@ def test_refusals_are_recorded_as_such(server, recipe, tmp_path):
     calls = len(server.calls)
     run("synthesize", one_part(recipe), "--out", out)
     assert len(server.calls) == calls, "a refusal is an answer: nobody is asked again"
+
+
+def test_references_come_from_a_built_dataset(server, recipe, tmp_path):
+    run("synthesize", one_part(recipe, rows=14), "--out", tmp_path / "made")
+    run("build", tmp_path / "made" / "dataset", "--out", tmp_path / "built", "--workers", 1)
+    source = {"path": str(tmp_path / "built"), "types": {"object": ["counting"], "animal": ["color_attr"]}}
+    combining = {"surreal_fantasy": None, "instruction_following": None, "gates__verify": False}
+    file = recipe(multi_reference__references=source, multi_reference__rows=5, **combining)
+    run("synthesize", file, "--out", tmp_path / "combined")
+    rows = accepted(tmp_path / "combined")
+    assert len(rows) == 5 and {of["type"] for row in rows for of in row["references"]} == {"object", "animal"}
+    shown = (tmp_path / "combined" / "dataset" / "Multi-Reference-Image" / rows[0]["input_images"][0]).read_bytes()
+    originals = (tmp_path / "made" / "dataset").rglob("*.png")
+    assert shown in [path.read_bytes() for path in originals]
+    strangers = recipe(multi_reference__references=source | {"types": {"person": ["portrait"]}}, **combining)
+    said = " ".join(run("synthesize", strangers, "--out", tmp_path / "none", code=2).split())
+    assert "no row is of the subject types person; its column category holds" in said and "counting" in said
+    strangers = recipe(multi_reference__references=source | {"type_column": "kind"}, **combining)
+    assert "has no column 'kind'" in run("synthesize", strangers, "--out", tmp_path / "none", code=2)
