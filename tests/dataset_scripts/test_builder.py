@@ -8,6 +8,7 @@ from echo4o.dataset_scripts.builder import Echo4oImage
 from echo4o.dataset_scripts.features import features
 from echo4o.quickstart.detector import check, detect
 from echo4o.quickstart.shapes import render_upstream, sample
+from tests.dataset_scripts.layout import picture, write_rows, write_tar
 
 ROWS = {"surreal_fantasy": 11, "multi_reference": 9, "instruction_following": 28}
 
@@ -85,3 +86,20 @@ def test_bad_arguments_are_named(tmp_path):
         Echo4oImage(config_name="poems", data_dir=str(tmp_path), cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="holds nothing for the configuration multi_reference"):
         builder("multi_reference", tmp_path, tmp_path).as_streaming_dataset(split="train")
+
+
+def test_options_of_the_reader(tmp_path):
+    source = tmp_path / "source"
+    write_tar(source / "Multi-Reference" / "0.tar", [("a.png", picture(1)), ("c.png", picture(2)[:-30])], "w")
+    rows = [{"prompt": "i", "inputs": ["a.png"], "result": name} for name in ("a.png", "c.png")]
+    write_rows(source / "Multi-Reference" / "rows.jsonl", rows)
+    pairs = ["image=result", "reference_images=inputs", "instruction=prompt"]
+    options = {"data_dir": str(source), "cache_dir": str(tmp_path / "cache"), "map": pairs}
+    read = list(Echo4oImage(config_name="multi_reference", **options).as_streaming_dataset(split="train"))
+    assert [row["instruction"] for row in read] == ["i"]
+    strict = Echo4oImage(config_name="multi_reference", max_rejected=0, **options)
+    with pytest.raises(ValueError, match="more than max_rejected=0 rows are rejected; the last: truncated"):
+        list(strict.as_streaming_dataset(split="train"))
+    with pytest.raises(ValueError, match="which is no known shape"):
+        unmapped = Echo4oImage(config_name="all", data_dir=str(source), cache_dir=str(tmp_path / "cache"))
+        list(unmapped.as_streaming_dataset(split="train"))

@@ -373,6 +373,14 @@ def test_header_verification_sees_a_cut(tmp_path, kind):
     assert len(rows) == 1 and reasons(findings) == {Reason.TRUNCATED: 1}
 
 
+def test_damage_inside_a_picture_is_seen_by_decoding(tmp_path):
+    damaged = bytearray(picture(1, "PNG", 256))
+    damaged[len(damaged) // 2] ^= 0xFF
+    one_part(tmp_path, [row(0)], [("00000.png", bytes(damaged))])
+    assert len(read(tmp_path, verify="header")[0]) == 1
+    assert reasons(read(tmp_path)[1]) == {Reason.UNDECODABLE: 1}
+
+
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         Source(tmp_path / "nowhere")
