@@ -99,18 +99,21 @@ def frozen_dtype(recipe: Recipe) -> torch.dtype:
 def _quantized(model: str) -> BagelTransformer2DModel:
     from diffusers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["proj_in", "proj_out", "time_embed", "lm_head"],
-    )
     try:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["proj_in", "proj_out", "time_embed", "lm_head"],
+        )
         return BagelTransformer2DModel.from_pretrained(
             model, subfolder="transformer", quantization_config=settings, dtype=torch.bfloat16
         )
-    except ImportError as error:
-        raise RecipeError(f"tune.quantize: nf4 needs bitsandbytes: pip install bitsandbytes ({error})") from error
+    except (ImportError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"tune.quantize: nf4 needs a GPU and bitsandbytes (pip install bitsandbytes): {text}"
+        ) from error
 
 
 def set_up(model: TrainedModel, recipe: Recipe) -> None:
