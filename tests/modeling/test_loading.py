@@ -357,6 +357,21 @@ def test_injected_lora_layers_are_not_saved_as_plain_weights(folder, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_models_are_compared_with_the_files_that_they_came_from(copy):
+    """What a bare machine does with components that diffusers has loaded; the process of test_remote_code.py does it."""
+    names = set(load_file(copy / "vae/diffusion_pytorch_model.safetensors"))
+    vae = AutoencoderKL.from_pretrained(copy / "vae")
+    assert set(loading_bagel._tensors_of_origin(vae)) == names
+    vae.save_pretrained(copy / "vae", variant="bf16")
+    (copy / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert set(loading_bagel._tensors_of_origin(AutoencoderKL.from_pretrained(copy / "vae", variant="bf16"))) == names
+    vae.peft_config = {"default": None}
+    assert loading_bagel._tensors_of_origin(vae) == {}
+    made = AutoencoderKL.from_config(vae.config)
+    made.register_to_config(_name_or_path=None)
+    assert [loading_bagel._tensors_of_origin(x) for x in (made, None, torch.nn.Linear(1, 1), "text")] == [{}] * 4
+
+
 def test_code_that_would_not_travel_is_refused(folder, tmp_path):
     (tmp_path / "a.py").write_text("from .b import x\n")
     (tmp_path / "b.py").write_text("def f():\n    from .c import x\n")
