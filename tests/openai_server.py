@@ -312,7 +312,7 @@ def _handler(server: OpenAIServer):
             if fault.kind == "not_json":
                 return self._send(200, None, raw=b"<html>a proxy's login page</html>", content_type="text/html")
             if fault.kind == "moderation":
-                return self._fail(400, "Your request was rejected by the safety system.", {}, "moderation_blocked")
+                return self._fail(400, "Your request was not accepted.", {}, "moderation_blocked")
             if call.kind != "chat":
                 return self._send(200, _spoiled_picture(fault, server.paint(call)))
             if server.write is not None and not call.images:

@@ -82,7 +82,7 @@ class Surreal:
 
 
 def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
-    """The first values that are none of the usual ones: one per thing that is broken."""
+    """The first values that are none of the usual ones: one per thing that is broken. Unreadable when there is none."""
     kind = sketch["break"]
     if kind == "combination":
         return []
@@ -90,7 +90,9 @@ def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
     values, chosen = list(sketch["values"]), []
     for thing in sketch["objects"]:
         unusual = [value for value in values if not holds(known[thing][about], value)]
-        chosen.append((unusual or values)[0])
+        if not unusual:
+            raise Unreadable(f"nothing in the list would be a break: {known[thing][about]!r} is usual of {thing}")
+        chosen.append(unusual[0])
         values.remove(chosen[-1])
     return chosen
 
@@ -113,7 +115,7 @@ def _break(sketch: dict, values: list[str]) -> tuple[str, list[str], tuple[dict,
         return f"{a} and {article(other)} have grown together into one single thing", things, ()
     value = values[0]
     note = {
-        "shape": f"{a} has the shape of a {value}",
+        "shape": f"{a} has the shape of {article(value)}",
         "size": f"{a} is {value}, which its surroundings show",
         "material": f"{a} is made of {value}",
         "time": f"{a} appears in {value}, where it cannot belong",

@@ -165,15 +165,27 @@ def test_gates_reject_with_their_reason(server, recipe, tmp_path, changes, reaso
 
 def test_duplicate_instructions_are_drawn_once(server, recipe, tmp_path):
     write = server.write
-    server.write = lambda call: "A lamp made of glass stands here." if "The break" in call.text else write(call)
-    (tmp_path / "given" / "objects.txt").write_text("lamp\nlamp post\nlamp of glass\n")
-    changes = {"surreal_fantasy__breaks": ["material"], "surreal_fantasy__rows": 4, "gates__answers": 1}
+    everything = (
+        "A heart, star, triangle, cross, circle, square and ring as cube, ball, spiral, pyramid, cone or ribbon"
+    )
+    server.write = lambda call: everything if "The break" in call.text else write(call)
+    changes = {"surreal_fantasy__breaks": ["shape"], "surreal_fantasy__rows": 4}
     file = recipe(multi_reference=None, instruction_following=None, gates__verify=False, **changes)
-    run("synthesize", file, "--out", tmp_path / "made")
-    reasons = sorted(row["reason"] for row in lines(tmp_path / "made" / "rejected.jsonl"))
-    drawn = sum(call.kind == "generate" for call in server.calls)
-    assert len(accepted(tmp_path / "made")) == drawn <= 1
-    assert set(reasons) <= {"duplicate instruction", "no usable instruction"} and len(reasons) + drawn == 4
+    out = tmp_path / "made"
+    run("synthesize", file, "--out", out, "--preview", 2)
+    run("synthesize", file, "--out", out)
+    assert [row["instruction"] for row in accepted(out)] == [everything]
+    assert [row["reason"] for row in lines(out / "rejected.jsonl")] == ["duplicate instruction"] * 3
+    assert sum(call.kind == "generate" for call in server.calls) == 1
+
+
+def test_a_request_that_one_row_cannot_make_is_told(server, recipe, tmp_path):
+    out, file = tmp_path / "made", one_part(recipe)
+    run("synthesize", file, "--out", out, "--preview", 1)
+    server.inject(Fault("http_400", message="the prompt is odd", of="generate"))
+    assert "2 accepted, 1 rejected (1 request not accepted)" in run("synthesize", file, "--out", out)
+    (row,) = lines(out / "rejected.jsonl")
+    assert row["detail"] == "image: the prompt is odd (http_400)"
 
 
 def test_benchmark_prompts_are_refused_by_default(server, recipe, tmp_path):
@@ -196,7 +208,7 @@ def test_refusals_are_recorded_as_such(server, recipe, tmp_path):
     said = run("synthesize", one_part(recipe), "--out", out, "--no-probe")
     reasons = {row["reason"]: row["detail"] for row in lines(out / "rejected.jsonl")}
     assert set(reasons) == {"refused by the image model", "refused by the text model"}
-    assert "safety system" in reasons["refused by the image model"] and "1 accepted" in said
+    assert "not accepted" in reasons["refused by the image model"] and "1 accepted" in said
     calls = len(server.calls)
     run("synthesize", one_part(recipe), "--out", out)
     assert len(server.calls) == calls, "a refusal is an answer: nobody is asked again"

@@ -78,6 +78,8 @@ def test_a_break_is_unusual():
     known = {"lemon": dict.fromkeys(PROPERTIES, "Yellow, or green")}
     sketch = {"break": "colour", "objects": ["lemon"], "values": ["yellow", "green", "blue", "red"]}
     assert _values(sketch, known) == ["blue"]
+    with pytest.raises(Unreadable, match="is usual of lemon"):
+        _values(sketch | {"values": ["green", "yellow"]}, known)
 
 
 def test_the_plan_is_the_same_every_time_and_has_no_two_equal_rows():
