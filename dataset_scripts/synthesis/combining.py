@@ -73,8 +73,9 @@ def _template(chosen: list[ReferencePicture], rng: random.Random) -> str:
         return f"{wording.TAKES[picture.kind].format(label=label)} from image {number}"
 
     taken = [take(n, p) for n, p in enumerate(chosen, start=1) if p.kind != "scene"]
-    scene = f", in the place of image {len(chosen)}" if chosen[-1].kind == "scene" else ""
-    return rng.choice(wording.TOGETHER).format(things=listed(taken), scene=scene)
+    scene = f", with the place from image {len(chosen)} as its scene" if chosen[-1].kind == "scene" else ""
+    words = wording.TOGETHER if len(taken) > 1 else wording.ALONE
+    return rng.choice(words).format(things=listed(taken), scene=scene)
 
 
 def _naming_all(answer: str, count: int) -> str:

@@ -56,3 +56,4 @@ TOGETHER = (
     "Make one picture of {things}{scene}.",
     "Combine {things} side by side{scene}.",
 )
+ALONE = ("Make one picture of {things}{scene}.", "Show {things}{scene}.")
