@@ -296,14 +296,6 @@ class CachedSampleMaker(SampleMaker):
         return super().prepare([decoded(row)])[0]
 
 
-def use_cache(trainer, folder: Path) -> None:
-    """Let a `Trainer` read its rows from a cache."""
-    batches = trainer.batches
-    rows = batches.rows if hasattr(batches, "rows") else next(iter(batches.lanes.values())).rows
-    rows.maker = CachedSampleMaker(trainer.pipeline, rows.maker.dropout, rows.maker.seed, folder)
-    rows.sources[:] = [undecoded(source) for source in rows.sources]
-
-
 # --- the command ----------------------------------------------------------------------------------------------------
 
 

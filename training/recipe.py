@@ -36,7 +36,7 @@ def _no_is_a_word(value: Any) -> Any:
 
 
 class Objective(_Strict):
-    """The losses (golden/bagel/README.md) and the dropout of conditions; defaults are the original's."""
+    """The losses (tests/parity/golden/README.md) and the dropout of conditions; defaults are the original's."""
 
     time_shift: float = Field(1.0, gt=0)
     mse_weight: float = Field(1.0, ge=0)
@@ -125,6 +125,7 @@ class Recipe(_Strict):
 
     model: str  # pipeline folder or Hub repository to start from
     output_dir: Path
+    latents: Path | None = None  # what `echo4o dataset precompute` wrote: its rows are read instead of encoded
     data: Annotated[tuple[Data, ...], BeforeValidator(_as_list), Field(min_length=1)]
     tune: Annotated[Full | Lora, Field(discriminator="method")] = Full()
     objective: Objective = Objective()

@@ -32,6 +32,7 @@ from echo4o.training.model import TrainedModel, cast, load_pipeline, set_up, tra
 from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import build_optimizers
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
+from echo4o.training.precompute import CachedSampleMaker, undecoded
 from echo4o.training.recipe import Lora, Objective, Recipe, RecipeError, dump_recipe, load_recipe, parse_changes
 from echo4o.training.samples import Dropout, SampleMaker, TrainingBatch
 from echo4o.training.watch import Watch
@@ -124,7 +125,11 @@ class Trainer:
     def _batches(self, sources: list):
         recipe, objective, accelerator = self.recipe, self.recipe.objective, self.accelerator
         dropout = Dropout(objective.text_dropout, objective.vit_dropout, objective.vae_dropout)
-        maker = SampleMaker(self.pipeline, dropout, recipe.seed)
+        if recipe.latents is None:
+            maker = SampleMaker(self.pipeline, dropout, recipe.seed)
+        else:
+            maker = CachedSampleMaker(self.pipeline, dropout, recipe.seed, recipe.latents)
+            sources = [undecoded(source) for source in sources]
         rows = Rows(sources, [data.weight for data in recipe.data], maker, recipe.seed, recipe.cache_mb * 10**6)
         sides = (
             self.pipeline.transformer.config.max_latent_size,

@@ -25,5 +25,5 @@ def precompute(
 
     rows = run(dataset, model, out, name, split)
     say(f"{rows} rows, encoded:")
-    settings = ["--set", f"model={model}", "--set", f"data.path={dataset}"]
+    settings = ["--set", f"model={model}", "--set", f"data.path={dataset}", "--set", f"latents={out}"]
     finish(out, shlex.join(["echo4o", "train", "lora_single_gpu", *settings]))
