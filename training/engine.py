@@ -36,7 +36,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=str(recipe.output_dir),
         step_scheduler_with_optimizer=False,
     )
-    _refuse_less(accelerator, recipe)
+    try:
+        _refuse_less(accelerator, recipe)
+    except RecipeError:
+        # Accelerate notes the plugin in the environment, where the process's next run would read it as its launcher's.
+        if recipe.sharding == "fsdp2":
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+        raise
     return accelerator
 
 

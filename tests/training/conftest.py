@@ -1,9 +1,11 @@
 """A tiny random BAGEL and a few rows of the dataset's form."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 CHECKPOINT = Path(__file__).parents[1] / "parity" / "golden" / "checkpoint"
@@ -29,6 +31,17 @@ def row(index: int, references: int = 0, size: tuple[int, int] = (64, 64)) -> di
         "source": "test",
         "metadata": None,
     }
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Accelerate keeps settings in the environment and in a shared state: no test may inherit another's."""
+    before = dict(os.environ)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
