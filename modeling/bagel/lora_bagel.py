@@ -1,16 +1,22 @@
-"""LoRA on the pipeline: `load_lora_weights`, `save_lora_weights`, `set_adapters`, `fuse_lora`, ...
+"""LoRA on the pipeline: `load_lora_weights`, `save_lora_adapter`, `set_adapters`, `fuse_lora`, ...
 
-diffusers does the work; here is what it would get wrong for this model: pickled adapters are refused, folders written by
-PEFT itself load (diffusers would load nothing and only warn), and alpha, rsLoRA and DoRA survive because the adapter's
-configuration travels with the weights.
+diffusers and PEFT do the work; here is what they would get wrong without a word: pickles, adapters that fit in part or
+not at all, a lost alpha, a fused scale that stays, another adapter switched on when the active one is deleted.
 """
 
-import json
+import contextlib
+import functools
+import math
+import numbers
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
-from safetensors.torch import load_file
+
+from .lora_files_bagel import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, read_adapter
 
 # Regular expressions for LoraConfig(target_modules=...): all matrices of an expert's layers.
 _MATRICES = r"(to_q|to_k|to_v|to_out|ff\.(gate_proj|up_proj|down_proj))"
@@ -19,7 +25,18 @@ LORA_TARGETS = {
     "und": rf"layers\.\d+\.und\.{_MATRICES}",
     "both": rf"layers\.\d+\.(gen|und)\.{_MATRICES}",
 }
-_PEFT_PREFIX = "base_model.model."
+_PREFIX = "transformer."
+
+
+def scales_lora(call):
+    """Decorator of a pipeline's method: its `attention_kwargs={"scale": s}` holds for the adapters during the call."""
+
+    @functools.wraps(call)
+    def scaled(self, *args, **kwargs):
+        with self.lora_scaled(kwargs.get("attention_kwargs")):
+            return call(self, *args, **kwargs)
+
+    return scaled
 
 
 class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -27,33 +44,287 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
+    lora_targets = LORA_TARGETS
+
+    # --- reading and writing ---
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """Adapter weights, named `transformer.*`, from a folder, file or Hub repository, or as given in a dict.
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs):
+        """Adapter weights, named `transformer.*`, from a file, a folder, a Hub repository, or as given in a dict.
 
-        Raises ValueError for pickled weights and for a PEFT folder whose configuration is missing.
+        `return_lora_metadata` adds the adapter's configuration (None: there is none). `weight_name`, `subfolder`,
+        `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in diffusers.
+        Raises ValueError for pickled or damaged weights and for a PEFT folder without its configuration.
         """
-        if kwargs.get("use_safetensors") is False:
+        if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False asks for pickled weights, which are not loaded.")
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, dict) and (Path(source) / "adapter_model.safetensors").is_file():
-            state, metadata = _read_peft_folder(Path(source))
-            return (state, metadata) if kwargs.get("return_lora_metadata") else state
-        return super().lora_state_dict(source, **{**kwargs, "use_safetensors": True})
-
-
-def _read_peft_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights and configuration in diffusers' form from what `PeftModel.save_pretrained` writes."""
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise ValueError(
-            f"{folder} holds adapter_model.safetensors without adapter_config.json: its alpha is unknown."
+        state, settings = (
+            (dict(source), None) if isinstance(source, dict) else read_adapter(find_adapter(source, **kwargs))
         )
-    config = json.loads(config_file.read_text("utf-8"))
-    state = load_file(folder / "adapter_model.safetensors")
-    foreign = [name for name in state if not name.startswith(_PEFT_PREFIX)]
-    if foreign:
-        raise ValueError(f"{folder} is no PEFT adapter of this model: {foreign[0]!r} lacks {_PEFT_PREFIX!r}.")
-    weights = {f"transformer.{name.removeprefix(_PEFT_PREFIX)}": tensor for name, tensor in state.items()}
-    return weights, {f"transformer.{key}": value for key, value in config.items()}
+        return (state, settings) if return_lora_metadata else state
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        config=None,
+        low_cpu_mem_usage: bool = True,
+        **kwargs,
+    ) -> None:
+        """Put an adapter into the transformer and make it the active one.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: as for `lora_state_dict`: what `save_lora_adapter`, the recipes or
+                PEFT's `save_pretrained` wrote, or weights named `transformer.*`.
+            adapter_name: for `set_adapters`; None takes the first free `default_N`.
+            hotswap: replace the weights of the adapter of that name in place (no recompilation).
+            config: a `LoraConfig` or its options, for weights that come without.
+
+        Raises:
+            ValueError: anything that would load in part, without effect or with an unknown alpha; the pipeline is
+                as it was.
+        """
+        loaded = getattr(self.transformer, "peft_config", {})
+        name = self._name_of_new(adapter_name, loaded, hotswap)
+        self._require_unfused("load an adapter")
+        state, settings = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        settings = config if config is not None else settings
+        if settings is None:
+            raise ValueError(
+                "The adapter comes without its configuration, so that its alpha is unknown: give it with "
+                "config=LoraConfig(r=..., lora_alpha=..., target_modules=...)."
+            )
+        settings = lora_config(settings)
+        if foreign := [n for n in state if not n.startswith(_PREFIX)]:
+            raise ValueError(f"The adapter does not belong to this model: {foreign[0]!r} is none of {_PREFIX}*.")
+        check_adapter(self.transformer, {n.removeprefix(_PREFIX): t for n, t in state.items()}, settings)
+        self.transformer.load_lora_adapter(
+            dict(sorted(state.items())),  # diffusers judges the format by the first name
+            metadata={f"{_PREFIX}{n}": v for n, v in settings.to_dict().items()},
+            adapter_name=name,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage and not hotswap,
+            _pipeline=self,
+        )
+        self.transformer._adapters_read = self.transformer.__dict__.get("_adapters_read", 0) + 1
+        if hotswap:
+            self._renew_after_hotswap(name, settings)
+
+    @staticmethod
+    def _name_of_new(name: str | None, loaded: dict, hotswap: bool) -> str:
+        if hotswap:
+            if name not in loaded:
+                raise ValueError(f"hotswap=True replaces an adapter; {name!r} is none of {sorted(loaded)}.")
+            return name
+        if name is None:
+            return next(n for i in range(len(loaded) + 1) if (n := f"default_{i}") not in loaded)
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"adapter_name={name!r} must be a word without a dot.")
+        if name in loaded:
+            raise ValueError(f"The adapter name {name!r} is in use: take another, or hotswap=True to replace it.")
+        return name
+
+    def _renew_after_hotswap(self, name: str, config) -> None:
+        """PEFT swaps weights and scaling alone; later set_adapters and saving read rank and alpha from these."""
+        from peft.utils.other import get_pattern_key
+
+        self.transformer.peft_config[name] = config
+        for key, layer in self._lora_layers():
+            if name in layer.r:
+                for values, pattern, default in (
+                    (layer.r, config.rank_pattern, config.r),
+                    (layer.lora_alpha, config.alpha_pattern, config.lora_alpha),
+                ):
+                    values[name] = pattern.get(get_pattern_key(pattern.keys(), key), default)
+
+    def save_lora_adapter(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str = DIFFUSERS_FILE
+    ) -> Path:
+        """Write an adapter, with its configuration in the file's header, and return the file.
+
+        `adapter_name` may be left out while there is only one. Raises ValueError for an unknown or ambiguous name.
+        """
+        from peft.utils import get_peft_model_state_dict
+
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        loaded = sorted(getattr(transformer, "peft_config", {}))
+        if adapter_name is None and len(loaded) == 1:
+            adapter_name = loaded[0]
+        if adapter_name not in loaded:
+            raise ValueError(f"adapter_name={adapter_name!r} must be one of the loaded adapters: {loaded}.")
+        state = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+        ranks = {key: layer.r[adapter_name] for key, layer in self._lora_layers() if adapter_name in layer.r}
+        for name, tensor in state.items():  # ranks grow to the largest one under enable_lora_hotswap
+            if tensor.is_meta:
+                raise ValueError("The adapter's weights are offloaded; call remove_all_hooks() and save again.")
+            if name.endswith("lora_A.weight"):
+                state[name] = tensor[: ranks[name.removesuffix(".lora_A.weight")]]
+            elif name.endswith("lora_B.weight"):
+                state[name] = tensor[:, : ranks[name.removesuffix(".lora_B.weight")]]
+        self.save_lora_weights(
+            save_directory,
+            transformer_lora_layers={n: t.detach().cpu().contiguous() for n, t in state.items()},
+            weight_name=weight_name,
+            transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
+        )
+        return Path(save_directory, weight_name)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function=None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict | None = None,
+    ) -> None:
+        """As in diffusers, for weights at hand; `save_lora_adapter` saves a loaded adapter by its name.
+
+        Raises ValueError without weights or configuration, and for pickles; NotADirectoryError for a file's path.
+        """
+        if not transformer_lora_layers or not transformer_lora_adapter_metadata:
+            raise ValueError(
+                "Give transformer_lora_layers and transformer_lora_adapter_metadata (the LoraConfig as a dict): an "
+                "adapter without its alpha cannot be loaded."
+            )
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for pickled weights, which are not written.")
+        if Path(save_directory).is_file():
+            raise NotADirectoryError(f"{save_directory} is a file; adapters are saved into a folder.")
+        plain = {n: sorted(v) if isinstance(v, set) else v for n, v in transformer_lora_adapter_metadata.items()}
+        super().save_lora_weights(
+            save_directory,
+            transformer_lora_layers=transformer_lora_layers,
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            transformer_lora_adapter_metadata=plain,
+        )
+
+    # --- using ---
+
+    def _lora_layers(self) -> Iterator[tuple[str, Any]]:
+        """Name and module of the layers that hold adapters."""
+        if not getattr(self.transformer, "peft_config", None):
+            return
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name.removeprefix("_orig_mod.").replace("._orig_mod", ""), module
+
+    def _require_adapters(self, names) -> None:
+        loaded = sorted(getattr(self.transformer, "peft_config", {}))
+        if not loaded:
+            raise ValueError("No adapter is loaded; load_lora_weights comes first.")
+        if unknown := sorted(set(names) - set(loaded)):
+            raise ValueError(f"There is no adapter {', '.join(map(repr, unknown))}; loaded are {', '.join(loaded)}.")
+
+    def _require_unfused(self, what: str) -> None:
+        if any(layer.merged_adapters for _, layer in self._lora_layers()):
+            raise ValueError(
+                f"An adapter is fused into the weights; to {what}, call unfuse_lora() first, or unload_lora_weights() "
+                "to keep its effect for good."
+            )
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None) -> None:
+        """Make these adapters the active ones, with these weights (1.0 where left out)."""
+        self._require_adapters([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        self._require_unfused("choose adapters")
+        super().set_adapters(adapter_names, adapter_weights)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Remove adapters; those that were active beside them stay active, and no other one is switched on."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._require_adapters(names)
+        self._require_unfused("delete an adapter")
+        active = [n for n in self.get_active_adapters() if n not in names]
+        super().delete_adapters(names)
+        for _, layer in self._lora_layers():
+            layer.set_adapter(active)
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """Add the active adapters (or `adapter_names`), times `lora_scale`, to the weights: no cost per call any more.
+
+        Raises ValueError when adapters are fused already, and when one stays active beside them: layers with fused
+        weights compute no others.
+        """
+        chosen = self.get_active_adapters() if adapter_names is None else list(adapter_names)
+        self._require_adapters(chosen)
+        self._require_unfused("fuse again")
+        if beside := sorted(set(self.get_active_adapters()) - set(chosen)):
+            raise ValueError(
+                f"{', '.join(beside)} would have no effect beside fused adapters: fuse all, or set_adapters."
+            )
+        layers = [layer for _, layer in self._lora_layers()]
+        before = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            for name in chosen:
+                if name in layer.scaling:
+                    layer.scaling[name] = layer.scaling[name] * lora_scale
+        self.transformer._scaling_before_fuse = before  # unfusing subtracts by the fused scaling, then restores this
+        super().fuse_lora(components or ["transformer"], safe_fusing=safe_fusing, adapter_names=chosen, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs) -> None:
+        """Take fused adapters out of the weights again; they stay loaded and active. Exact to rounding."""
+        super().unfuse_lora(components or ["transformer"], **kwargs)
+        before = self.transformer.__dict__.pop("_scaling_before_fuse", ())
+        for (_, layer), scaling in zip(self._lora_layers(), before):
+            layer.scaling.update(scaling)
+
+    @contextlib.contextmanager
+    def lora_scaled(self, attention_kwargs: dict | None) -> Iterator[None]:
+        """diffusers' `attention_kwargs={"scale": s}`: the active adapters' weights times `s`, until the block ends.
+
+        Raises ValueError for anything else in it, and where there is nothing to scale.
+        """
+        scale = 1.0 if attention_kwargs is None else _read_scale(attention_kwargs)
+        if scale == 1.0:
+            yield
+            return
+        self._require_adapters(())
+        self._require_unfused("scale it")
+        layers = [layer for _, layer in self._lora_layers()]
+        before = [dict(layer.scaling) for layer in layers]
+        try:
+            for layer in layers:
+                for name in layer.active_adapters:
+                    if name in layer.scaling:
+                        layer.scaling[name] = layer.scaling[name] * scale
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
+
+    def lora_state(self) -> tuple:
+        """What of the adapters decides the transformer's numbers: equal for equal ones, for whoever keeps results."""
+        used = [
+            (name, tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters)
+            + tuple((adapter, float(scale)) for adapter, scale in layer.scaling.items())
+            for name, layer in self._lora_layers()
+        ]
+        return (self.transformer.__dict__.get("_adapters_read", 0), *used)
+
+
+def _read_scale(options: dict) -> float:
+    if not isinstance(options, dict) or set(options) - {"scale"}:
+        raise ValueError(
+            f'attention_kwargs={options!r} is not possible: it takes {{"scale": number}} and nothing else.'
+        )
+    scale = options.get("scale", 1.0)
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f'attention_kwargs={{"scale": {scale!r}}} must be a finite number.')
+    return float(scale)

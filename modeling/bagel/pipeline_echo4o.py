@@ -27,7 +27,8 @@ from .inputs_bagel import (
     read_requests,
 )
 from .loading_bagel import PortablePipelineMixin
-from .lora_bagel import Echo4oLoraLoaderMixin
+from .lora_bagel import Echo4oLoraLoaderMixin, scales_lora
+from .lora_files_bagel import find_adapter  # noqa: F401 - as above
 from .options_bagel import image_limits, read_options
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
@@ -300,6 +301,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
     # --- public calls -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @scales_lora
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -324,6 +326,8 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        *,
+        attention_kwargs: dict | None = None,
     ) -> Echo4oPipelineOutput | tuple:
         """Draw pictures.
 
@@ -348,6 +352,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every update; may
                 return changed latents, and may stop the run by setting `pipeline._interrupt = True`.
+            attention_kwargs: {"scale": s} multiplies the weights of the active adapters by `s` for this call.
 
         Returns:
             [`Echo4oPipelineOutput`], or (images, texts) with `return_dict=False`.
@@ -438,6 +443,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         return on_step_end
 
     @torch.no_grad()
+    @scales_lora
     def chat(
         self,
         prompt: str | list[str],
@@ -447,6 +453,8 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         do_sample: bool = False,
         temperature: float = 0.3,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        attention_kwargs: dict | None = None,
     ) -> str | list[str]:
         """Answer questions, about pictures or without.
 
@@ -458,6 +466,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             think: reason first; the reasoning is part of the answer.
             max_new_tokens: of each answer.
             generator: one per answer, used with `do_sample`.
+            attention_kwargs: as in the pipeline's call.
 
         Returns:
             The answer, or a list of answers for a list of prompts.
