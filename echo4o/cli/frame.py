@@ -12,14 +12,25 @@ from typer.core import TyperGroup
 
 MISTAKE = 2
 INTERRUPTED = 130
+# Whatever these say, they say about files, networks and templates, not about our code. By name: importing them would
+# slow every command down.
+OUTSIDE = {"datasets", "httpx2", "huggingface_hub", "jinja2", "openai", "safetensors", "tarfile", "yaml", "zipfile"}
 
 
 class Group(TyperGroup):
     """Runs a command and turns a user's mistake into one line on stderr (exit code 2) instead of a traceback.
 
-    A mistake is whatever the package or the system refuses: ``ValueError``, ``OSError``, weights that cannot be read,
-    a missing optional module, memory that does not suffice. Anything else is a bug of ours and keeps its traceback.
+    A mistake is whatever the package, the system or the network refuses: ``ValueError``, ``OSError``, errors of the
+    libraries in ``OUTSIDE``, a missing optional module, memory that does not suffice. Anything else is a bug of ours
+    and keeps its traceback.
     """
+
+    def main(self, *args, **options):
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # before a command ran: --help and --version into a full disk
+            say_error(explain(error) or str(error))
+            sys.exit(MISTAKE)
 
     def invoke(self, ctx):
         try:
@@ -45,10 +56,12 @@ def explain(error: Exception) -> str | None:
         if not isinstance(error, ModuleNotFoundError) or missing in ("", "echo4o"):
             return None
         return f"the Python module '{missing}' is not installed: pip install {missing}"
-    # By name: importing torch or safetensors for their classes would slow every command down.
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name for the same reason
         return f"out of memory: {error}\ntry a smaller picture (--height, --width), fewer pictures, or --device cpu"
-    if type(error).__name__ == "SafetensorError":
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    library = type(error).__module__.partition(".")[0]
+    if library == "safetensors":
         return f"the weights cannot be read: {error}"
     if isinstance(error, OSError):
         # The output was closed early (`echo4o info | head`): the command line's frame ends quietly.
@@ -56,7 +69,7 @@ def explain(error: Exception) -> str | None:
             return None
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}"
-    elif not isinstance(error, ValueError):
+    elif not isinstance(error, ValueError) and library not in OUTSIDE:
         return None
     return str(error).strip() or type(error).__name__
 
@@ -76,5 +89,5 @@ def finish(results: list[Path] | Path | None, next_command: str) -> None:
     if results is not None:
         for path in [results] if isinstance(results, Path) else results:
             print(path)
-    sys.stdout.flush()
+    print(end="", flush=True)  # a full disk is told here, not behind the last line
     say(f"next: {next_command}")
