@@ -8,8 +8,11 @@ the generation expert `gen` owns VAE latent tokens. Projections, norms and MLPs 
 Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D head size, C channels of a latent token.
 """
 
+import copy
 import functools
+import inspect
 import math
+import numbers
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,18 +229,18 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
 
 
 def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """Cosine and sine for [`rotate`]: each (tokens, 1, D)."""
+    """Cosine and signed sine for [`rotate`]: each (tokens, 1, D)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angles = position.float()[:, None] / theta**exponent  # (tokens, D/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = position.float()[:, None, None] / theta**exponent  # (tokens, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary embedding of (tokens, heads, D) in the half-split convention of Qwen2."""
-    cos, sin = angles
+    cos, signed_sin = angles
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), signed_sin)
 
 
 class BagelFeedForward(nn.Module):
@@ -403,7 +406,9 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BagelBlock"]
     _repeated_blocks = ["BagelBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "time_embed", "proj_in", "proj_out", "embed_tokens"]
+    # What the release's numbers do not forgive in 8 or 4 bits: what latents and time come in by, and what leaves.
+    _not_quantized = ["proj_in", "proj_out", "time_embed", "lm_head"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_not_quantized]
 
     @register_to_config
     def __init__(
@@ -421,6 +426,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         max_latent_size: int = 64,
     ):
         super().__init__()
+        _check_options(self)
         if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
             raise ValueError(
                 f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}, and that "
@@ -447,6 +453,8 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         release's 28 GB of bfloat16 would become 56 GB of float32."""
         given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
         return super().from_pretrained(
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
@@ -543,6 +551,27 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             und_states=und,
             gen_states=gen,
         )
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value, default = model.config.get(name), parameter.default
+        if default is parameter.empty:
+            continue
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _exempting(config, names: list[str]):
+    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    config = copy.copy(config)
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(config, option, names) is None:
+            setattr(config, option, list(names))
+    return config
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

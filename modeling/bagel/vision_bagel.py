@@ -4,7 +4,10 @@ Pictures of different sizes run side by side without padding: layers that work t
 attention runs picture by picture.
 """
 
+import copy
+import inspect
 import math
+import numbers
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +77,8 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer"]
     _repeated_blocks = ["SiglipEncoderLayer"]
-    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", "patch_embed"]
+    _not_quantized = ["patch_embed", "connector"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", *_not_quantized]
 
     @register_to_config
     def __init__(
@@ -92,6 +96,7 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         output_size: int = 3584,
     ):
         super().__init__()
+        _check_options(self)
         siglip = SiglipVisionConfig(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -116,6 +121,8 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         the transformer beside it."""
         given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
         return super().from_pretrained(
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
@@ -141,6 +148,27 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         connected = self.connector(x)
         embeds = connected + self.pos_embed[position_ids].to(connected.dtype)
         return BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value, default = model.config.get(name), parameter.default
+        if default is parameter.empty:
+            continue
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _exempting(config, names: list[str]):
+    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    config = copy.copy(config)
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(config, option, names) is None:
+            setattr(config, option, list(names))
+    return config
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

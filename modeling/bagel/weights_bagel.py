@@ -171,8 +171,15 @@ def nonfinite_names(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[s
     """Names of the floating tensors that hold NaN or infinity; one pass, no copy of any tensor."""
     bad = []
     for name, tensor in named_tensors:
-        # aminmax hands NaN on. It does not exist for the one-byte floats, which only quantised weights use.
-        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() and not tensor.is_meta:
+        # aminmax hands NaN on. It does not exist for the one-byte floats and the tensor classes of quantized weights.
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        if (
+            plain
+            and tensor.is_floating_point()
+            and tensor.element_size() > 1
+            and tensor.numel()
+            and not tensor.is_meta
+        ):
             low, high = torch.aminmax(tensor.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 bad.append(name)

@@ -396,3 +396,21 @@ def test_published_names_collide_with_nothing_in_diffusers(folder):
     stems = [p.stem for p in folder.rglob("*.py")]
     assert len(stems) == len(set(stems)) >= 5
     assert [s for s in stems if hasattr(diffusers.pipelines, s)] == []
+
+
+@pytest.mark.parametrize(
+    "component, name, value, wanted",
+    [
+        ("transformer", "hidden_size", "64", "a whole number above 0"),
+        ("transformer", "num_layers", 2.5, "a whole number above 0"),
+        ("transformer", "num_key_value_heads", 0, "a whole number above 0"),
+        ("transformer", "rope_theta", True, "a number above 0"),
+        ("vision_model", "patch_size", None, "a whole number above 0"),
+        ("vision_model", "hidden_act", 7, "a text"),
+    ],
+)
+def test_configurations_of_the_wrong_type(copy, component, name, value, wanted):
+    file = copy / component / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    assert f"{name}={value!r} in the config.json of a Bagel" in refused(copy, ValueError)
+    assert refused(copy, ValueError).endswith(f"must be {wanted}.")
