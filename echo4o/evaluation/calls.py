@@ -238,7 +238,7 @@ class AnswerCache:
             return None
 
     def put(self, key: str, answer: Answer, run: str) -> None:
-        data = json.dumps({"answer": asdict(answer), "run": run}, ensure_ascii=False)
+        data = json.dumps({"answer": asdict(answer), "run": run})  # ASCII: escapes keep what is no valid Unicode, too
         write_atomically(self._path(key), data.encode())
 
 
@@ -305,7 +305,7 @@ class Caller:
         wait = min(wait, self.policy.longest_wait) * random.uniform(0.5, 1.0)
         if fault.wait is not None:
             wait = max(fault.wait, wait if fault.wait == 0 else 0.0)
-        if fault.kind == "http_429":
+        if fault.kind == "http_429" and wait <= self.policy.longest_request:
             self.gate.slow_down(began, wait)
         if not fault.retry or number == self.policy.tries or wait > self.policy.longest_request:
             return None

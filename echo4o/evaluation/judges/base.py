@@ -46,11 +46,20 @@ class JudgeFault(Exception):
         retry: whether the same call may succeed later.
         wait: seconds that the server asked to wait for.
         fatal: no other call can succeed either (a wrong key, no such model).
+        code: what the server itself calls it, such as "model_not_found".
     """
 
-    def __init__(self, kind: str, message: str, retry: bool = False, wait: float | None = None, fatal: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        retry: bool = False,
+        wait: float | None = None,
+        fatal: bool = False,
+        code: str | None = None,
+    ):
         super().__init__(message)
-        self.kind, self.retry, self.wait, self.fatal = kind, retry, wait, fatal
+        self.kind, self.retry, self.wait, self.fatal, self.code = kind, retry, wait, fatal, code
 
 
 class Judge(ABC):

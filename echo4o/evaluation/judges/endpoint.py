@@ -13,6 +13,11 @@ from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question, j
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRY_STATUS = {408, 409, 425, 429}
+# What some servers say with a status that is otherwise about one request: no other request can succeed either.
+_FATAL_CODES = {
+    "model_not_found", "invalid_api_key", "insufficient_quota", "billing_hard_limit_reached", "billing_not_active",
+    "account_deactivated",
+}  # fmt: skip
 
 
 class OpenAIEndpoint:
@@ -42,6 +47,12 @@ class OpenAIEndpoint:
             raise ValueError(
                 f"the environment variable {key_variable} is not set: it holds the key of the {what} {self.name} at "
                 f"{public(self.url)} (a server without keys takes any value: {key_variable}=none)"
+            )
+        if not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
+            # It would break the header, and the error about that would quote it.
+            raise ValueError(
+                f"the key in {key_variable} holds a character that no key has (a line break, a blank or a letter outside "
+                "ASCII): copy it again"
             )
         self.timeout = timeout
         self._client = None
@@ -76,12 +87,16 @@ class OpenAIEndpoint:
         return JudgeFault("bad_response", self.redact(f"the response is broken: {error}"), retry=True)
 
     def _fault_of_status(self, error) -> JudgeFault:
-        status, message = error.status_code, self.redact(message_of(error))
+        status, message = error.status_code, self.told(error)
         retry = status in RETRY_STATUS or status >= 500
-        out_of_money = status == 429 and "insufficient_quota" in f"{error.code} {message}"
-        fatal = status in (401, 402, 403, 404, 405) or out_of_money
+        out_of_money = status == 429 and "insufficient_quota" in message
+        fatal = status in (401, 402, 403, 404, 405) or error.code in _FATAL_CODES or out_of_money
         wait = wait_of(error.response.headers) if retry else None
-        return JudgeFault(f"http_{status}", message, retry=retry and not fatal, wait=wait, fatal=fatal)
+        return JudgeFault(f"http_{status}", message, retry and not fatal, wait, fatal, error.code)
+
+    def told(self, error) -> str:
+        """The server's message in one line; cut when the key is out of it, so that no part of the key stays."""
+        return self.redact(message_of(error))[:300]
 
     def redact(self, text: str) -> str:
         """Servers quote keys in what they say; nothing they say is kept with the key in it."""
@@ -173,8 +188,8 @@ class OpenAIJudge(OpenAIEndpoint, Judge):
             text=self.redact(choice.message.content or ""),
             refusal=self.redact(refusal) if refusal else None,
             cut=choice.finish_reason == "length",
-            input_tokens=usage.prompt_tokens if usage else 0,
-            output_tokens=usage.completion_tokens if usage else 0,
+            input_tokens=getattr(usage, "prompt_tokens", 0) or 0,
+            output_tokens=getattr(usage, "completion_tokens", 0) or 0,
         )
 
 
@@ -188,7 +203,7 @@ def public(url: str) -> str:
 def message_of(error) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     said = body.get("message") or (body.get("error") or {}) or str(error)
-    return " ".join(str(said).split())[:300]
+    return " ".join(str(said).split())
 
 
 def _is_about_schema(message: str) -> bool:
