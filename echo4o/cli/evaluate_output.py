@@ -1,6 +1,7 @@
 """What ``echo4o evaluate`` shows: progress, scores, differences."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 from echo4o.cli.frame import say
 
@@ -21,6 +22,22 @@ def progress(what: str, shown: bool = True):
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, text="": bar.update(task, completed=done, total=total, description=text)
+
+
+@contextmanager
+def judging_progress(options):
+    """Yields the options with a bar of judgements that tells what they cost."""
+    with progress("judgements") as advance:
+
+        def on_progress(done, total, ledger):
+            spent = "" if ledger.spent is None else f", {ledger.spent:.3f} USD"
+            advance(done, total, f"{ledger.calls} calls, {ledger.input_tokens:,} tokens in{spent}")
+
+        def on_estimate(calls, tokens, usd):
+            cost = "price unknown (--price IN,OUT)" if usd is None else f"about {usd:.2f} USD"
+            say(f"{calls} judgements to pay for, about {tokens:,} input tokens, {cost}")
+
+        yield replace(options, on_progress=on_progress, on_estimate=on_estimate)
 
 
 def print_result(result: dict) -> None:
