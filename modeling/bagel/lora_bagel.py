@@ -270,6 +270,8 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 f"{', '.join(beside)} would have no effect beside fused adapters: fuse all, or set_adapters."
             )
         layers = [layer for _, layer in self._lora_layers()]
+        if any(layer.lora_bias.get(name) and layer.base_layer.bias is None for layer in layers for name in chosen):
+            raise ValueError("An adapter with lora_bias=True cannot be fused: some layers have no bias to add it to.")
         before = [dict(layer.scaling) for layer in layers]
         for layer in layers:
             for name in chosen:

@@ -22,6 +22,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' entry in the header of a safetensors file
 _PEFT_PREFIX = "base_model.model."
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
 
@@ -161,6 +162,8 @@ def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], 
         raise ValueError("The adapter is empty: it holds no weights.")
     layers = _linear_layers(transformer)
     parts: dict[str, dict[str, torch.Tensor]] = {}
+    if any(layer.weight.dtype in _FP8 for layer in layers.values()):
+        raise ValueError("Load adapters before enable_layerwise_casting: their own weights must not become 8 bit.")
     unknown = []
     for name, tensor in state.items():
         match = _PART.fullmatch(name)

@@ -21,13 +21,15 @@ CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
 WEIGHTED = ("transformer", "vision_model", "vae")
 
 
-def draw(pipe):
+def draw(pipe, **options):
     """One small picture from fixed noise, (1, 64, 64, 3); also run, as text, by processes of test_remote_code.py."""
     import torch
 
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipe("a red cat", height=64, width=64, num_inference_steps=2, latents=noise, output_type="np").images
+    return pipe(
+        "a red cat", height=64, width=64, num_inference_steps=2, latents=noise, output_type="np", **options
+    ).images
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,21 @@
-"""Adapters on the pipeline: what is saved draws the same after loading, whoever saved it."""
+"""Adapters on the pipeline: what is saved draws the same after loading, and nothing stays behind."""
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 
 from echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
 from tests.modeling.conftest import GOLDEN
 
-KINDS = {"plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "patterns": {"rank_pattern": {r"layers.0.gen.to_q": 7, "to_k": 2}, "alpha_pattern": {"layers.1.gen.to_v": 40}},
+}
 
 
 @pytest.fixture
@@ -25,22 +32,36 @@ def fresh():
     return make
 
 
-def draw(pipe):
-    generator = torch.Generator().manual_seed(0)
-    options = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
-    return pipe("a dot", generator=generator, **options).images
+@pytest.fixture
+def adapters(fresh, tmp_path):
+    """A function that saves an adapter of random weights and returns its folder: by expert, seed, options."""
+
+    def make(expert="gen", seed=0, **options):
+        pipe = fresh()
+        torch.manual_seed(seed)
+        pipe.transformer.add_adapter(config(expert=expert, **options))
+        folder = tmp_path / f"{expert}-{seed}"
+        pipe.save_lora_adapter(folder)
+        return folder
+
+    return make
 
 
-def config(kind, expert="gen"):
-    return LoraConfig(r=4, lora_alpha=13, target_modules=LORA_TARGETS[expert], init_lora_weights=False, **KINDS[kind])
+def draw(pipe, **options):
+    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    return pipe("a dot", generator=torch.Generator().manual_seed(0), **settings, **options).images
 
 
-def save(pipe, folder):
-    Echo4oPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-    )
+def config(kind="plain", expert="gen", **options):
+    options = {"r": 4, "lora_alpha": 13, **KINDS[kind], **options}
+    return LoraConfig(target_modules=LORA_TARGETS[expert], init_lora_weights=False, **options)
+
+
+def scalings(pipe):
+    return {name: dict(m.scaling) for name, m in pipe.transformer.named_modules() if hasattr(m, "scaling")}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,17 +70,29 @@ def test_saved_adapter_loads_fuses_and_leaves(fresh, tmp_path, kind):
     base = draw(trained)
     trained.transformer.add_adapter(config(kind))
     wanted = draw(trained)
-    save(trained, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    file = trained.save_lora_adapter(tmp_path)
+    assert file == tmp_path / "pytorch_lora_weights.safetensors" and list(tmp_path.iterdir()) == [file]
 
     pipe = fresh()
     pipe.load_lora_weights(tmp_path)
     assert torch.equal(draw(pipe), wanted) and (wanted - base).abs().max() > 0.1
-    pipe.fuse_lora()
-    torch.testing.assert_close(draw(pipe), wanted, atol=1e-4, rtol=0)
-    pipe.unfuse_lora()
+    pipe.save_lora_adapter(tmp_path / "again")
+    with safe_open(file, "pt") as first, safe_open(tmp_path / "again" / file.name, "pt") as second:
+        assert list(first.keys()) == list(second.keys())
+        assert all(torch.equal(first.get_tensor(n), second.get_tensor(n)) for n in first.keys())
     pipe.unload_lora_weights()
-    torch.testing.assert_close(draw(pipe), base, atol=1e-4, rtol=0)
+    assert torch.equal(draw(pipe), base)
+    assert not getattr(pipe.transformer, "peft_config", None) and not scalings(pipe)
+
+    pipe.load_lora_weights(file)
+    if kind == "bias":
+        with pytest.raises(ValueError, match="lora_bias=True cannot be fused"):
+            pipe.fuse_lora()
+        return
+    pipe.fuse_lora()
+    torch.testing.assert_close(draw(pipe), wanted, atol=2e-5, rtol=0)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(draw(pipe), wanted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,40 +104,253 @@ def test_adapters_of_peft_itself_load(fresh, tmp_path, kind):
     pipe = fresh()
     pipe.load_lora_weights(tmp_path)
     assert torch.equal(draw(pipe), wanted)
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="without adapter_config.json"):
-        fresh().load_lora_weights(tmp_path)
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 13
 
 
-def test_several_adapters_with_weights(fresh, tmp_path):
-    base = draw(fresh())
-    for index, expert in enumerate(("gen", "und")):
-        torch.manual_seed(index)
-        trained = fresh()
-        trained.transformer.add_adapter(config("plain", expert))
-        save(trained, tmp_path / expert)
-    pipe = fresh()
-    for expert in ("gen", "und"):
-        pipe.load_lora_weights(tmp_path / expert, adapter_name=expert)
-    pipe.set_adapters(["gen", "und"], [1.0, 0.0])
-    alone = fresh()
-    alone.load_lora_weights(tmp_path / "gen")
-    torch.testing.assert_close(draw(pipe), draw(alone), atol=1e-5, rtol=0)
-    pipe.set_adapters(["gen", "und"], [0.0, 0.0])
-    torch.testing.assert_close(draw(pipe), base, atol=1e-5, rtol=0)
-
-
-def test_pickled_adapters_are_refused(fresh, tmp_path):
-    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises((ValueError, OSError)):
-        fresh().load_lora_weights(tmp_path)
-    with pytest.raises(ValueError, match="pickled"):
-        fresh().load_lora_weights(tmp_path, use_safetensors=False)
+def test_weights_at_hand_load_with_a_configuration(fresh, adapters):
+    folder = adapters()
+    wanted = fresh()
+    wanted.load_lora_weights(folder)
+    state = wanted.lora_state_dict(folder)
+    for given in (config(), config().to_dict()):
+        pipe = fresh()
+        pipe.load_lora_weights(state, config=given)
+        assert torch.equal(draw(pipe), draw(wanted))
 
 
 @pytest.mark.parametrize("expert, count", [("gen", 7), ("und", 7), ("both", 14)])
 def test_presets_name_every_matrix_of_an_expert(fresh, expert, count):
     pipe = fresh()
-    pipe.transformer.add_adapter(config("plain", expert))
+    assert pipe.lora_targets == LORA_TARGETS
+    pipe.transformer.add_adapter(config(expert=expert))
     adapted = [name for name, module in pipe.transformer.named_modules() if hasattr(module, "lora_A")]
     assert len(adapted) == count * pipe.transformer.config.num_layers
+
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_several_adapters_with_weights(fresh, adapters):
+    pipe = fresh()
+    base = draw(pipe)
+    for expert in ("gen", "und"):
+        pipe.load_lora_weights(adapters(expert), adapter_name=expert)
+        assert pipe.get_active_adapters() == [expert]
+    alone = fresh()
+    alone.load_lora_weights(adapters("gen"))
+    pipe.set_adapters(["gen", "und"], [1.0, 0.0])
+    torch.testing.assert_close(draw(pipe), draw(alone), atol=1e-5, rtol=0)
+    pipe.set_adapters(["gen", "und"], [0.0, 0.0])
+    torch.testing.assert_close(draw(pipe), base, atol=1e-5, rtol=0)
+    pipe.set_adapters("gen")
+    assert torch.equal(draw(pipe), draw(alone))
+
+
+def test_names_are_given_without_collisions(fresh, adapters):
+    pipe = fresh()
+    for expert in ("gen", "und", "gen"):
+        pipe.load_lora_weights(adapters(expert))
+    assert pipe.get_list_adapters() == {"transformer": ["default_0", "default_1", "default_2"]}
+
+
+def test_disabling_and_deleting_switch_nothing_else_on(fresh, adapters):
+    pipe = fresh()
+    base = draw(pipe)
+    for index, (name, expert) in enumerate((("a", "gen"), ("b", "und"), ("c", "both"))):
+        pipe.load_lora_weights(adapters(expert, index), adapter_name=name)
+    pipe.set_adapters(["a", "c"])
+    both = draw(pipe)
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), base)
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), both)
+    pipe.delete_adapters("c")
+    assert pipe.get_active_adapters() == ["a"]
+    alone = fresh()
+    alone.load_lora_weights(adapters("gen", 0))
+    assert torch.equal(draw(pipe), draw(alone))
+    pipe.delete_adapters("a")
+    assert pipe.get_active_adapters() == [] and torch.equal(draw(pipe), base)
+    pipe.delete_adapters("b")
+    assert torch.equal(draw(pipe), base) and pipe.get_list_adapters() == {}
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def test_scale_of_a_call_is_that_of_set_adapters_and_is_gone_afterwards(fresh, adapters):
+    pipe = fresh()
+    base = draw(pipe)
+    for index in range(2):
+        pipe.load_lora_weights(adapters("both", index), adapter_name=str(index))
+    pipe.set_adapters(["0", "1"], [0.7, 0.3])
+    before, wanted = scalings(pipe), draw(pipe)
+    assert torch.equal(draw(pipe, attention_kwargs={"scale": 1.0}), wanted)
+    assert torch.equal(draw(pipe, attention_kwargs={"scale": 0}), base)
+    halved = draw(pipe, attention_kwargs={"scale": 0.5})
+    said = pipe.chat("a dot", max_new_tokens=4, attention_kwargs={"scale": 0.0})
+    assert scalings(pipe) == before and torch.equal(draw(pipe), wanted)
+    pipe.set_adapters(["0", "1"], [0.35, 0.15])
+    torch.testing.assert_close(draw(pipe), halved, atol=1e-6, rtol=0)
+    assert said == fresh().chat("a dot", max_new_tokens=4)
+
+
+def test_scale_of_a_call_ends_with_an_error(fresh, adapters):
+    pipe = fresh()
+    pipe.load_lora_weights(adapters())
+    before = scalings(pipe)
+
+    def stop(*args):
+        assert scalings(pipe) != before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, attention_kwargs={"scale": 0.3}, callback_on_step_end=stop)
+    assert scalings(pipe) == before
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"scale": "1"}, "must be a finite number"),
+        ({"scale": float("nan")}, "must be a finite number"),
+        ({"size": 1}, "and nothing else"),
+        (0.5, "and nothing else"),
+        ({"scale": 0.5}, "No adapter is loaded"),
+    ],
+)
+def test_scales_that_cannot_be_honoured(fresh, value, message):
+    with pytest.raises(ValueError, match=message):
+        draw(fresh(), attention_kwargs=value)
+
+
+# --- fuse ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_unfusing_restores_weights_and_scale(fresh, tmp_path, kind, scale):
+    trained = fresh()
+    trained.transformer.add_adapter(config(kind, "both"))
+    trained.save_lora_adapter(tmp_path)
+    pipe = fresh()
+    weights = {n: p.clone() for n, p in pipe.transformer.named_parameters()}
+    pipe.load_lora_weights(tmp_path, adapter_name="x")
+    pipe.set_adapters("x", 0.8)
+    before, drawn = scalings(pipe), draw(pipe)
+    scaled = draw(pipe, attention_kwargs={"scale": scale})
+    pipe.fuse_lora(lora_scale=scale)
+    assert pipe.num_fused_loras == 1
+    torch.testing.assert_close(draw(pipe), scaled, atol=2e-5, rtol=0)
+    pipe.unfuse_lora()
+    assert scalings(pipe) == before and pipe.num_fused_loras == 0
+    torch.testing.assert_close(draw(pipe), drawn, atol=2e-5, rtol=0)
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_" not in name:
+            torch.testing.assert_close(parameter, weights[name.replace(".base_layer", "")], atol=1e-6, rtol=0)
+
+
+def test_fused_adapters_forbid_what_would_have_no_effect(fresh, adapters):
+    pipe = fresh()
+    with pytest.raises(ValueError, match="No adapter is loaded"):
+        pipe.fuse_lora()
+    for index in range(2):
+        pipe.load_lora_weights(adapters("gen", index), adapter_name=str(index))
+    pipe.set_adapters(["0", "1"])
+    with pytest.raises(ValueError, match="1 would have no effect beside fused adapters"):
+        pipe.fuse_lora(adapter_names=["0"])
+    with pytest.raises(ValueError, match="There is no adapter 'x'; loaded are 0, 1"):
+        pipe.fuse_lora(adapter_names=["x"])
+    pipe.fuse_lora()
+    for act in (
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.set_adapters("0"),
+        lambda: pipe.delete_adapters("0"),
+        lambda: pipe.load_lora_weights(adapters("und")),
+        lambda: draw(pipe, attention_kwargs={"scale": 0.5}),
+    ):
+        with pytest.raises(ValueError, match="An adapter is fused into the weights"):
+            act()
+    pipe.unfuse_lora()
+    pipe.set_adapters("0")
+
+
+# --- hotswap ---------------------------------------------------------------------------------------------------------
+
+
+def test_hotswap_equals_loading(fresh, adapters, tmp_path):
+    first, second = adapters("gen", 0), adapters("gen", 1, r=2, lora_alpha=5)
+    alone = fresh()
+    alone.load_lora_weights(second, adapter_name="x")
+    pipe = fresh()
+    pipe.enable_lora_hotswap(target_rank=6)
+    pipe.load_lora_weights(first, adapter_name="x")
+    state = pipe.lora_state()
+    pipe.load_lora_weights(second, adapter_name="x", hotswap=True)
+    assert pipe.lora_state() != state
+    torch.testing.assert_close(draw(pipe), draw(alone), atol=1e-5, rtol=0)
+    for p in (pipe, alone):  # the rank and alpha of the new one, not of the old one
+        p.set_adapters("x", 0.5)
+    torch.testing.assert_close(draw(pipe), draw(alone), atol=1e-5, rtol=0)
+    pipe.save_lora_adapter(tmp_path / "saved")
+    again = fresh()
+    again.load_lora_weights(tmp_path / "saved", adapter_name="x")
+    again.set_adapters("x", 0.5)
+    assert torch.equal(draw(again), draw(alone))
+    with pytest.raises(ValueError, match="'y' is none of"):
+        pipe.load_lora_weights(second, adapter_name="y", hotswap=True)
+    with pytest.raises(ValueError, match="unexpected keys|does not|use_dora"):
+        pipe.load_lora_weights(adapters("gen", 3, use_dora=True), adapter_name="x", hotswap=True)
+
+
+@pytest.mark.slow
+def test_hotswap_after_compiling_does_not_compile_again(fresh, adapters):
+    first, second = adapters("gen", 0), adapters("gen", 1, r=2, lora_alpha=5)
+    alone = fresh()
+    alone.load_lora_weights(second, adapter_name="x")
+    pipe = fresh()
+    pipe.enable_lora_hotswap(target_rank=4)
+    pipe.load_lora_weights(first, adapter_name="x")
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    draw(pipe)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe.load_lora_weights(second, adapter_name="x", hotswap=True)
+        torch.testing.assert_close(draw(pipe), draw(alone), atol=1e-5, rtol=0)
+        halved = draw(pipe, attention_kwargs={"scale": 0.5})
+    alone.set_adapters("x", 0.5)
+    torch.testing.assert_close(halved, draw(alone), atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
+# --- beside other features -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_adapters_load_before_and_after_group_offload(fresh, adapters, early):
+    folder = adapters("both")
+    pipe, plain = fresh(), fresh()
+    steps = [
+        lambda: pipe.load_lora_weights(folder),
+        lambda: pipe.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1),
+    ]
+    for step in steps if early else reversed(steps):
+        step()
+    plain.load_lora_weights(folder)
+    assert torch.equal(draw(pipe), draw(plain))
+    pipe.unload_lora_weights()
+    plain.unload_lora_weights()
+    assert torch.equal(draw(pipe), draw(plain))
+
+
+def test_adapters_stay_wide_beside_8_bit_weights(fresh, adapters):
+    folder = adapters("both")
+    pipe, plain = fresh(), fresh()
+    pipe.load_lora_weights(folder)
+    plain.load_lora_weights(folder)
+    plain_drawn, base = draw(plain), draw(fresh())
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert {p.dtype for n, p in pipe.transformer.named_parameters() if "lora_" in n} == {torch.float32}
+    assert (draw(pipe) - plain_drawn).abs().max() < 0.2 * (plain_drawn - base).abs().max()
+    with pytest.raises(ValueError, match="Load adapters before enable_layerwise_casting"):
+        pipe.load_lora_weights(folder, adapter_name="late")

@@ -196,3 +196,72 @@ def test_hub_in_both_modes(folder, picture, tmp_path):
     assert all(files["model_index.json"].data == index for files in uploads.values())
     first, second = ({n: f.oid for n, f in files.items()} for files in uploads.values())
     assert first == second
+
+
+REMOTE_LORA = (
+    DRAW
+    + """
+import sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+folder, target = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+drawn = {"base": draw(pipe)}
+for name in ("ns/lora", "ns/peft"):
+    pipe.load_lora_weights(name, adapter_name=name.replace("/", "-"))
+    drawn[name] = draw(pipe)
+pipe.set_adapters("ns-lora")
+drawn["half"] = draw(pipe, attention_kwargs={"scale": 0.5})
+pipe.save_lora_adapter(target + "/saved", "ns-lora")
+for source, words in (("ns/pickled", "holds pickled weights"), ("ns/two", "several adapters"), ("ns/empty", "no adapter")):
+    try:
+        pipe.load_lora_weights(source)
+    except (ValueError, FileNotFoundError) as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(source)
+pipe.load_lora_weights("ns/two", weight_name="b.safetensors", adapter_name="b")
+drawn["named"] = draw(pipe)
+pipe.unload_lora_weights()
+drawn["unloaded"] = draw(pipe)
+from peft import LoraConfig
+pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=pipe.lora_targets["both"]))
+np.savez(target + "/lora.npz", **drawn)
+"""
+)
+
+
+@pytest.mark.slow
+def test_adapters_without_the_package(folder, picture, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
+
+    pipe = Echo4oPipeline.from_pretrained(folder)
+    settings = LoraConfig(
+        r=4, lora_alpha=13, use_rslora=True, target_modules=LORA_TARGETS["both"], init_lora_weights=False
+    )
+    peft_model = get_peft_model(pipe.transformer, settings)
+    peft_model.save_pretrained(tmp_path / "peft")
+    pipe.save_lora_adapter(tmp_path / "lora")
+    adapted, half = draw(pipe), draw(pipe, attention_kwargs={"scale": 0.5})
+    assert not same(adapted, picture) and not same(adapted, half)
+    for name in ("pickled", "two", "empty", "home"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pickled/pytorch_lora_weights.bin").write_bytes(b"no matter")
+    for name in ("a", "b"):
+        shutil.copy(tmp_path / "lora/pytorch_lora_weights.safetensors", tmp_path / f"two/{name}.safetensors")
+    (tmp_path / "empty/README.md").write_text("nothing")
+    with LoopbackHub() as hub:
+        for name in ("lora", "peft", "pickled", "two", "empty"):
+            hub.add_folder(f"ns/{name}", tmp_path / name)
+        environment = hub.environment(tmp_path / "home")
+        run_script(REMOTE_LORA, folder, tmp_path, env=environment, hide=["echo4o"])
+        assert not [r for r in hub.requests if r[0] == "GET" and "/resolve/" in r[1] and r[1].endswith(".bin")]
+    drawn = np.load(tmp_path / "lora.npz")
+    assert same(drawn["base"], picture) and same(drawn["unloaded"], picture)
+    assert all(same(drawn[name], adapted) for name in ("ns/lora", "ns/peft", "named")) and same(drawn["half"], half)
+    again = Echo4oPipeline.from_pretrained(folder)
+    again.load_lora_weights(tmp_path / "saved")
+    assert same(draw(again), adapted)
