@@ -43,6 +43,7 @@ class Rows(NamedTuple):
     sequence: object
     contexts: list
     owner: list[int]  # the picture of each row
+    plan: object | None = None  # the transformer's, which the steps over these rows share
 
 
 def pack_rows(pictures: list[Picture], t: float, tokens: SpecialTokens, pack: Callable) -> Rows:
@@ -57,8 +58,8 @@ def pack_rows(pictures: list[Picture], t: float, tokens: SpecialTokens, pack: Ca
 def predict_velocity(transformer, pictures: list[Picture], t: float, rows: Rows) -> list[torch.Tensor]:
     """Guided velocity (noise - data) of every picture at time `t`: one (n, C) float32 tensor each."""
     tokens = torch.cat([pictures[index].tokens for index in rows.owner])  # (G, C)
-    timestep = torch.full((tokens.shape[0],), t, device=tokens.device)
-    v = transformer(tokens, timestep, rows.sequence, contexts=rows.contexts).sample.float()
+    timestep = torch.full((1,), t, device=tokens.device)
+    v = transformer(tokens, timestep, rows.sequence, contexts=rows.contexts, plan=rows.plan).sample.float()
     by_row = iter(v.split([len(pictures[index].tokens) for index in rows.owner]))
     velocities = []
     for picture in pictures:
@@ -81,6 +82,7 @@ def sample(transformer, scheduler, pictures: list[Picture], steps: int, pack_at:
         active = [picture.guidance.branches(t) for picture in pictures]
         if active != pattern:
             pattern, rows = active, pack_at(t)
+            rows = rows._replace(plan=transformer.plan(rows.sequence, rows.contexts))
         velocity = torch.cat(predict_velocity(transformer, pictures, t, rows))
         tokens = torch.cat([picture.tokens for picture in pictures])
         tokens = scheduler.step(velocity, timestep, tokens, return_dict=False)[0]

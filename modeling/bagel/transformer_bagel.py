@@ -197,6 +197,13 @@ def _flex_attention(device_type: str):
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
+class InferencePlan(NamedTuple):
+    """What all steps over the same rows have in common; made by [`BagelTransformer2DModel.plan`]."""
+
+    calls: list[AttentionCall]
+    angles: tuple  # rotary angles of the und and of the gen stream
+
+
 class FrozenPrefix(NamedTuple):
     """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
 
@@ -257,7 +264,8 @@ class BagelFeedForward(nn.Module):
 
 
 class BagelExpert(nn.Module):
-    """Everything of a layer that works token by token, for one of the two streams."""
+    """Everything of a layer that works token by token, for one of the two streams: [`qkv`] before attention and
+    [`finish`] after it."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, eps: float):
         super().__init__()
@@ -283,6 +291,16 @@ class BagelExpert(nn.Module):
         """The rest of the layer after attention: (tokens, hidden), (tokens, H, D) -> (tokens, hidden)."""
         x = x + self.to_out(attended.flatten(1))
         return x + self.ff(self.norm2(x))
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compile both halves, which `compile_repeated_blocks` does for every expert. Attention between them runs as it
+        is: its calls differ in number and size, what is compiled differs in the number of tokens alone."""
+        self.qkv = torch.compile(type(self).qkv.__get__(self), *args, **kwargs)
+        self.finish = torch.compile(type(self).finish.__get__(self), *args, **kwargs)
+
+    def __getstate__(self):
+        """Copies are not compiled: the compiled halves are bound to this module."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("qkv", "finish")}
 
 
 def _meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -327,7 +345,7 @@ class BagelAttnProcessor:
                 parallel_config=self._parallel_config,
             )[0]  # (S, H, D)
             attended.append(out.split([call.und, call.gen]))
-        return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
+        return tuple(torch.cat(parts) if len(plan) > 1 else parts[0] for parts in zip(*attended, strict=True))
 
     @staticmethod
     def _flex(und, gen, plan, prefix):
@@ -368,12 +386,12 @@ class BagelBlock(nn.Module):
     def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan, prefix=None):
         """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden).
 
-        Returns both, and the [`FrozenPrefix`] one layer further.
+        Returns both, and with a [`FrozenPrefix`] that one, one layer further.
         """
         # A text-only step has nothing for the gen expert; in training it still runs, on zero rows, so that every
         # parameter takes part in every process's backward pass.
         if hidden_states.shape[0] == 0 and not torch.is_grad_enabled():
-            return hidden_states, self._read(encoder_hidden_states, und_angles, plan)[0], None
+            return hidden_states, self._read(encoder_hidden_states, und_angles, plan)[0]
         seen = None
         if prefix is not None:
             with torch.no_grad():
@@ -382,8 +400,8 @@ class BagelBlock(nn.Module):
         und = self.und.qkv(encoder_hidden_states, und_angles)
         gen = self.gen.qkv(hidden_states, gen_angles)
         und_attended, gen_attended = self.attn(und, gen, plan, seen)
-        hidden_states = self.gen.finish(hidden_states, gen_attended)
-        return hidden_states, self.und.finish(encoder_hidden_states, und_attended), prefix
+        streams = self.gen.finish(hidden_states, gen_attended), self.und.finish(encoder_hidden_states, und_attended)
+        return streams if prefix is None else (*streams, prefix)
 
     def _read(self, hidden, angles, plan):
         """Tokens of the und expert alone, one layer further, and their keys and values."""
@@ -405,7 +423,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BagelBlock"]
-    _repeated_blocks = ["BagelBlock"]
+    _repeated_blocks = ["BagelExpert"]  # see BagelExpert.compile
     # What the release's numbers do not forgive in 8 or 4 bits: what latents and time come in by, and what leaves.
     _not_quantized = ["proj_in", "proj_out", "time_embed", "lm_head"]
     _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_not_quantized]
@@ -484,9 +502,17 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         early, late = (tuple(x[part] for x in und) for part in (before, rest))
         return flex_plan(sequence, [late, gen], [early, late, gen]), flex_plan(sequence, [early], [early])
 
-    def _angles(self, position: torch.Tensor, like: torch.Tensor):
+    def _angles(self, sequence) -> tuple:
+        """Rotary angles of the und and of the gen stream."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        return rotary_angles(position, head_dim, self.config.rope_theta, like.dtype)
+        made = functools.partial(
+            rotary_angles, head_dim=head_dim, theta=self.config.rope_theta, dtype=self.embed_tokens.weight.dtype
+        )
+        return made(sequence.und_position), made(sequence.gen_position)
+
+    def plan(self, sequence, contexts: list[Context]) -> InferencePlan:
+        """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
+        return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
 
     def new_cache(self) -> BagelKVCache:
         """An empty context."""
@@ -511,37 +537,40 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         vision_embeds: torch.Tensor | None = None,
         contexts: list[Context] | None = None,
         logit_index: torch.Tensor | None = None,
+        plan: InferencePlan | None = None,
     ) -> BagelTransformerOutput:
         """One pass over a packed sequence.
 
         Args:
             hidden_states: (G, C) latent tokens of the VAE segments, clean and noised, in the sequence's order.
-            timestep: (G,) time of each latent token in [0, 1]: 0 is data (clean), 1 is noise.
+            timestep: (G,) time of each latent token in [0, 1], or (1,) for all: 0 is data (clean), 1 is noise.
             sequence: the `PackedSequence` (segments_bagel.py) that says what each token is.
             vision_embeds: (V, hidden) from the vision model.
             contexts: inference: per row, the cache that it continues and how much of it it sees. Clean segments are
                 appended to their cache. None: training; every row is a whole sample under its mask.
             logit_index: (n,) und tokens whose next-token logits are wanted.
+            plan: what [`plan`] made of `sequence` and `contexts`, when several steps share it.
         """
         und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
-        angles = [self._angles(position, und) for position in (sequence.und_position, sequence.gen_position)]
-        prefix = before = rest = None
+        prefix = ()
         if contexts is not None:
-            plan = inference_plan(sequence, contexts)
+            calls, angles = plan or self.plan(sequence, contexts)
         else:
+            before = rest = None
             if not und.requires_grad and self._und_is_frozen():
                 before, rest = _split_prefix(sequence)
-            plan, prefix_plan = self._training_plans(sequence, before, rest)
-        if before is not None:
-            prefix = FrozenPrefix(und[before], tuple(x[before] for x in angles[0]), prefix_plan)
-            und, angles[0] = und[rest], tuple(x[rest] for x in angles[0])
+            calls, prefix_calls = self._training_plans(sequence, before, rest)
+            angles = self._angles(sequence)
+            if before is not None:
+                prefix = (FrozenPrefix(und[before], tuple(x[before] for x in angles[0]), prefix_calls),)
+                und, angles = und[rest], (tuple(x[rest] for x in angles[0]), angles[1])
         for block in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                gen, und, prefix = self._gradient_checkpointing_func(block, gen, und, *angles, plan, prefix)
+                gen, und, *prefix = self._gradient_checkpointing_func(block, gen, und, *angles, calls, *prefix)
             else:
-                gen, und, prefix = block(gen, und, *angles, plan, prefix)
-        if before is not None:
-            und = torch.cat([prefix.hidden, und])[torch.cat([before, rest]).argsort()]
+                gen, und, *prefix = block(gen, und, *angles, calls, *prefix)
+        if prefix:
+            und = torch.cat([prefix[0].hidden, und])[torch.cat([before, rest]).argsort()]
         und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
         if contexts is not None:
             _advance(sequence, contexts)
