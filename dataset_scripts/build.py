@@ -98,6 +98,7 @@ def _terms(source: Source, options: BuildOptions, reading: ReadOptions) -> dict:
             "revision": source.revision,
             "fingerprint": source.fingerprint(),
             "row_files": row_files,
+            "about": source.about(),
         },
         "options": {
             "configuration": options.configuration,

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from echo4o.dataset_scripts.archives import is_archive
 from echo4o.dataset_scripts.names import PARTS
 from echo4o.dataset_scripts.schema import FolderPlan
+from echo4o.model_cards.facts import ABOUT, read_about
 
 ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -57,6 +58,13 @@ class Source:
         """Open a file for reading from front to back."""
         options = {"block_size": 0} if self.revision else {}  # hf: one request that goes on where it broke off
         return self.fs.open(f"{self.root}/{path}", "rb", **options)
+
+    def about(self) -> dict | None:
+        """What the release says about itself in `about.yaml`; None when it has none."""
+        if not any(file.path == ABOUT for file in self.files):
+            return None
+        with self.open(ABOUT) as stream:
+            return read_about(stream.read(1 << 20).decode("utf-8"), f"{self.location}/{ABOUT}").model_dump()
 
     def fingerprint(self, times: bool = False) -> str:
         """A digest of the names and sizes of all files (with `times`, also of their dates) and of the revision."""

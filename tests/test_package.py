@@ -126,7 +126,7 @@ def test_public_names_resolve():
 MAY_IMPORT = {
     "echo4o.modeling": {"echo4o.modeling"},
     "echo4o.model_cards": {"echo4o.model_cards"},
-    "echo4o.dataset_scripts": {"echo4o.dataset_scripts", "echo4o.modeling"},
+    "echo4o.dataset_scripts": {"echo4o.dataset_scripts", "echo4o.modeling", "echo4o.model_cards"},
     "echo4o.training": {"echo4o.training", "echo4o.modeling"},
 }
 

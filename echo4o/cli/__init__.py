@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from echo4o import __version__
-from echo4o.cli import dataset, evaluate, pictures, precompute, tools, train
+from echo4o.cli import dataset, evaluate, pictures, precompute, push, tools, train
 from echo4o.cli.frame import Group
 
 
@@ -63,6 +63,7 @@ app.add_typer(dataset.app, name="dataset", rich_help_panel=MAKE)
 app.command(rich_help_panel=MAKE)(train.train)
 app.command(rich_help_panel=MAKE)(train.export)
 app.add_typer(evaluate.app, name="evaluate", rich_help_panel=SHARE)
+app.command(rich_help_panel=SHARE)(push.push)
 
 
 def main() -> None:

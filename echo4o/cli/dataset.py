@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from echo4o.cli import synthesize
+from echo4o.cli import push, synthesize
 from echo4o.cli.frame import finish, say
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -307,29 +307,12 @@ def publish(
 
     Example: [bold]echo4o dataset publish echo-4o-image owner/echo-4o-image --dry-run[/bold]
     """
-    if not _REPO_ID.fullmatch(repo):
-        raise ValueError(f"{repo} is no repository: write owner/name")
-    from echo4o.dataset_scripts.publish import publish
+    from echo4o.dataset_scripts.manifest import read_manifest
+    from echo4o.hub.kinds.base import Said
 
-    names = [c.value for c in configuration or [] if c is not Configuration.all] or None
-    done = publish(
-        folder,
-        repo,
-        names,
-        private=not public,
-        dry_run=dry_run,
-        progress=lambda sent, total: say(f"{sent} of {total} shards are on the Hub"),
-    )
-    if dry_run:
-        print(done)
-        for path, size in done.upload.items():
-            print(f"  upload {path} ({size:,} bytes)")
-        for path in done.delete:
-            print(f"  remove {path}")
-    else:
-        say(f"published: {done}" if done.commit else "nothing to do: the repository holds all of it already")
-        print(done.commit or f"https://huggingface.co/datasets/{repo}")
-    finish(None, f"python -c 'from datasets import load_dataset; print(load_dataset(\"{repo}\", streaming=True))'")
+    read_manifest(folder)
+    names = tuple(c.value for c in configuration or [] if c is not Configuration.all)
+    push.send(folder, repo, Said(configurations=names), public, dry_run)
 
 
 app.command()(synthesize.synthesize)

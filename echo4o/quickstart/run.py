@@ -28,7 +28,7 @@ from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.drawing import STEPS, Drawn, draw_and_score, draw_prompts
 from echo4o.quickstart.prompts import TAGS, held_out_prompts
 from echo4o.quickstart.shapes import ROWS, render_upstream
-from echo4o.training.recipe import Recipe, load_recipe, shipped_recipe
+from echo4o.training.recipe import Recipe, dump_recipe, load_recipe, shipped_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 
 BASE = Path(__file__).parent / "base"
@@ -38,6 +38,14 @@ LAYOUT_WORDS = {
     "above and below are the outer columns and rows; objects beside each other take the two middle cells.",
     "free": "Objects stand anywhere that the words permit.",
 }
+# What the dataset's card says; without it, the card would say that the pictures come from GPT-4o.
+ABOUT = """title: Shapes-4o
+pictures: >-
+  Small pictures of coloured shapes, drawn by a program with their instructions: a miniature of Echo-4o-Image that
+  trains a tiny model in minutes.
+from_openai: false
+license: apache-2.0
+"""
 # torch counts physical cores, and so leaves half of a small virtual machine idle; more than four gain nothing here.
 THREADS = min(4, os.cpu_count() or 1)
 REDRAWN = (0, 70)  # held-out prompts drawn again in a fresh process: one of text alone, one with two references
@@ -101,6 +109,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     with stages("rendering Shapes-4o in the upstream layout"):
         shutil.rmtree(out / "upstream", ignore_errors=True)
         written = render_upstream(out / "upstream", size.rows, seed, LAYOUT)
+        (out / "upstream" / "about.yaml").write_text(ABOUT, "utf-8")
     with stages("reading it into a dataset"):
         dataset = read_upstream(out / "upstream", out / "dataset", out / "cache")
         print(f"      {len(dataset)} of {sum(written.values())} rows")
@@ -117,6 +126,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
             | size.training,
         )
         shutil.rmtree(out / "pipeline", ignore_errors=True)
+        (out / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
         training = Trainer(recipe, pipeline, dataset).run()
         cast(pipeline, torch.float32)  # the saved 16-bit values, computed with in float32 as before
     with stages("drawing the same prompts after fine-tuning"):
@@ -136,17 +146,14 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
 
 
 def read_upstream(upstream: Path, folder: Path, cache: Path):
-    """The dataset's builder over the rendered release: written to `folder` as Parquet, and opened from there."""
+    """Build the rendered release into `folder`, as any release is built, and open it from there."""
     from datasets import load_dataset
 
-    from echo4o.dataset_scripts.builder import Echo4oImage
+    from echo4o.dataset_scripts.build import build
 
     shutil.rmtree(folder, ignore_errors=True)
-    builder = Echo4oImage(config_name="all", data_dir=str(upstream), cache_dir=str(cache))
-    builder.download_and_prepare(str(folder), file_format="parquet")
-    for lock in [*folder.parent.glob(f"{folder.name}*.lock")]:
-        lock.unlink()
-    return load_dataset(str(folder), split="train", cache_dir=str(cache))
+    build(str(upstream), folder)
+    return load_dataset(str(folder), "all", split="train", cache_dir=str(cache))
 
 
 def chosen_prompts(per_tag: int):

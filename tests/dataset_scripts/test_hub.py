@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 
 from echo4o.dataset_scripts import bare_name
 from echo4o.dataset_scripts.build import BuildOptions, build
-from echo4o.dataset_scripts.publish import publish
+from echo4o.hub.kinds.base import Said
+from echo4o.hub.push import push
 from tests.dataset_scripts.layout import SURREAL, picture, row, small_release, write_rows, write_tar
 from tests.hub import Fault, LoopbackHub, offline_environment, run_script
 
@@ -40,7 +41,8 @@ def api(hub, monkeypatch):
 
 
 def send(folder, api, *names, **options):
-    return publish(folder, REPO, names or None, api=api, pause=0.01, **options)
+    said = Said(configurations=names)
+    return push(folder, REPO, said=said, api=api, pause=0.01, **{"verify": False, **options})
 
 
 def listing(hub) -> dict[str, bytes]:
@@ -137,7 +139,7 @@ def test_an_answer_lost_after_the_commit_is_no_second_commit(folders, hub, api, 
 
 def test_broken_off_it_goes_on_with_what_is_missing(folders, hub, api, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("echo4o.dataset_scripts.publish._AT_ONCE", 1)
+    monkeypatch.setattr("echo4o.hub.remote._AT_ONCE", 1)
     hub.inject(Fault(path="/commit/", method="POST", status=500, times=1000))
     with pytest.raises(OSError, match="run it again to go on"):
         send(folders / "echo-4o-image", api)

@@ -1,14 +1,10 @@
-"""The `evaluate` modules: loaded by path, computed, combined, described, published."""
-
-import json
-import textwrap
+"""The `evaluate` modules: loaded by path, computed, combined, described."""
 
 import evaluate
 import pytest
 
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.metrics import METRICS, metric_path, publish
-from tests.hub import LoopbackHub, run_script
+from echo4o.evaluation.metrics import METRICS, metric_path
 
 
 @pytest.fixture(scope="module")
@@ -67,33 +63,3 @@ def test_they_describe_themselves(name, metrics):
     for feature in metric.features:
         assert feature in metric.inputs_description
     assert metric.description and get_benchmark(name).title in metric.description
-
-
-def test_publishing_refuses_another_name():
-    with pytest.raises(ValueError, match="must be called genevalpp"):
-        publish("genevalpp", "ns/other")
-
-
-@pytest.mark.slow
-def test_a_published_metric_is_a_complete_space(tmp_path):
-    with LoopbackHub() as hub:
-        script = textwrap.dedent("""
-            from echo4o.evaluation.metrics import publish
-
-            publish("genevalpp", "ns/genevalpp")
-            publish("genevalpp", "ns/genevalpp")
-            """)
-        run_script(script, env=hub.environment(tmp_path))
-        (repo,) = [repo for repo in hub.repos.values() if repo.name == "ns/genevalpp"]
-        assert repo.kind == "spaces" and f"v{evaluate.__version__}" in repo.tags
-        folder = tmp_path / "genevalpp"
-        folder.mkdir()
-        for name, file in repo.files.items():
-            (folder / name).write_bytes(file.data)
-    assert {"genevalpp.py", "formula.py", "app.py", "README.md", "requirements.txt"} <= set(repo.files)
-    assert "sdk: gradio" in (folder / "README.md").read_text()
-    # It needs nothing of this package.
-    code = (folder / "genevalpp.py").read_text() + (folder / "formula.py").read_text()
-    assert "from echo4o" not in code and "import echo4o" not in code
-    found = evaluate.load(str(folder)).compute(correct=[1], tags=["counting"])
-    assert json.loads(json.dumps(found))["score"] == 1.0

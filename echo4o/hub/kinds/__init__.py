@@ -1,0 +1,1 @@
+"""The kinds of folders that can be published, one file each."""

@@ -1,0 +1,65 @@
+"""An `evaluate` metric: a Gradio Space that `evaluate.load("owner/name")` reads."""
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import evaluate  # a line of its own: `import datasets, evaluate` breaks evaluate.load
+
+from echo4o.hub.kinds.base import Kind, Read
+from echo4o.hub.remote import Remote, Source
+from echo4o.hub.safety import list_files
+from echo4o.model_cards.cards import metric_card
+
+REQUIREMENTS = "requirements.txt"
+
+
+class Metric(Kind):
+    name = "metric"
+    repo_type = "space"
+
+    @cached_property
+    def script(self) -> Path:
+        """The module that `evaluate.load` reads: the one that defines a metric."""
+        files = [
+            f for f in sorted(self.folder.glob("*.py")) if re.search(r"\(evaluate\.Metric\)", f.read_text("utf-8"))
+        ]
+        if len(files) != 1:
+            raise ValueError(f"{self.folder} must hold one module with an evaluate.Metric; it has {len(files)}")
+        return files[0]
+
+    def check_name(self, repo: str) -> None:
+        if repo.split("/")[-1] != self.script.stem:  # evaluate.load("owner/metric") asks for metric.py
+            raise ValueError(f"{repo}: the Space must be called {self.script.stem}, as its script is")
+
+    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
+        files = {path: file for path, file in list_files(self.folder).items() if path.endswith(".py")}
+        files.pop("__init__.py", None)  # of the package, not of the metric
+        files[REQUIREMENTS] = f"evaluate=={evaluate.__version__}\ndatasets\n".encode()
+        return files
+
+    def check(self) -> str:
+        """`evaluate.load` reads it."""
+        self._metric()
+        return "evaluate.load reads it"
+
+    def _metric(self):
+        return evaluate.load(str(self.script))
+
+    def card(self, repo: str, files: Mapping[str, Source]) -> str:
+        metric = self._metric()
+        example = re.search(r"^ *>>> (metric\.compute.*)$", metric.inputs_description, re.M)
+        title = re.match(r"\S+", metric.description.strip())[0]
+        if not example:
+            raise ValueError(f"{self.script}: its inputs_description has no example `>>> metric.compute(...)`")
+        return metric_card(repo, title, metric.description, metric.citation, list(metric.features), example[1])
+
+    def replaces(self, path: str) -> bool:
+        return path.endswith(".py")
+
+    def after(self, remote: Remote, sha: str) -> None:
+        remote.move_tag(f"v{evaluate.__version__}", sha)  # what evaluate.load asks for
+
+    def next_command(self, repo: str) -> str:
+        return f"python -c 'import evaluate; print(evaluate.load(\"{repo}\").inputs_description)'"

@@ -1,0 +1,137 @@
+"""A pipeline folder: the whole model, with the code that loads it where the package is not installed."""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from echo4o.hub.facts import base_of, is_repository, read_pictures, read_results, read_training
+from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
+from echo4o.hub.remote import Source
+from echo4o.model_cards.cards import pipeline_card
+from echo4o.modeling.bagel.loading_bagel import INDEX_NAME, PIPELINE_FILE
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
+from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.modeling.bagel.weights_bagel import DTYPES, StoredTensor, component_tensors, read_json, shortened
+
+_RELEASED = {"hidden_size": 3584, "num_layers": 28}  # of BAGEL's transformer
+
+
+class Pipeline(Kind):
+    name = "pipeline"
+
+    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
+        return super().files(there) | picture_files(self)
+
+    def check(self) -> str:
+        """The code for remote loading is complete; small weights are loaded, of large ones names and shapes compared."""
+        require_code(self.folder)
+        stored = stored_tensors(self.folder)
+        if sum(t.nbytes for tensors in stored.values() for t in tensors.values()) <= SMALL_BYTES:
+            Echo4oPipeline.from_pretrained(self.folder)
+            return "it loads"
+        for component, tensors in stored.items():
+            require_same_tensors(component, empty_component(self.folder, component), tensors)
+        return "configurations, names and shapes of all weights fit together; too large to be loaded here"
+
+    def card(self, repo: str, files: Mapping[str, Source]) -> str:
+        base = self.said.base_model or base_of(self.run)
+        training = read_training(self.run)
+        return pipeline_card(
+            repo,
+            weights_table(self.folder),
+            has_released_sizes(self.folder),
+            base_model=base if base and is_repository(base) else None,
+            datasets=hub_datasets(self),
+            training=training,
+            results=read_results(self.said.results, self.folder, repo),
+            widget=widget(self),
+        )
+
+
+def require_code(folder: Path) -> None:
+    """Raise ValueError unless each class that no library provides has its file in the folder."""
+    index = read_json(folder / INDEX_NAME)
+    components = {k: v[0] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+    libraries = ("diffusers", "transformers", None)
+    wanted = [PIPELINE_FILE] + [f"{k}/{stem}.py" for k, stem in components.items() if stem not in libraries]
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}, so that it would not load with trust_remote_code=True: save it "
+            "again with Echo4oPipeline.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+
+
+def stored_tensors(folder: Path) -> dict[str, dict[str, StoredTensor]]:
+    """Component -> its tensors, from the headers of the files alone."""
+    return {part.name: component_tensors(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))}
+
+
+def weights_table(folder: Path) -> dict[str, dict]:
+    """Component -> number of parameters, and the dtypes that most of them are stored in."""
+    table = {}
+    for component, tensors in stored_tensors(folder).items():
+        dtypes = Counter()
+        for tensor in tensors.values():
+            dtypes[str(DTYPES[tensor.dtype]).removeprefix("torch.")] += tensor.nbytes
+        parameters = sum(prod(tensor.shape) for tensor in tensors.values())
+        table[component] = {"parameters": parameters, "dtype": dtypes.most_common(1)[0][0]}
+    return table
+
+
+def has_released_sizes(folder: Path) -> bool:
+    """Whether the transformer is as large as BAGEL's."""
+    config = read_json(folder / "transformer" / "config.json")
+    return all(config.get(key) == value for key, value in _RELEASED.items())
+
+
+def empty_component(folder: Path, component: str) -> torch.nn.Module:
+    """The model that a component's configuration describes, without memory for its weights."""
+    from diffusers import AutoencoderKL
+
+    classes = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel, "vae": AutoencoderKL}
+    if component not in classes:
+        raise ValueError(f"{folder / component} holds weights of no known component; known are {', '.join(classes)}")
+    cls = classes[component]
+    with torch.device("meta"):
+        return cls.from_config(cls.load_config(folder / component))
+
+
+def require_same_tensors(component: str, model: torch.nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError unless a component's files hold what its configuration describes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{component}: missing {name}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"{component}: unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"{component}: {name} has the shape {stored[name].shape}, not {expected[name]}"
+        for name in sorted(expected.keys() & stored.keys())
+        if stored[name].shape != expected[name]
+    ]
+    if problems:
+        raise ValueError(f"The weights cannot be used:\n  {shortened(problems, limit=8)}")
+
+
+# --- what pipelines and adapters share -------------------------------------------------------------------------------
+
+
+def picture_files(kind: Kind) -> dict[str, Path]:
+    """The pictures that the card shows, by their place in the repository."""
+    shown = read_pictures(kind.run, kind.said.results)
+    return {f"pictures/{number}{file.suffix}": file for number, (_, file) in enumerate(shown, start=1)}
+
+
+def widget(kind: Kind) -> tuple[dict, ...]:
+    """The same pictures as the Hub's gallery wants them."""
+    shown = read_pictures(kind.run, kind.said.results)
+    return tuple({"text": text, "output": {"url": url}} for (text, _), url in zip(shown, picture_files(kind)))
+
+
+def hub_datasets(kind: Kind) -> tuple[str, ...]:
+    """The datasets on the Hub that were trained on: as said, else those that the recipe names."""
+    if kind.said.datasets:
+        return kind.said.datasets
+    training = read_training(kind.run)
+    return tuple(d.name for d in training.data if is_repository(d.name)) if training else ()

@@ -1,0 +1,180 @@
+"""Writes the cards: YAML through huggingface_hub's card classes, text from the templates beside this file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData, SpaceCardData
+from huggingface_hub.repocard_data import CardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from echo4o.model_cards.facts import About, Result, Training
+from echo4o.model_cards.merge import BEGIN, END
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_TAGS = ["echo-4o", "bagel"]
+
+
+def pipeline_card(
+    repo: str,
+    weights: dict[str, dict],
+    released_sizes: bool,
+    *,
+    base_model: str | None = None,
+    datasets: tuple[str, ...] = (),
+    training: Training | None = None,
+    results: tuple[Result, ...] = (),
+    widget: tuple[dict, ...] = (),
+) -> str:
+    """The card of a pipeline.
+
+    Args:
+        weights: component -> {"parameters": number, "dtype": name}.
+        released_sizes: whether the weights have the sizes of BAGEL's release.
+        base_model: the Hub repository that it was fine-tuned from.
+        datasets: the Hub repositories that it was trained on.
+        widget: pictures of the model: {"text": prompt, "output": {"url": path in the repository}}.
+    """
+    # It takes text and pictures in any order and gives pictures and text: `any-to-any`, as BAGEL's own card says.
+    data = _model_data(
+        repo, "any-to-any", base_model, "finetune", datasets, results, widget, [*_TAGS, "text-to-image"]
+    )
+    return _card(
+        "pipeline", data, repo=repo, weights=weights, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
+        results=results, widget=widget, from_openai=_from_openai(training),
+    )  # fmt: skip
+
+
+def adapter_card(
+    repo: str,
+    settings: dict[str, Any],
+    released_sizes: bool,
+    *,
+    base_model: str,
+    datasets: tuple[str, ...] = (),
+    training: Training | None = None,
+    results: tuple[Result, ...] = (),
+    widget: tuple[dict, ...] = (),
+) -> str:
+    """The card of a LoRA adapter; `settings` are those of its LoraConfig, `base_model` is what it is loaded on."""
+    # What an adapter of this model changes is how it draws; the Hub shows the pictures of adapters under this task.
+    data = _model_data(
+        repo, "text-to-image", base_model, "adapter", datasets, results, widget, [*_TAGS, "lora", "template:sd-lora"]
+    )
+    return _card(
+        "adapter", data, repo=repo, settings=settings, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
+        results=results, widget=widget, from_openai=_from_openai(training),
+    )  # fmt: skip
+
+
+def dataset_card(repo: str, manifest: dict, about: About, configs: list[dict], infos: Any) -> str:
+    """The card of a built dataset.
+
+    Args:
+        manifest: what `manifest.json` holds.
+        configs, infos: the Hub's `configs` and `dataset_info`, as `datasets` writes them.
+    """
+    data = DatasetCardData(
+        pretty_name=about.title,
+        license=about.license,
+        language=["en"],
+        task_categories=["text-to-image", "image-to-image"],
+        tags=["echo-4o", "synthetic", "multi-reference", "instruction-following"],
+        size_categories=[_size_category(manifest["rows"]["accepted"])],
+        configs=configs,
+        dataset_info=infos,
+    )
+    return _card("dataset", data, repo=repo, manifest=manifest, about=about)
+
+
+def metric_card(repo: str, title: str, description: str, citation: str, inputs: list[str], example: str) -> str:
+    """The card of a metric's Space.
+
+    Args:
+        inputs: names of what `compute` takes.
+        example: code that computes it as `metric`, once it is loaded.
+    """
+    data = SpaceCardData(
+        title=title,
+        emoji="🖼️",
+        sdk="gradio",
+        app_file="app.py",
+        pinned=False,
+        tags=["evaluate", "metric"],
+        description=description.splitlines()[0],
+    )
+    return _card("metric", data, repo=repo, title=title, description=description, citation=citation, inputs=inputs, example=example)  # fmt: skip
+
+
+def results_card(repo: str, result: Result, model: str | None, pictures: int) -> str:
+    """The card of a benchmark's result: its pictures with their judgements, as rows."""
+    data = DatasetCardData(
+        pretty_name=f"{result.title}: {model}" if model else result.title,
+        tags=["echo-4o", "evaluation", result.values["benchmark"]],
+        size_categories=[_size_category(pictures)],
+        configs=[
+            {"config_name": "default", "data_files": [{"split": "test", "path": ["metadata.jsonl", "images/*"]}]}
+        ],
+    )
+    return _card("results", data, repo=repo, results=(result,), result=result, model=model, pictures=pictures)
+
+
+def _model_data(repo, task, base_model, relation, datasets, results, widget, tags) -> ModelCardData:
+    evaluated = [r for r in results if r.values["score"] is not None]
+    return ModelCardData(
+        license="apache-2.0",
+        language=["en"],
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        datasets=list(datasets) or None,
+        tags=tags,
+        widget=list(widget) or None,
+        model_name=repo.split("/")[-1] if evaluated else None,
+        eval_results=[_eval_result(r) for r in evaluated] or None,
+    )
+
+
+def _eval_result(result: Result) -> EvalResult:
+    values = result.values
+    return EvalResult(
+        task_type="text-to-image",
+        dataset_type=values["benchmark"],
+        dataset_name=result.title,
+        metric_type="score",
+        metric_name=f"{result.title} score",
+        metric_value=values["score"],
+        metric_args={
+            "coverage": values["coverage"],
+            "interval_95": values["intervals"]["score"],
+            "judge": result.judge,
+            "official_prompts": values["prompts"]["official"],
+        },
+    )
+
+
+def _from_openai(training: Training | None) -> bool | None:
+    """Whether pictures of an OpenAI model were trained on; None: not known."""
+    known = [data.about.from_openai if data.about else None for data in training.data] if training else []
+    if not known:
+        return None
+    return True if True in known else None if None in known else False
+
+
+def _card(template: str, data: CardData, **facts: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["count"] = lambda number: f"{number:,}"
+    text = environment.get_template(f"{template}.md.j2").render(**facts).strip()
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where a section was left out
+    return f"---\n{data}\n---\n\n{BEGIN}\n{text}\n{END}\n"
+
+
+def _size_category(rows: int) -> str:
+    return next((name for limit, name in _SIZES if rows < limit), "1M<n<10M")

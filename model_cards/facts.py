@@ -1,0 +1,66 @@
+"""What cards say that their makers must know: where a dataset's pictures come from, how a model was trained."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ABOUT = "about.yaml"  # in the root of a release; without it, the release is Echo-4o-Image's
+
+
+class About(BaseModel):
+    """A dataset in a few words. The defaults are the published Echo-4o-Image's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = Field("Echo-4o-Image", min_length=1)
+    pictures: str = Field(
+        "Pictures distilled from GPT-4o for text-to-image generation and for drawing from reference pictures "
+        "([Echo-4o, arXiv 2508.09987](https://arxiv.org/abs/2508.09987)).",
+        min_length=1,
+    )
+    from_openai: bool = True  # whether a model of OpenAI made the pictures
+    license: str | None = None  # the Hub's name of the pictures' license
+
+
+def read_about(text: str, place: str = ABOUT) -> About:
+    """What an `about.yaml` says; ValueError when it says anything else."""
+    try:
+        return About.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{place} cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that a model learned from, as far as it is known."""
+
+    name: str
+    rows: int | None = None
+    about: About | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run, from its resolved recipe and its log."""
+
+    recipe: str  # YAML
+    method: str  # in words
+    steps: int
+    samples: int
+    seconds: float
+    data: list[Dataset] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `echo4o evaluate` wrote about a model."""
+
+    title: str  # of the benchmark
+    values: dict[str, Any]  # result.json
+
+    @property
+    def judge(self) -> str:
+        judge = self.values["judge"]
+        return judge["judge"] if isinstance(judge, dict) else str(judge)
