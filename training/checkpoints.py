@@ -138,7 +138,7 @@ def _start(work: Path) -> None:
 
 
 def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
-    with _quiet():
+    with quiet():
         dcp.save(
             tensors,
             storage_writer=dcp.FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
@@ -150,7 +150,7 @@ def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """DCP warns whenever a single process saves or loads; that is meant here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -191,7 +191,7 @@ def _sync_folder(folder: Path) -> None:
 def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> None:
     """Fill `tensors` in place, for any number of processes, and set this process's random states."""
     try:
-        with _quiet():
+        with quiet():
             dcp.load(
                 tensors,
                 storage_reader=dcp.FileSystemReader(checkpoint.folder / WEIGHTS),

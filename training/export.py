@@ -22,7 +22,7 @@ from echo4o.modeling.bagel.loading_bagel import component_tensors
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.training.checkpoints import WEIGHTS, Checkpoint
+from echo4o.training.checkpoints import WEIGHTS, Checkpoint, quiet
 from echo4o.training.model import ADAPTER, base_folder, lora_config
 from echo4o.training.recipe import Lora, Recipe, RecipeError, load_recipe
 
@@ -175,7 +175,8 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         wanted = list(wanted)
         tensors = {n: torch.empty(held[n].size, dtype=held[n].properties.dtype) for n in wanted}
         if tensors:
-            dcp.load({f"{section}.{n}": t for n, t in tensors.items()}, storage_reader=reader, no_dist=True)
+            with quiet():
+                dcp.load({f"{section}.{n}": t for n, t in tensors.items()}, storage_reader=reader, no_dist=True)
         return tensors
 
     base = base_folder(recipe.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from echo4o.training.recipe import Recipe, dump_recipe
+from echo4o.training.watch import PHASES, phase_shares
 
 CURVES = {
     "loss": "loss",
@@ -35,6 +36,7 @@ def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int
         name=folder.name,
         steps=len(log),
         last=log[-1],
+        shares=phase_shares(log, len(log)),
         parts=parts,
         curves=_curves(log),
         prompts=recipe.pictures.prompts if recipe.pictures else (),
@@ -57,7 +59,7 @@ def _curves(log: list[dict]) -> str:
     from matplotlib.figure import Figure
 
     names = [name for name in CURVES if any(entry.get(name) for entry in log)]
-    rows = -(-len(names) // 3)
+    rows = -(-(len(names) + 1) // 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, 3, place)
@@ -65,6 +67,12 @@ def _curves(log: list[dict]) -> str:
         axes.plot(*zip(*points), linewidth=0.8)
         axes.set_title(CURVES[name], fontsize=9)
         axes.tick_params(labelsize=7)
+    axes = figure.add_subplot(rows, 3, len(names) + 1)
+    seconds = [[entry[f"{phase}_seconds"] for entry in log] for phase in PHASES]
+    axes.stackplot([entry["step"] for entry in log], *seconds, labels=PHASES, linewidth=0)
+    axes.legend(fontsize=7)
+    axes.set_title("seconds of a step", fontsize=9)
+    axes.tick_params(labelsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return _embedded(buffer.getvalue())

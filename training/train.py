@@ -11,6 +11,8 @@ import math
 import os
 import signal
 import sys
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +35,10 @@ from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import build_optimizers
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
 from echo4o.training.precompute import CachedSampleMaker, undecoded
+from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import Lora, Objective, Recipe, RecipeError, dump_recipe, load_recipe, parse_changes
 from echo4o.training.samples import Dropout, SampleMaker, TrainingBatch
-from echo4o.training.watch import Watch
+from echo4o.training.watch import PHASES, Watch
 
 # Settings that may change between the parts of one run: they decide nothing about what is computed in a step.
 FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "pictures", "trackers", "processes", "cache_mb"}
@@ -118,6 +121,7 @@ class Trainer:
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
         self.batches = self._batches([dataset] if dataset is not None else open_sources(recipe))
+        self.ahead = Prefetch(self.batches)
         keep = recipe.checkpoints.keep if recipe.checkpoints else 2
         self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
         self.step, self._signal = 0, 0
@@ -149,19 +153,20 @@ class Trainer:
             catch_signals: SIGTERM and SIGINT end the run after a checkpoint, with [`Stopped`].
         """
         recipe = self.recipe
-        self._resume()
-        with self.watch.open(self.step), self._signals(catch_signals):
-            while self.step < recipe.steps and (progress := self._progress()) < 1:
-                before = self._data_state() if recipe.checkpoints else None
-                try:
-                    entry = self._step(self.step, progress)
-                except NonFiniteLoss:
-                    if recipe.checkpoints:
-                        self._save(before)
-                    raise
-                self.step += 1
-                self.watch.step(self.step, entry, self.batches.facts())
-                self._after_step()
+        with closing(self.ahead):
+            self._resume()
+            with self.watch.open(self.step), self._signals(catch_signals):
+                while self.step < recipe.steps and (progress := self._progress()) < 1:
+                    before = self.ahead.state()
+                    try:
+                        entry = self._step(self.step, progress)
+                    except NonFiniteLoss:
+                        if recipe.checkpoints:
+                            self._save(before)
+                        raise
+                    self.step += 1
+                    self.watch.step(self.step, entry, self.ahead.facts())
+                    self._after_step()
         folder = self.write()
         self.watch.close(self._draw_pictures)
         return TrainingResult(folder, self.watch.log, self.watch.seconds())
@@ -170,7 +175,7 @@ class Trainer:
         recipe, signum = self.recipe, self.stop_asked
         every = recipe.checkpoints.every if recipe.checkpoints else 0
         if signum or (every and self.step % every == 0):
-            folder = self._save(self._data_state())
+            folder = self._save(self.ahead.state())
             if signum:
                 raise Stopped(signum, self.step, folder)
         if recipe.pictures and self.step % recipe.pictures.every == 0 and self.step < recipe.steps:
@@ -191,12 +196,14 @@ class Trainer:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, self.base_rates):
             group["lr"] = rate * factor
-        batches = self.batches.next_step()
+        moments = [time.perf_counter()]
+        batches = self.ahead.next_step()
         # What all processes must know of each other, in one exchange: denominators, amounts, and who was told to stop.
         mine = [*loss_counts(batches, objective), float(self._signal), *self.watch.amounts(batches)]
         total = self._sum(torch.tensor(mine, dtype=torch.float64))
         counts, self.stop_asked = total[:2], int(total[2]) and (self._signal or signal.SIGTERM)
         batches = [batch.to(accelerator.device) for batch in batches]
+        moments.append(time.perf_counter())
         shares = torch.zeros(2, device=accelerator.device)
         for index, batch in enumerate(batches):
             with self._last_only(index == len(batches) - 1):
@@ -204,7 +211,8 @@ class Trainer:
                 # DDP and FSDP average gradients over processes where the sum is wanted.
                 accelerator.backward(loss * accelerator.num_processes)
             shares += share
-        mse, ce = self._sum(shares).tolist()
+        mse, ce = self._sum(shares).tolist()  # waits for the device, as does float(norm) below
+        moments.append(time.perf_counter())
         if not math.isfinite(mse + ce):
             raise NonFiniteLoss(step, self._offenders(batches))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
@@ -215,6 +223,8 @@ class Trainer:
             self.average.update(self.model)
         loss = objective.mse_weight * mse + objective.ce_weight * ce
         entry = {"step": step, "loss": loss, "mse": mse, "ce": ce, "lr": groups[0]["lr"], "grad_norm": float(norm)}
+        moments.append(time.perf_counter())
+        entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, moments, moments[1:])}
         return entry | dict(zip(("samples", "tokens", "flops"), total[3:].tolist()))
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -251,9 +261,6 @@ class Trainer:
         self._signal = signum
         self.accelerator.print(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint ...")
 
-    def _data_state(self) -> dict:
-        return merge_states(gather_object([self.batches.state()]))
-
     def _tensors(self) -> dict:
         """All that a checkpoint holds of the model; loading fills the same tensors in place."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -265,7 +272,9 @@ class Trainer:
         return tensors | ({"ema": self.average.values} if self.average else {})
 
     def _save(self, data_state: dict) -> Path:
-        state = {"step": self.step, "data": data_state, "seconds": self.watch.seconds()}
+        """Write a checkpoint, with this process's position in the data."""
+        data = merge_states(gather_object([data_state]))
+        state = {"step": self.step, "data": data, "seconds": self.watch.seconds()}
         state |= {"recipe": self.recipe.model_dump(mode="json"), "updates": self.average and self.average.updates}
         try:
             return self.checkpoints.save(self.accelerator, self.step, self._tensors(), state)
@@ -297,7 +306,7 @@ class Trainer:
         set_optimizer_state_dict(self.model, inner, tensors["optimizer"], options=options)
         if self.average:
             self.average.updates = state["updates"]
-        self.batches.load_state(state["data"])
+        self.ahead.load_state(state["data"])
         self.step = state["step"]
         self.watch.resume(self.step, state["seconds"])
         self.accelerator.print(f"Going on after step {self.step}, from {last.folder}.")
@@ -316,7 +325,7 @@ class Trainer:
                 export.write_adapter(folder, self.pipeline.transformer, recipe.tune, whole, torch.float32)
         elif accelerator.distributed_type == DistributedType.FSDP:
             folder = recipe.output_dir / "pipeline"
-            saved = self._save(self._data_state())
+            saved = self._save(self.ahead.state())
             if accelerator.is_main_process:
                 export.export_checkpoint(checkpoints.Checkpoint(saved), folder)
         else:

@@ -19,6 +19,10 @@ from echo4o.training.model import part_of, summary, trainable
 from echo4o.training.recipe import Recipe
 from echo4o.training.samples import TrainingBatch
 
+# Of a step, one after the other: waiting for its batches (and, of several processes, for the slowest one's), forward
+# and backward passes, the update with the exchange of the gradient's norm.
+PHASES = ("data", "compute", "optimizer")
+
 
 class Watch:
     """What a run says about itself. Only the main process writes.
@@ -106,7 +110,7 @@ class Watch:
         packed = f", packs {facts['packing_efficiency']:.0%} full" if facts else ""
         self._bar.set_postfix_str(
             f"loss {smoothed(self.log):.4f}, {speed['tokens_per_second']:.0f} tokens/s, mfu {speed['mfu']:.0%}, "
-            f"{memory:.1f} GB{packed}"
+            f"data {phase_shares(self.log)['data']:.0%}, {memory:.1f} GB{packed}"
         )
 
     def too_long(self, sample: str, tokens: int) -> None:
@@ -160,6 +164,12 @@ def smoothed(log: list[dict], window: int = 50) -> float:
     """Mean loss of the last steps."""
     recent = log[-window:]
     return sum(entry["loss"] for entry in recent) / len(recent)
+
+
+def phase_shares(log: list[dict], window: int = 50) -> dict[str, float]:
+    """What part of the last steps' time went into each of their phases: the trace of a bottleneck."""
+    sums = {phase: sum(entry[f"{phase}_seconds"] for entry in log[-window:]) for phase in PHASES}
+    return {phase: seconds / (sum(sums.values()) or 1) for phase, seconds in sums.items()}
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

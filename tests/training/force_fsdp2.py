@@ -1,12 +1,16 @@
 """The trainer's command line with real sharding on CPU, where Accelerate would quietly run DDP instead.
 
-`torchrun --nproc-per-node 2 -m tests.training.force_fsdp2 RECIPE ...` writes what of the model is a DTensor
-beside the run, as `sharded-RANK.json`.
+`torchrun --nproc-per-node 2 -m tests.training.force_fsdp2 RECIPE ... [-- RECIPE ...]` writes what of the model is a
+DTensor beside the run, as `sharded-RANK.json`. Several runs, one after the other, share the processes: their imports
+take longer than they do.
 """
 
 import json
+import os
 import sys
 
+import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -44,5 +48,33 @@ def _reporting_run(self, **kwargs):
 
 train.Trainer.run = _reporting_run
 
+
+def main(arguments: list[str]) -> int:
+    # Groups of processes that follow each other in one rendezvous can mistake one for the other: all runs share one.
+    end, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    try:
+        for index, group in enumerate(_split(arguments)):
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            AcceleratorState._reset_state()
+            if index:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+            torch.manual_seed(index)  # whatever random state the process is in
+            if code := train.main(group):
+                return code
+        return 0
+    finally:
+        end()
+
+
+def _split(arguments: list[str]) -> list[list[str]]:
+    groups = [[]]
+    for argument in arguments:
+        if argument == "--":
+            groups.append([])
+        else:
+            groups[-1].append(argument)
+    return groups
+
+
 if __name__ == "__main__":
-    sys.exit(train.main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,11 @@ def start(*arguments, module: str = "echo4o", **environment) -> subprocess.Popen
 
 def run(*arguments, module: str = "echo4o", code: int = 0, **environment) -> str:
     """A run to its end; returns what it printed."""
-    process = start(*arguments, module=module, **environment)
+    return finished(start(*arguments, module=module, **environment), code)
+
+
+def finished(process: subprocess.Popen, code: int = 0) -> str:
+    """What a run printed, at its end."""
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == code, printed[-4000:]
     return printed
