@@ -20,6 +20,7 @@ class Verdict:
 
     right: bool
     reason: str
+    prompt_sha256: str  # of the words that the judge was asked with
 
 
 class Calls(Protocol):

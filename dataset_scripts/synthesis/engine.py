@@ -22,6 +22,8 @@ from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task
 from echo4o.dataset_scripts.synthesis.tasks import Chain
 
 _REFUSED = {"text": Reason.TEXT_REFUSED, "judge": Reason.JUDGE_REFUSED, "endpoint": Reason.BAD_REQUEST}
+# When nothing but these comes, row after row, it is not the rows.
+_FRUITLESS = (Reason.UNDECODABLE, Reason.WRONG_SIZE, Reason.NO_VERDICT)
 # A picture that is rejected for one of these may be drawn again.
 _AGAIN = (Reason.UNDECODABLE, Reason.WRONG_SIZE, Reason.DUPLICATE_PICTURE, Reason.NOT_VERIFIED)
 
@@ -67,7 +69,9 @@ class Synthesis:
         self.fingerprint = recipe.fingerprint()
         self.instructions = InstructionGates.of(recipe.gates, prompts)
         self.instructions.taken |= instructions_of(folder.accepted.values())
-        self.pictures = PictureGates(recipe, folder.looks())
+        self.pictures = PictureGates(recipe, {name: folder.look_of(name) for name in folder.accepted})
+        self._failures: list[Exception] = []
+        self._fruitless = 0  # pictures in a row that could not even be judged
         self.outcome = Outcome(len(tasks))
         for task in tasks:
             if task.id in folder.accepted:
@@ -79,8 +83,6 @@ class Synthesis:
         """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""
         waiting = iter([task for task in self.tasks if not self.folder.is_decided(task.id)])
 
-        failures: list[BaseException] = []
-
         async def work() -> None:
             for task in waiting:
                 try:
@@ -90,15 +92,15 @@ class Synthesis:
                 except Unanswered as error:
                     self.outcome.open[task.id] = str(error)
                 except Exception as error:  # the other rows come to the end of what they paid for
-                    failures.append(error)
-                if failures:
+                    self._failures.append(error)
+                if self._failures:
                     return
                 self.on_progress(self.outcome)
 
         # One row has one call open at a time: twice as many rows keep both text and image model busy.
         await asyncio.gather(*(work() for _ in range(2 * self.recipe.rate.concurrency)))
-        if failures:
-            raise failures[0]
+        if self._failures:
+            raise self._failures[0]
         if self.instructions.contaminated:
             self.outcome.remarks["instruction near a benchmark prompt"] += self.instructions.contaminated
         return self.outcome
@@ -110,7 +112,7 @@ class Synthesis:
             made = await self._instruct(task, steps)
             text = made.text
             self.instructions.check(task.id, text)
-            picture, seen, drawn = await self._draw(task, made, steps, last)
+            picture, drawn = await self._draw(task, made, steps, last)
         except Rejected as rejected:
             self.instructions.release(task.id, text)
             self._reject(task, steps, rejected, text, last.picture)
@@ -118,7 +120,7 @@ class Synthesis:
         except BaseException:
             self.instructions.release(task.id, text)
             raise
-        self._accept(task, made, steps, picture, seen, drawn)
+        self._accept(task, made, steps, picture, drawn)
 
     async def _instruct(self, task: Task, steps: Steps) -> Made:
         try:
@@ -130,10 +132,12 @@ class Synthesis:
         self.outcome.remarks.update(made.remarks)
         return made
 
-    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, bytes, int]:
-        """The first picture that passes every gate, how it looks, and the how manieth it is."""
+    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, int]:
+        """The first picture that passes every gate, and the how manieth it is."""
         failed = None
         for attempt in range(1, self.recipe.gates.pictures + 1):
+            if self._failures:
+                raise Ended
             try:
                 last.picture = await self.calls.draw(
                     made.text, made.references, (task.seed + attempt) % 2**31, f"{task.id} {attempt}"
@@ -147,14 +151,26 @@ class Synthesis:
                 raise Rejected(reason, str(error)) from None
             except Rejected as rejected:
                 steps.keep("picture", attempt, rejected=rejected.reason, detail=rejected.detail)
+                self._require_fruit(rejected)
                 if rejected.reason not in _AGAIN:
                     raise
                 failed = rejected
                 continue
+            self._fruitless = 0
             self.pictures.accept(task.id, seen)
-            steps.keep("picture", attempt, result=picture.sha256.hex())
-            return picture, seen, attempt
+            steps.keep("picture", attempt, result=picture.sha256.hex(), looks=seen.hex())
+            return picture, attempt
         raise failed
+
+    def _require_fruit(self, rejected: Rejected) -> None:
+        """ValueError when picture after picture is paid for and cannot even be judged: that is no matter of the row."""
+        self._fruitless = self._fruitless + 1 if rejected.reason in _FRUITLESS else 0
+        if self._fruitless >= self.recipe.rate.give_up_after:
+            raise ValueError(
+                f"the last {self._fruitless} pictures were all of no use; why this one: {rejected.reason} "
+                f"({rejected.detail}). What was paid for is kept: change the models, their options or the gates in the "
+                "recipe, or raise rate.give_up_after"
+            )
 
     async def _verify(self, task: Task, made: Made, steps: Steps, picture: bytes, attempt: int) -> None:
         if not self.recipe.gates.verify:
@@ -164,6 +180,7 @@ class Synthesis:
             verdict = await self.calls.judge(check, picture, f"{task.id} {attempt}")
         except Unreadable as error:
             raise Rejected(Reason.NO_VERDICT, str(error)) from None
+        steps.prompts["verdict"] = verdict.prompt_sha256
         steps.keep("verdict", attempt, result={"right": verdict.right, "reason": verdict.reason})
         if not verdict.right:
             raise Rejected(Reason.NOT_VERIFIED, verdict.reason)
@@ -177,7 +194,7 @@ class Synthesis:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, seen: bytes, drawn: int) -> None:
+    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, drawn: int) -> None:
         row = {
             "row": task.id,
             "task_type": "multi_reference" if made.references else "t2i",
@@ -189,7 +206,7 @@ class Synthesis:
         pictures = {f"{task.id}.{picture.format.lower()}": picture.data}
         for number, data in enumerate(made.references, start=1):
             pictures[f"{task.id}_{number}.{suffix_of(data)}"] = data
-        self.folder.accept(task.part, task.number, row, pictures, seen)
+        self.folder.accept(task.part, task.number, row, pictures)
         self.outcome.accepted[task.part] += 1
 
     def _reject(self, task: Task, steps: Steps, rejected: Rejected, text: str, picture: bytes | None) -> None:

@@ -2,7 +2,7 @@
 
 dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take
 rejected.jsonl  the rejected rows, each with its reason; rejected/ holds their last pictures
-steps.jsonl     the intermediate results of all rows
+steps.jsonl     the intermediate results of all rows; beside pictures, how they look in 8 x 8 pixels
 run.json        the recipe, resolved, and what it draws from
 answers/        everything that was paid for (kept by the calls); spending.jsonl: what it cost
 preview.png     the contact sheet, if one was made
@@ -12,11 +12,13 @@ A row is accepted when its line is in its shard: its pictures are on the disk be
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from echo4o.dataset_scripts import files
+from echo4o.dataset_scripts.synthesis.gates import look
 
 RUN, STEPS, REJECTED, SPENDING, ANSWERS, PREVIEW = (
     "run.json", "steps.jsonl", "rejected.jsonl", "spending.jsonl", "answers", "preview.png"
@@ -28,7 +30,6 @@ FOLDERS = {
     "instruction_following": "Instruction-Following-Image",
 }
 ROWS_PER_SHARD = 1000
-_LOOKED_LIKE = "looks"
 
 
 class Folder:
@@ -39,6 +40,7 @@ class Folder:
         self.accepted: dict[str, dict] = {}
         self.rejected: dict[str, dict] = {}
         self._steps: set[tuple] = set()
+        self._looks: dict[str, str] = {}  # row -> how its last picture looks
         self._lines: dict[Path, files.Lines] = {}
         self._lock = FileLock(self.path / ".lock")
 
@@ -51,25 +53,39 @@ class Folder:
         for file in sorted((self.path / DATASET).glob("*/rows-*.jsonl")):
             self.accepted |= {row["row"]: row for row in _read(file)}
         self.rejected = {row["row"]: row for row in _read(self.path / REJECTED)}
-        self._steps = {_step_key(step) for step in _read(self.path / STEPS)}
+        for step in _read(self.path / STEPS):
+            self._remember(step)
         return self
 
     def __exit__(self, *exc) -> None:
-        for lines in self._lines.values():
-            lines.close()
-        self._lines.clear()
-        self._lock.release()
+        with ExitStack() as every:  # on a full disk, closing fails, too
+            every.callback(self._lock.release)
+            for lines in self._lines.values():
+                every.callback(lines.close)
+            self._lines.clear()
 
     def begin(self, run: dict) -> None:
-        """Write what the run rests on, or refuse the folder of another one."""
+        """Write what the run rests on, or refuse the folder when its rows rest on something else.
+
+        A folder without rows may be begun again: that is how a recipe is corrected that no row came out of.
+        """
         path = self.path / RUN
-        if path.is_file():
-            before = json.loads(path.read_text("utf-8"))
-            if changed := [key for key in ("fingerprint", "drawn_from") if before[key] != run[key]]:
-                what = "recipe" if "fingerprint" in changed else "vocabulary or source of references"
-                raise FileExistsError(f"{self.path} was begun with another {what}: use that one, or a new folder")
-        elif self.accepted or self.rejected:
-            raise FileExistsError(f"{self.path} holds rows, but no {RUN}: choose a new folder")
+        if self.accepted or self.rejected:
+            before = _read_run(path)
+            if changed := _differences(before["decides"], run["decides"]):
+                raise FileExistsError(
+                    f"{self.path} was begun with another recipe ({', '.join(changed[:6])}): use that one, or a new folder"
+                )
+            drawn_from = before["drawn_from"] | run["drawn_from"]  # a part may have had no rows until now
+            if changed := [name for name, digest in before["drawn_from"].items() if drawn_from[name] != digest]:
+                raise FileExistsError(
+                    f"{self.path} was begun with another vocabulary or source of references ({', '.join(changed)}): use "
+                    "that one, or a new folder"
+                )
+            run = run | {"drawn_from": drawn_from}
+        elif self._steps and path.is_file() and _differences(_read_run(path)["decides"], run["decides"]):
+            (self.path / STEPS).unlink()
+            self._steps.clear()
         files.write_file(path, files.to_json(run))
 
     def is_decided(self, row: str) -> bool:
@@ -78,10 +94,15 @@ class Folder:
     def keep_step(self, step: dict) -> None:
         """An intermediate result; one that an interrupted run kept already is not kept twice."""
         if _step_key(step) not in self._steps:
-            self._steps.add(_step_key(step))
+            self._remember(step)
             self._append(self.path / STEPS, step)
 
-    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes], looked_like: bytes) -> None:
+    def _remember(self, step: dict) -> None:
+        self._steps.add(_step_key(step))
+        if "looks" in step:
+            self._looks[step["row"]] = step["looks"]
+
+    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes]) -> None:
         """Write the pictures (by name, the target's first), then the row."""
         shard = number // self.rows_per_shard
         root, names = self.path / DATASET / FOLDERS[part], []
@@ -89,19 +110,20 @@ class Folder:
             names.append(f"images/{shard:05d}/{name}")
             _write_bytes(root / names[-1], data)
         places = {"output_image": names[0]} | ({"input_images": names[1:]} if names[1:] else {})
-        line = row | places | {_LOOKED_LIKE: looked_like.hex()}
+        line = row | places
         self._append(root / f"rows-{shard:05d}.jsonl", line, sync=True)
         self.accepted[row["row"]] = line
 
     def reject(self, row: dict, picture: bytes | None) -> None:
-        if picture is not None:
+        if picture:
             _write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(picture)}", picture)
         self._append(self.path / REJECTED, row, sync=True)
         self.rejected[row["row"]] = row
 
-    def looks(self) -> dict[str, bytes]:
-        """Of the accepted pictures, by row."""
-        return {name: bytes.fromhex(row[_LOOKED_LIKE]) for name, row in self.accepted.items()}
+    def look_of(self, row: str) -> bytes:
+        """How the picture of an accepted row looks."""
+        kept = self._looks.get(row)
+        return bytes.fromhex(kept) if kept else look(self.picture_of(row).read_bytes())
 
     def picture_of(self, row: str) -> Path:
         line = self.accepted[row]
@@ -129,7 +151,40 @@ def _step_key(step: dict) -> tuple:
 
 
 def _read(path: Path) -> Iterator[dict]:
-    return (value for value, _ in files.read_lines(path)) if path.exists() else iter(())
+    """The whole lines of a file, if it is there; ValueError where one of them is none of ours."""
+    if not path.exists():
+        return
+    number = 1
+    try:
+        for value, _ in files.read_lines(path):
+            if "row" not in value:
+                raise ValueError("it names no row")
+            yield value
+            number += 1
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: this is no record of ours ({error}); delete the line") from None
+
+
+def _read_run(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        return {key: dict(value[key]) for key in ("decides", "drawn_from")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileExistsError(
+            f"{path} does not say what the rows of {path.parent} rest on: choose a new folder"
+        ) from None
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    """The dotted names under which two mappings differ."""
+    names = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            names.append(f"{prefix}{key}")
+    return names
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -53,11 +52,11 @@ class InstructionGates:
 
     @classmethod
     def of(cls, gates: Gates, prompts: PromptIndex | None) -> "InstructionGates":
-        if isinstance(gates.blocked, Path):
-            blocked = vocabulary.load("blocked", gates.blocked, least=1).words
+        if isinstance(gates.blocked, tuple):
+            words = vocabulary.parse("blocked", gates.blocked, "gates.blocked")
         else:
-            blocked = vocabulary.shipped("blocked").words if gates.blocked is None else gates.blocked
-        return cls(gates, prompts, blocked)
+            words = vocabulary.load("blocked", gates.blocked, least=1)
+        return cls(gates, prompts, (*words.words, *map(words.plural, words.words)))
 
     def check(self, row: str, text: str) -> None:
         """Take the instruction for this row, or raise [`Rejected`]."""

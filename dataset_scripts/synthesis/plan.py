@@ -31,6 +31,7 @@ class Plan:
     calls: tuple[Calls, ...]
     concurrency: int
     per_minute: int | None
+    repeats: int  # rows that ask for the same as an earlier one
 
     def cost(self, most: bool = False) -> float | None:
         """USD, or None where a price is missing."""
@@ -55,15 +56,20 @@ class Plan:
         """For a person."""
         parts = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         lines = [f"{sum(self.rows.values()):,} rows: {parts}"]
+        if self.repeats:
+            lines.append(
+                f"{self.repeats:,} of them ask for the same as an earlier row: give longer lists of words, or fewer rows"
+            )
         for calls in self.calls:
             price = "no price in the recipe" if calls.usd is None else f"about {calls.usd:.4f} USD each"
             lines.append(f"{calls.role}: {calls.model}: {calls.least:,} to {calls.most:,} calls, {price}")
         cost = self.cost()
         if cost is None:
-            lines.append(f"cost: unknown; say {', '.join(self.unpriced())}")
+            lines.append(f"cost: unknown; say {', '.join(self.unpriced())}, from your provider's price list")
         else:
             lines.append(
-                f"cost: about {cost:.2f} USD if every answer passes at once, {self.cost(most=True):.2f} at most"
+                f"cost, at the recipe's prices: about {cost:.2f} USD if every answer passes at once, "
+                f"{self.cost(most=True):.2f} at most"
             )
         lines.append(f"time: about {_time(self.seconds())}, {_time(self.seconds(most=True))} at most")
         return lines
@@ -91,7 +97,9 @@ def make_plan(recipe: Recipe, tasks: Sequence[Task]) -> Plan:
     if gates.verify:
         judged = pictures + edits
         found.append(_calls("judge", models.judge, judged, judged * again * gates.answers))
-    return Plan(rows, tuple(calls for calls in found if calls.most), recipe.rate.concurrency, recipe.rate.per_minute)
+    calls = tuple(calls for calls in found if calls.most)
+    repeats = sum(task.repeats for task in tasks)
+    return Plan(rows, calls, recipe.rate.concurrency, recipe.rate.per_minute, repeats)
 
 
 def _calls(role: str, model: Endpoint, least: int, most: int) -> Calls:
@@ -100,16 +108,9 @@ def _calls(role: str, model: Endpoint, least: int, most: int) -> Calls:
 
 def guess(role: str, model: Endpoint) -> float | None:
     """About what one call costs in USD; None where the recipe does not say."""
-    if model.name == "pixels":
+    if model.is_local:
         return 0.0
-    price = model.price
-    if price.picture is None and price.input is None and price.output is None:
-        return None
-    asked, answered = _TOKENS[role]
-    if price.picture is not None:
-        answered = 0
-    tokens = (asked * (price.input or 0.0) + answered * (price.output or 0.0)) / 1e6
-    return tokens + (price.picture or 0.0)
+    return model.price.usd(*_TOKENS[role]) if model.price.known else None
 
 
 def _time(seconds: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +30,29 @@ class _Strict(BaseModel):
 
 
 class Price(_Strict):
-    """USD per picture, and per million tokens. What is not said is not counted."""
+    """What you pay, in USD: of a picture, or of a million tokens asked with and answered."""
 
-    picture: float | None = Field(None, ge=0)
-    input: float | None = Field(None, ge=0)
-    output: float | None = Field(None, ge=0)
+    picture: float | None = Field(None, ge=0, allow_inf_nan=False)
+    input: float | None = Field(None, ge=0, allow_inf_nan=False)
+    output: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.input is None) != (self.output is None):
+            raise ValueError("give both input and output, or neither; half a price would be a wrong one")
+        if self.picture is not None and self.input is not None:
+            raise ValueError("give picture, or input and output: as your provider bills")
+        return self
+
+    @property
+    def known(self) -> bool:
+        return self.picture is not None or self.input is not None
+
+    def usd(self, input_tokens: int, output_tokens: int, pictures: int = 1) -> float:
+        """Of one call."""
+        if self.picture is not None:
+            return pictures * self.picture
+        return (input_tokens * (self.input or 0.0) + output_tokens * (self.output or 0.0)) / 1e6
 
 
 class Endpoint(_Strict):
@@ -50,16 +70,38 @@ class Endpoint(_Strict):
     def _without_secrets(cls, value: str | None) -> str | None:
         if value and any(mark in value for mark in "@?#"):
             raise ValueError(
-                "a URL with a user, a query or a fragment may hold a key; the key belongs into key_variable"
+                "a URL with a user, a query or a fragment may hold a key; the key belongs into the environment variable "
+                "that key_variable names"
             )
         return value
+
+    @field_validator("key_variable")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):  # the value is not repeated: it may be the key itself
+            raise ValueError(
+                "this is the name of an environment variable, such as OPENAI_API_KEY, and not the key itself"
+            )
+        return value
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs on this machine, for nothing."""
+        return False
 
 
 class Text(Endpoint):
     """Writes properties, instructions and paraphrases."""
 
-    temperature: float | None = Field(1.0, ge=0)
+    temperature: float | None = Field(1.0, ge=0)  # null leaves it to the endpoint: some models take no other
     max_tokens: int = Field(600, gt=0)
+
+    @field_validator("price")
+    @classmethod
+    def _of_tokens(cls, value: Price) -> Price:
+        if value.picture is not None:
+            raise ValueError("words are billed by tokens: give input and output")
+        return value
 
 
 class Image(Endpoint):
@@ -71,8 +113,15 @@ class Image(Endpoint):
     seconds: float = Field(30.0, gt=0)
 
 
-class Judge(Endpoint):
-    """Sees pictures; `name: pixels` is the quickstart's detector, which costs nothing."""
+class Judge(Text):
+    """Sees pictures; `name: pixels` is the quickstart's detector, which costs nothing, and `hf:MODEL` a local model."""
+
+    temperature: float | None = Field(0.0, ge=0)
+    max_tokens: int = Field(1024, gt=0)
+
+    @property
+    def is_local(self) -> bool:
+        return self.name == "pixels" or self.name.startswith("hf:")
 
 
 class Models(_Strict):
@@ -81,6 +130,9 @@ class Models(_Strict):
     edit: Image | None = None  # draws from references; None: `image`
     judge: Judge | None = None
     check: bool = True  # ask the endpoints, before anything is paid for, whether they offer these models
+
+    def all(self) -> list[Endpoint]:
+        return [model for model in (self.text, self.image, self.edit, self.judge) if model is not None]
 
 
 class Rate(_Strict):
@@ -139,6 +191,12 @@ class Contamination(_Strict):
     overlap: float = Field(0.5, gt=0, le=1)
     action: Literal["refuse", "count"] = "refuse"
 
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.benchmarks and not self.prompts:
+            raise ValueError("name benchmarks or files of prompts; contamination: null switches the gate off")
+        return self
+
 
 class Gates(_Strict):
     verify: bool = True  # by `models.judge`
@@ -181,8 +239,8 @@ class Recipe(_Strict):
     def image_model(self, part: str) -> Image:
         return (self.models.edit or self.models.image) if part == "multi_reference" else self.models.image
 
-    def fingerprint(self) -> str:
-        """Of all that decides what a row is; more rows, other rates, prices and keys are still the same recipe."""
+    def decides(self) -> dict[str, Any]:
+        """All that decides what a row is; more rows, other rates, prices and keys are still the same recipe."""
         values = self.model_dump(mode="json", exclude={"rate", "gates"})
         for part in self.rows:
             values[part].pop("rows")
@@ -191,7 +249,10 @@ class Recipe(_Strict):
                 for name in ("key_variable", "price", "timeout", "seconds"):
                     model.pop(name)
         values["models"].pop("check")
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return values
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.decides(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RecipeError(ValueError):
@@ -206,21 +267,26 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe, or one that comes along by its name. Paths in it are relative to the working folder.
 
     Raises:
-        RecipeError: the file is unreadable or a setting is unknown or impossible; all of them are listed.
+        RecipeError: the file is unreadable, a setting is unknown or impossible (all of them are listed), or it holds a key.
     """
     is_shipped = str(path) in shipped_names() and not Path(path).exists()
     file = Path(__file__).parent / "recipes" / f"{path}.yaml" if is_shipped else Path(path)
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        text = file.read_text("utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         names = ", ".join(shipped_names())
         raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no mapping of settings")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{path}:\n{_describe(error)}") from error
+    for variable in {model.key_variable for model in recipe.models.all()}:
+        if len(key := os.environ.get(variable, "")) >= 6 and key in text:
+            raise RecipeError(f"{path} holds the key of {variable}: remove it, recipes are copied into what they make")
+    return recipe
 
 
 def _describe(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ class Task:
     number: int
     seed: int
     sketch: dict[str, Any]
+    repeats: bool = False  # an earlier row has the same sketch: the words are used up
 
     @property
     def id(self) -> str:
@@ -76,6 +77,8 @@ def one_line(answer: str, most_words: int = 80) -> str:
     text = " ".join(answer.split()).strip("\"'“”` ")
     if not text:
         raise Unreadable("the answer is empty")
+    if len(text) > 1000:
+        raise Unreadable(f"the answer has {len(text):,} letters, at most 1,000 are wanted")
     if len(text.split()) > most_words:
         raise Unreadable(f"the answer has {len(text.split())} words, at most {most_words} are wanted")
     return text
@@ -86,7 +89,7 @@ def json_object(answer: str, keys: tuple[str, ...]) -> dict[str, str]:
     start, end = answer.find("{"), answer.rfind("}")
     try:
         value = json.loads(answer[start : end + 1])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"the answer is no JSON object ({error})") from None
     missing = [key for key in keys if not isinstance(value.get(key), str) or not value[key].strip()]
     if missing:

@@ -55,8 +55,9 @@ def _of_part(recipe: Recipe, chain: Chain, rows: int) -> Iterator[Task]:
             known = json.dumps(_content(sketch), sort_keys=True, default=str)
             if known not in seen:
                 break
+        seed = random.Random(f"{recipe.seed} {chain.part} {number}").getrandbits(31)
+        yield Task(chain.part, number, seed, sketch, repeats=known in seen)
         seen.add(known)
-        yield Task(chain.part, number, random.Random(f"{recipe.seed} {chain.part} {number}").getrandbits(31), sketch)
 
 
 def _content(sketch: dict) -> dict:

@@ -2,12 +2,14 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import yaml
 
+_WORD = re.compile(r"(?=.*[^\W\d_])[^\[\]{}\":;,<>]{1,60}")  # a letter at least; no JSON, no table
 SHIPPED = Path(__file__).parent / "vocabulary.yaml"
 
 
@@ -36,7 +38,7 @@ class Vocabulary:
 
 def shipped(name: str) -> Vocabulary:
     """A list that comes along."""
-    return _parse(name, _shipped_lists()[name], f"the shipped list of {name}")
+    return parse(name, _shipped_lists()[name], f"the shipped list of {name}")
 
 
 @lru_cache(maxsize=1)
@@ -48,26 +50,30 @@ def load(name: str, file: Path | None, least: int) -> Vocabulary:
     """The words of a file, or those that come along.
 
     Raises:
-        ValueError: fewer than `least` words.
+        ValueError: no text file, a line that is no word, or fewer than `least` words.
     """
     if file is None:
         return shipped(name)
-    lines = Path(file).read_text("utf-8-sig").splitlines()
-    words = _parse(name, [line for line in lines if not line.lstrip().startswith("#")], str(file))
+    try:
+        lines = Path(file).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: the vocabulary of {name} is no UTF-8 text ({error.reason})") from None
+    words = parse(name, [line for line in lines if not line.lstrip().startswith("#")], str(file))
     if len(words.words) < least:
         found = f"{len(words.words)} words" if words.words else "no word"
         raise ValueError(f"{file}: the vocabulary of {name} holds {found}; at least {least} are needed")
     return words
 
 
-def _parse(name: str, lines: list[str], where: str) -> Vocabulary:
+def parse(name: str, lines: Iterable[str], where: str) -> Vocabulary:
+    """Words with what stands behind their bars; ValueError for a line that is none."""
     words, plurals = {}, {}
     for line in lines:
         word, bar, plural = (part.strip() for part in line.partition("|"))
         if not word and not bar:
             continue
-        if not word or "|" in plural or (bar and not plural):
-            raise ValueError(f"{where}: {line!r} is no word (write cup, or knife|knives)")
+        if not word or "|" in plural or (bar and not plural) or not _WORD.fullmatch(word):
+            raise ValueError(f"{where}: {line[:80]!r} is no word (write one per line: cup, or knife|knives)")
         words[word] = None
         if bar:
             plurals[word] = plural

@@ -1,6 +1,9 @@
 """``echo4o dataset synthesize``: make rows of Echo-4o-Image with an image API."""
 
+import errno
+import math
 import shlex
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +21,8 @@ def synthesize(
     ] = Path("synthesis"),
     plan: Annotated[bool, typer.Option("--plan", help="Print counts, calls, cost and time; ask nothing.")] = False,
     preview: Annotated[
-        int | None, typer.Option(min=1, help="Make only this many rows, of all parts in turn, and a contact sheet.")
+        int | None,
+        typer.Option(min=1, max=200, help="Make only this many rows, of all parts in turn, and a contact sheet."),
     ] = None,
     budget: Annotated[
         float | None, typer.Option(help="USD that the folder may cost in all.", show_default="no limit")
@@ -37,34 +41,35 @@ def synthesize(
     from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
 
     chosen = load_recipe(recipe)
-    if budget is not None and budget <= 0:
+    if budget is not None and not 0 < budget < math.inf:
         raise ValueError(f"--budget {budget:g} buys nothing: give USD, for example --budget 5")
     chains = load_chains(chosen)
     tasks = make_tasks(chosen, chains)
     again = ["echo4o", "dataset", "synthesize", recipe, "--out", str(out)]
+    again += [] if budget is None else ["--budget", f"{budget:g}"]
     if plan:
         print("\n".join(make_plan(chosen, tasks).lines()))
         finish(None, shlex.join([*again, "--preview", "12"]))
         return
     wanted = first_tasks(tasks, preview) if preview else tasks
     prompts = _prompts(chosen)
-    with Folder(out) as folder:
+    with _disk(out), Folder(out) as folder:
         folder.begin(_run(chosen, chains))
-        waiting = [task for task in wanted if not folder.is_decided(task.id)]
-        say("\n".join(make_plan(chosen, waiting).lines()))
-        outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe)
+        left = make_plan(chosen, [task for task in wanted if not folder.is_decided(task.id)])
+        say("\n".join(left.lines()))
+        outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe, left)
         sheet = contact_sheet(folder, wanted) if preview else None
-    say(f"{outcome}; {spent:.4f} USD spent")
+    uncounted = f", and what no price was given for ({', '.join(left.unpriced())})" if left.unpriced() else ""
+    say(f"{outcome}; {spent:.4f} USD spent in all{uncounted}")
     for row, why in list(outcome.open.items())[:3]:
         say(f"{row} has no end yet: {why}")
     if reason is not None:
         say(f"what was paid for is kept in {out}; run the same command again to go on")
         raise reason
-    if sheet is not None:
-        finish(sheet, shlex.join(again))
-    elif outcome.decided < outcome.planned:
-        finish(out, shlex.join(again))
-        raise typer.Exit(1)
+    is_open = outcome.decided < outcome.planned
+    if sheet is not None or is_open:
+        finish(sheet or out, shlex.join(again))
+        raise typer.Exit(int(is_open))
     else:
         finish(out / DATASET, shlex.join(["echo4o", "dataset", "build", str(out / DATASET), "--out", f"{out}-built"]))
 
@@ -74,7 +79,12 @@ def _run(recipe, chains) -> dict:
     drawn_from = {
         f"{part}.{name}": digest for part, chain in chains.items() for name, digest in chain.hashes().items()
     }
-    return {"fingerprint": recipe.fingerprint(), "drawn_from": drawn_from, "recipe": recipe.model_dump(mode="json")}
+    return {
+        "fingerprint": recipe.fingerprint(),
+        "decides": recipe.decides(),
+        "drawn_from": drawn_from,
+        "recipe": recipe.model_dump(mode="json"),
+    }
 
 
 def _prompts(recipe):
@@ -99,7 +109,7 @@ def _prompts(recipe):
     return PromptIndex(listed, gate.overlap)
 
 
-def _make(recipe, chains, tasks, folder, prompts, budget, probe):
+def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
     """Run the engine over the robust calls: (outcome, USD spent in all, what ended the run early)."""
     from tqdm.auto import tqdm
 
@@ -107,8 +117,8 @@ def _make(recipe, chains, tasks, folder, prompts, budget, probe):
     from echo4o.evaluation.judge import run_async
     from echo4o.evaluation.synthesis_calls import RobustCalls
 
-    waiting = any(not folder.is_decided(task.id) for task in tasks)
-    calls = RobustCalls(recipe, folder.path, budget, probe) if waiting else None
+    roles = [calls.role for calls in plan.calls]  # none when every row is decided
+    calls = RobustCalls(recipe, folder.path, roles, budget, probe) if roles else None
     bar = tqdm(total=len(tasks), desc="synthesizing", unit=" rows", disable=None, leave=False)
 
     def progress(outcome) -> None:
@@ -123,9 +133,21 @@ def _make(recipe, chains, tasks, folder, prompts, budget, probe):
             await engine.run()
 
     with bar:
-        if waiting:
+        if calls:
             run_async(run)
     return engine.outcome, calls.purse.spent if calls else _spent(folder.path), calls.reason if calls else None
+
+
+@contextmanager
+def _disk(out: Path):
+    """A full disk is told with its place: the system names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        hint = "what was paid for is kept, make room and run the same command again"
+        raise OSError(f"{out}: {error.strerror}; {hint}") from None
 
 
 def _spent(out: Path) -> float:

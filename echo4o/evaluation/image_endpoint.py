@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo4o.evaluation.judges.base import Answer, JudgeFault
-from echo4o.evaluation.judges.endpoint import OpenAIEndpoint, message_of, public
+from echo4o.evaluation.judges.endpoint import OpenAIEndpoint, public
 
 _MODERATION = ("moderation_blocked", "content_policy_violation", "content_filter")
 _MODERATION_WORDS = ("safety system", "content policy", "content management policy", "content filter", "moderation")
@@ -55,23 +55,19 @@ class ImageModel(OpenAIEndpoint):
         try:
             response = await self._send(question, {"Idempotency-Key": key})
         except (openai.APIError, ValueError, TypeError) as error:
-            if isinstance(error, openai.APIStatusError) and _is_moderation(error):
-                return Answer("", refusal=self.redact(message_of(error)) or "blocked by the moderation")
+            if isinstance(error, openai.APIStatusError) and is_moderation(error.status_code, error.code, str(error)):
+                return Answer("", refusal=self.told(error) or "blocked by the moderation")
             raise self.fault_of(error) from None
-        data = getattr(response, "data", None)
-        picture = data[0].b64_json if data else None
-        if not picture:
-            hint = "; it sent a link: set response_format: b64_json in the options" if data and data[0].url else ""
-            raise JudgeFault("bad_response", f"the response holds no picture{hint}", retry=not hint)
-        try:
-            base64.b64decode(picture, validate=True)
-        except binascii.Error as error:
-            raise JudgeFault("bad_response", f"the picture is no base64: {error}", retry=True) from None
-        usage = response.usage
+        first = next(iter(getattr(response, "data", None) or ()), None)
+        picture = getattr(first, "b64_json", None)
+        if not picture and getattr(first, "url", None):
+            raise JudgeFault("bad_response", "it sent a link: set response_format: b64_json in the options")
+        # No picture, or one that cannot be read, was paid for like any other: it is an answer.
+        usage = getattr(response, "usage", None)
         return Answer(
-            picture,
-            input_tokens=usage.input_tokens if usage else 0,
-            output_tokens=usage.output_tokens if usage else 0,
+            picture if isinstance(picture, str) else "",
+            input_tokens=getattr(usage, "input_tokens", 0) or 0,
+            output_tokens=getattr(usage, "output_tokens", 0) or 0,
         )
 
     async def _send(self, question: Drawing, headers: dict[str, str]):
@@ -90,13 +86,20 @@ def _named(number: int, data: bytes) -> tuple[str, bytes, str]:
     return f"image_{number}.{kind}", data, f"image/{kind}"
 
 
-def _is_moderation(error) -> bool:
-    return error.code in _MODERATION or (error.status_code in (400, 403) and tells_of_moderation(message_of(error)))
+def is_moderation(status: int | None, code: str | None, message: str) -> bool:
+    """Whether a server's error means that the content was refused, not the request."""
+    return code in _MODERATION or (
+        status in (400, 403) and any(words in message.lower() for words in _MODERATION_WORDS)
+    )
 
 
-def tells_of_moderation(message: str) -> bool:
-    """Whether a server's words mean that the content was refused, not the request."""
-    return any(words in message.lower() for words in _MODERATION_WORDS)
+def picture_bytes(answer: Answer) -> bytes:
+    """The picture of an answer, from plain, wrapped or `data:` base64; empty where there is none."""
+    text = answer.text.partition("base64,")[2] if answer.text.startswith("data:") else answer.text
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: letters outside ASCII
+        return b""
 
 
 async def missing_models(models: list[OpenAIEndpoint]) -> dict[str, list[str]]:

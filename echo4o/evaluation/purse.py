@@ -9,24 +9,6 @@ from echo4o.evaluation.folder import Records
 from echo4o.evaluation.judges.base import Answer
 
 
-@dataclass(frozen=True)
-class Price:
-    """USD: of a picture, and per million tokens. None: nobody said."""
-
-    picture: float | None = None
-    input: float | None = None
-    output: float | None = None
-
-    @property
-    def known(self) -> bool:
-        return any(value is not None for value in (self.picture, self.input, self.output))
-
-    def of(self, answer: Answer) -> float:
-        """A refusal costs its tokens, but no picture."""
-        tokens = answer.input_tokens * (self.input or 0.0) + answer.output_tokens * (self.output or 0.0)
-        return tokens / 1e6 + (0.0 if answer.refusal else self.picture or 0.0)
-
-
 @dataclass
 class Purse:
     """What a folder has cost so far, over all runs into it, and how much it may cost."""
@@ -47,8 +29,13 @@ class Purse:
         self.spent += line["usd"]
         self.calls[line["role"]] = self.calls.get(line["role"], 0) + 1
 
-    def account(self, role: str, model: str, price: Price, guess: float, gate: Gate) -> "Account":
-        """What the calls of one model are counted in; `guess`: USD of one, until one was seen that cost more."""
+    def account(self, role: str, model: str, price: Callable[[Answer], float], guess: float, gate: Gate) -> "Account":
+        """What the calls of one model are counted in.
+
+        Args:
+            price: USD of an answer.
+            guess: USD of a call, until one was seen that cost more.
+        """
         opened = Account(self, role, model, price, guess, gate)
         self.accounts.append(opened)
         return opened
@@ -60,7 +47,7 @@ class Purse:
         expected = sum(other.gate.open * other.most for other in self.accounts)  # the call itself is open, too
         if self.spent + expected > self.budget + 1e-9:
             raise BudgetReached(
-                f"the budget of {self.budget:.2f} USD is reached: {self.spent:.4f} are spent and the next call "
+                f"the budget of {self.budget:g} USD is reached: {self.spent:.4f} are spent and the next call "
                 f"({account.role}) costs up to {account.most:.4f}; all that was paid for is kept, run again with a "
                 "higher --budget to go on"
             )
@@ -73,7 +60,7 @@ class Account:
     purse: Purse
     role: str
     model: str
-    price: Price
+    price: Callable[[Answer], float]
     most: float  # USD of the dearest call so far
     gate: Gate
     kept: int = 0
@@ -81,7 +68,7 @@ class Account:
     def add(self, key: str, answer: Answer, append: Callable[[dict], None]) -> None:
         if key in self.purse._known:
             return
-        usd = self.price.of(answer)
+        usd = self.price(answer)
         tokens = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
         line = {"key": key, "role": self.role, "model": self.model, **tokens, "usd": usd}
         append(line)

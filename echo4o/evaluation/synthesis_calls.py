@@ -1,10 +1,10 @@
 """The calls of `echo4o dataset synthesize`: the evaluation's patience, kept answers and judges, for models that write and draw."""
 
 import asyncio
-import base64
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -13,20 +13,30 @@ from typing import Any
 from echo4o.dataset_scripts.synthesis.calls import Check, Ended, Refused, Unanswered, Unreadable, Verdict
 from echo4o.dataset_scripts.synthesis.folder import ANSWERS, SPENDING
 from echo4o.dataset_scripts.synthesis.plan import guess
-from echo4o.dataset_scripts.synthesis.recipe import Endpoint, Recipe
+from echo4o.dataset_scripts.synthesis.recipe import Endpoint, Image, Recipe
 from echo4o.evaluation.benchmarks.base import PROMPTS, Aspect, Benchmark, Prompt
 from echo4o.evaluation.benchmarks.genevalpp import Correct, GenEvalPP
 from echo4o.evaluation.calls import AnswerCache, BudgetReached, Caller, Gate, Interrupts, Policy, Stop, Stopped
 from echo4o.evaluation.folder import Records
-from echo4o.evaluation.image_endpoint import Drawing, ImageModel, missing_models, tells_of_moderation
+from echo4o.evaluation.image_endpoint import Drawing, ImageModel, is_moderation, missing_models, picture_bytes
 from echo4o.evaluation.judge import digest
 from echo4o.evaluation.judges import Answer, Judge, JudgeFault, Question, make_judge
 from echo4o.evaluation.judges import reading as readings
 from echo4o.evaluation.judges.endpoint import OpenAIEndpoint, OpenAIJudge, public
 from echo4o.evaluation.pictures import Picture
 from echo4o.evaluation.probe import look_at_probe
-from echo4o.evaluation.purse import Price, Purse
+from echo4o.evaluation.purse import Purse
 from echo4o.evaluation.questions import JudgePrompt
+
+_LOST = (
+    "does not exist",
+    "not exist or",
+    "deprecated",
+    "shut down",
+    "retired",
+    "decommissioned",
+    "no longer available",
+)
 
 
 class Note(Benchmark):
@@ -48,20 +58,28 @@ class Note(Benchmark):
         return {"score": dict.fromkeys(counts, 1.0)}
 
 
-class _Paced:
-    """A model that is asked at most so many times a minute."""
+class _Pace:
+    """One turn every so many seconds."""
 
-    def __init__(self, model, per_minute: int | None, stop: Stop):
-        self.model, self.name, self.paid = model, model.name, model.paid
-        self.identity, self.close = model.identity, model.close
+    def __init__(self, per_minute: int | None, stop: Stop):
         self._every, self._stop, self._next = 60.0 / per_minute if per_minute else 0.0, stop, 0.0
 
+    async def turn(self) -> None:
+        now = monotonic()
+        turn, self._next = max(now, self._next), max(now, self._next) + self._every
+        if turn > now:
+            await self._stop.sleep(turn - now)
+
+
+class _Paced:
+    """A model that keeps to a pace; roles that are played by the same model share one."""
+
+    def __init__(self, model, pace: _Pace):
+        self.model, self.pace, self.name, self.paid = model, pace, model.name, model.paid
+        self.identity, self.close = model.identity, model.close
+
     async def ask(self, question, key: str) -> Answer:
-        if self._every:
-            now = monotonic()
-            turn, self._next = max(now, self._next), max(now, self._next) + self._every
-            if turn > now:
-                await self._stop.sleep(turn - now)
+        await self.pace.turn()
         return await self.model.ask(question, key)
 
 
@@ -70,6 +88,7 @@ class RobustCalls:
 
     Args:
         out: the folder of the synthesis: answers and costs are kept there.
+        roles: the models that its rows need (text, image, edit, judge).
         budget: USD that the folder may cost in all.
         see: whether the judge is shown a test picture first.
 
@@ -77,22 +96,22 @@ class RobustCalls:
         ValueError: a key that is not set, a budget without prices or of nothing.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, budget: float | None = None, see: bool = True):
+    def __init__(self, recipe: Recipe, out: Path, roles: Sequence[str], budget: float | None = None, see: bool = True):
         self.recipe, self.out, self.see = recipe, out, see
-        self.stop, self._locks, self._identities = Stop(), {}, {}
-        self.models = _make_models(recipe)
+        self.stop, self._locks, self._identities, self._not_taken = Stop(), {}, {}, Counter()
+        self.models = {role: _make_model(role, getattr(recipe.models, role)) for role in roles}
         _require_prices(recipe, self.models, budget)
         self.purse = Purse(out / SPENDING, budget)
         if budget is not None and self.purse.spent >= budget:
             raise BudgetReached(
-                f"the budget is {budget:.2f} USD and {self.purse.spent:.4f} are spent: nothing can be asked; give a higher "
+                f"the budget is {budget:g} USD and {self.purse.spent:.4f} are spent: nothing can be asked; give a higher "
                 "--budget"
             )
         self.names = {role: model.name.removeprefix("openai:") for role, model in self.models.items()}
-        self._questions = {
-            benchmark.name: (benchmark, JudgePrompt.read(PROMPTS / benchmark.aspects[0].prompt_file))
+        self._structure, self._note = (
+            (benchmark, JudgePrompt.read(PROMPTS / benchmark.aspects[0].prompt_file))
             for benchmark in (GenEvalPP(), Note())
-        }
+        )
         self.callers: dict[str, Caller] = {}
 
     @property
@@ -108,12 +127,15 @@ class RobustCalls:
             rate = self.recipe.rate
             policy = Policy(rate.concurrency, rate.tries, 1, rate.first_wait, give_up_after=rate.give_up_after)
             cache = AnswerCache(self.out / ANSWERS)
+            paces: dict[tuple, _Pace] = {}
             for role, model in self.models.items():
-                gate, config = Gate(rate.concurrency, self.stop), _config(self.recipe, role)
-                price = Price(config.price.picture, config.price.input, config.price.output)
-                account = self.purse.account(role, config.name, price, guess(role, config) or 0.0, gate)
-                paced = _Paced(model, rate.per_minute, self.stop)
-                self.callers[role] = Caller(paced, policy, gate, self.stop, account, append, cache)
+                gate, config = Gate(rate.concurrency, self.stop), getattr(self.recipe.models, role)
+                if self.purse.budget is not None and role in ("image", "edit") and config.price.picture is None:
+                    gate.limit = 1  # nobody knows yet what a picture costs that is billed by tokens
+                account = self.purse.account(role, config.name, _usd_of(config), guess(role, config) or 0.0, gate)
+                which = (getattr(model, "url", None), model.name)
+                pace = paces.setdefault(which, _Pace(rate.per_minute if model.paid else None, self.stop))
+                self.callers[role] = Caller(_Paced(model, pace), policy, gate, self.stop, account, append, cache)
             await self._check()
         except BaseException:
             await self.__aexit__()
@@ -135,6 +157,8 @@ class RobustCalls:
         judge = self.models.get("judge")
         if judge is not None and judge.paid and self.see:
             await look_at_probe(self.callers["judge"])
+            if "http_404" in str(self.reason):
+                raise ValueError(_no_such_model("judge", judge, [], str(self.reason)))
             if self.reason is not None:
                 raise self.reason
 
@@ -144,20 +168,21 @@ class RobustCalls:
             raise Refused("text", answer.refusal)
         if answer.cut:
             raise Unreadable("the answer stopped at the length limit (models.text.max_tokens)")
-        return answer.text
+        return answer.text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be stored
 
     async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes:
         role = "edit" if references and "edit" in self.models else "image"
-        sends_seed = _config(self.recipe, role).send_seed
+        sends_seed = getattr(self.recipe.models, role).send_seed
         drawing = Drawing(instruction, references, seed if sends_seed else None)
         content = ["draw", instruction, [hashlib.sha256(data).hexdigest() for data in references], drawing.seed, salt]
         answer = await self._ask(role, drawing, content)
         if answer.refusal:
             raise Refused("image", answer.refusal)
-        return base64.b64decode(answer.text)
+        return picture_bytes(answer)
 
     async def judge(self, check: Check, picture: bytes, salt: str) -> Verdict:
         question, content = self._question(check, picture)
+        _, words = self._structure if check.include else self._note
         for number in range(1, self.recipe.gates.answers + 1):
             answer = await self._ask("judge", question, [*content, salt, number])
             try:
@@ -165,14 +190,14 @@ class RobustCalls:
             except readings.Unreadable as error:
                 last = error
                 continue
-            return Verdict(bool(verdict.correct), verdict.reason)
+            return Verdict(bool(verdict.correct), verdict.reason, words.sha256)
         if last.kind == "refusal":
             raise Refused("judge", str(last))
         raise Unreadable(str(last))
 
     def _question(self, check: Check, picture: bytes) -> tuple[Question, list]:
         """The judge's question, and what makes it this one."""
-        benchmark, words = self._questions["genevalpp" if check.include else "synthesis_note"]
+        benchmark, words = self._structure if check.include else self._note
         facts = {"include": list(check.include), "exclude": []} if check.include else {"note": check.note}
         references = () if check.include else tuple(self._show(data).path for data in check.references)
         prompt = Prompt("1", "", check.instruction, facts=facts, references=references)
@@ -203,7 +228,9 @@ class RobustCalls:
         try:
             async with lock:
                 self.stop.check()
-                return await caller.ask(question, key, [])
+                answer = await caller.ask(question, key, [])
+                self._not_taken[role] = 0
+                return answer
         except Stopped:
             raise Ended from None
         except BudgetReached as reached:
@@ -221,61 +248,60 @@ class RobustCalls:
     def _after(self, role: str, fault: JudgeFault) -> Exception:
         """What a call that brought no answer means for its row."""
         model = self.models[role]
-        if fault.kind == "http_404":
-            self.stop.reason = ValueError(_no_such_model(role, model, [], str(fault)))
+        if _is_lost_model(fault):
+            self.stop.reason = None  # what the caller says about it tells less
+            self.stop.set(ValueError(_no_such_model(role, model, [], str(fault))))
         if self.stop.reason is not None:
             return Ended()
         if fault.retry:
             return Unanswered(f"{role}: {fault} ({fault.kind})")
-        if tells_of_moderation(str(fault)):
+        if is_moderation(_status(fault), fault.code, str(fault)):
             return Refused(role if role in ("text", "judge") else "image", str(fault))
-        if not self.purse.calls.get(role):  # nothing of this kind ever worked: it is the request, not the row
+        self._not_taken[role] += 1
+        # Nothing of this kind ever worked, or nothing does any more: it is the request, not the row.
+        if not self.purse.calls.get(role) or self._not_taken[role] >= self.recipe.rate.give_up_after:
             self.stop.set(ValueError(f"models.{role}: {model.name} does not take our request: {fault} ({fault.kind})"))
             return Ended()
         return Refused("endpoint", f"{role}: {fault} ({fault.kind})")
 
 
-def _config(recipe: Recipe, role: str) -> Any:
-    return getattr(recipe.models, role)
+def _usd_of(config: Endpoint) -> Callable[[Answer], float]:
+    """What an answer of the model costs; a refused picture costs its tokens at most."""
+    return lambda answer: config.price.usd(answer.input_tokens, answer.output_tokens, 0 if answer.refusal else 1)
 
 
-def _make_models(recipe: Recipe) -> dict[str, Judge | OpenAIEndpoint]:
-    """The models that the recipe's rows need, by role."""
-    models, made = recipe.models, {}
-    of = {"url": models.text.url, "key_variable": models.text.key_variable, "timeout": models.text.timeout}
-    made["text"] = OpenAIJudge(
-        models.text.name, structured=False, temperature=models.text.temperature,
-        max_tokens=models.text.max_tokens, what="text model", **of,
-    )  # fmt: skip
-    for role in ("image", "edit"):
-        if config := getattr(models, role):
-            options = {"size": config.size} | config.options
-            made[role] = ImageModel(
-                config.name, config.url, config.key_variable, options, config.timeout, f"{role} model"
-            )
-    if recipe.gates.verify:
-        made["judge"] = _make_judge(models.judge)
-    return made
-
-
-def _make_judge(config: Endpoint) -> Judge:
-    if config.name == "pixels" or config.name.startswith("hf:"):
+def _make_model(role: str, config: Any) -> Judge | OpenAIEndpoint:
+    if config.is_local:
         return make_judge(config.name)
-    name = f"openai:{config.name.removeprefix('openai:')}"
-    return make_judge(name, url=config.url, key_variable=config.key_variable, timeout=config.timeout)
+    of = {"url": config.url, "key_variable": config.key_variable, "timeout": config.timeout, "what": f"{role} model"}
+    if isinstance(config, Image):
+        return ImageModel(config.name, options={"size": config.size} | config.options, **of)
+    return OpenAIJudge(
+        config.name.removeprefix("openai:"), structured=role == "judge", temperature=config.temperature,
+        max_tokens=config.max_tokens, **of | ({"what": "judge"} if role == "judge" else {}),
+    )  # fmt: skip
 
 
 def _require_prices(recipe: Recipe, roles: Sequence[str], budget: float | None) -> None:
-    if budget is None:
-        return
-    if budget <= 0:
-        raise ValueError(f"--budget {budget:g} buys nothing: give USD, for example --budget 5")
-    missing = [role for role in roles if guess(role, _config(recipe, role)) is None]
-    if missing:
+    missing = [role for role in roles if guess(role, getattr(recipe.models, role)) is None]
+    if budget is not None and missing:
+        how = "{picture: USD}, or " if missing[0] in ("image", "edit") else ""
         raise ValueError(
-            f"--budget needs to know what a call costs: say models.{missing[0]}.price in the recipe ({{picture: 0.01}}, or "
-            "{input: 0.4, output: 1.6} per million tokens)"
+            f"--budget needs to know what a call costs: say models.{missing[0]}.price in the recipe ({how}"
+            "{input: USD, output: USD} per million tokens, from your provider's price list)"
         )
+
+
+def _status(fault: JudgeFault) -> int | None:
+    return int(fault.kind.removeprefix("http_")) if fault.kind.startswith("http_") else None
+
+
+def _is_lost_model(fault: JudgeFault) -> bool:
+    """Whether the server says that it has no such model, in whatever way; some say so with 400 or 403."""
+    if fault.kind == "http_404" or fault.code == "model_not_found":
+        return True
+    said = str(fault).lower()
+    return _status(fault) in (400, 403, 410) and "model" in said and any(words in said for words in _LOST)
 
 
 def _no_such_model(role: str, model: OpenAIEndpoint, known: list[str], said: str = "") -> str:

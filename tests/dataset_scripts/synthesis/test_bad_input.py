@@ -1,8 +1,12 @@
 """One clear error before the first paid call, and no key in it."""
 
-import pytest
+import io
 
-from tests.dataset_scripts.synthesis.running import lines, one_part, run
+import pytest
+from PIL import Image
+
+from tests.dataset_scripts.synthesis.artist import reference
+from tests.dataset_scripts.synthesis.running import accepted, lines, one_part, run
 from tests.openai_server import KEY, Fault
 
 WRONG = {
@@ -10,7 +14,23 @@ WRONG = {
     "secret in the wrong place": ({"models__image__api_key": KEY}, "models.image.api_key: unknown key"),
     "secret in the url": (
         {"models__image__url": f"https://x.invalid/v1?key={KEY}"},
-        "the key belongs into key_variable",
+        "the key belongs into the environment variable",
+    ),
+    "the key instead of its variable": (
+        {"models__image__key_variable": "sk-loopback-0123456789-secret"},
+        "models.image.key_variable: this is the name of an environment variable",
+    ),
+    "the key among the options": ({"models__image__options": {"api_key": KEY}}, "holds the key of OPENAI_API_KEY"),
+    "half a price": ({"models__text__price": {"input": 1.0}}, "models.text.price: give both input and output"),
+    "two prices": (
+        {"models__image__price": {"picture": 1, "input": 1, "output": 1}},
+        "give picture, or input and output",
+    ),
+    "words priced as pictures": ({"models__judge__price": {"picture": 1}}, "words are billed by tokens"),
+    "endless price": ({"models__image__price": {"picture": float("inf")}}, "models.image.price.picture"),
+    "nothing to compare with": (
+        {"gates__contamination": {"benchmarks": []}},
+        "contamination: null switches the gate off",
     ),
     "no rows": ({"surreal_fantasy": None, "multi_reference": None, "instruction_following": None}, "no part has rows"),
     "unknown break": ({"surreal_fantasy__breaks": ["gravity"]}, "surreal_fantasy.breaks"),
@@ -45,17 +65,55 @@ def test_a_vocabulary_that_is_not_there(server, recipe, tmp_path):
     assert "none.txt" in told(server, tmp_path, recipe(surreal_fantasy__objects="none.txt"))
 
 
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("café\nthé\nœuf\n".encode("cp1252"), "is no UTF-8 text"),
+        (b'{"categories": [\n', "'{\"categories\": [' is no word"),
+        (b"cup,12\n", "'cup,12' is no word"),
+        (b"12\n???\n", "'12' is no word"),
+        (b"x" * 61, "is no word"),
+    ],
+)
+def test_a_vocabulary_that_is_none(server, recipe, tmp_path, content, why):
+    (tmp_path / "given" / "objects.txt").write_bytes(content)
+    said = told(server, tmp_path, recipe())
+    assert why in said and "objects.txt" in said
+
+
+def test_a_recipe_that_is_no_text(server, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("version: 1", "utf-16")
+    assert "recipe.yaml cannot be read" in told(server, tmp_path, tmp_path / "recipe.yaml")
+
+
 def test_references_without_the_subject_types(server, recipe, tmp_path):
     types = {"person": ["person"], "scene": ["landscape"]}
     said = told(server, tmp_path, recipe(multi_reference__references__types=types))
     assert "no picture of the subject type 'scene' (looked for landscape); it has person" in said
 
 
-def test_references_that_do_not_decode(server, recipe, tmp_path):
+def _bomb() -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (6_000, 6_000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (lambda: reference("star", "red", 1)[:60], "truncated"),
+        (lambda: b"", "truncated: 0 bytes"),
+        (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it begins with b'<svg xml'"),
+        (lambda: b"<!doctype html><html>not found</html>", "undecodable"),
+        (_bomb, "decompression bomb"),
+    ],
+    ids=["cut", "empty", "svg", "html", "bomb"],
+)
+def test_references_that_do_not_decode(server, recipe, tmp_path, data, why):
     for picture in (tmp_path / "given" / "references" / "animal").rglob("*.png"):
-        picture.write_bytes(picture.read_bytes()[:60])
+        picture.write_bytes(data())
     said = told(server, tmp_path, recipe(multi_reference__rows=12))
-    assert "the reference picture animal/" in said and "cannot be used: truncated" in said
+    assert "the reference picture animal/" in said and "cannot be used: " in said and why in said
 
 
 def test_too_few_references(server, recipe, tmp_path):
@@ -70,7 +128,7 @@ def test_no_such_source(server, recipe, tmp_path):
     assert "nowhere" in told(server, tmp_path, recipe(multi_reference__references__path=str(tmp_path / "nowhere")))
 
 
-@pytest.mark.parametrize("budget", [0, -1])
+@pytest.mark.parametrize("budget", [0, -1, "nan", "inf"])
 def test_a_budget_of_nothing(server, recipe, tmp_path, budget):
     assert "buys nothing" in told(server, tmp_path, recipe(), "--budget", budget)
 
@@ -93,12 +151,55 @@ def test_a_model_that_is_gone_without_a_list(server, recipe, tmp_path):
     assert not lines(tmp_path / "made" / "rejected.jsonl")
 
 
+def test_a_judge_that_is_gone_without_a_list(server, recipe, tmp_path):
+    said = told_by_probe(server, recipe(models__check=False, models__judge__name="gone"), tmp_path)
+    assert "models.judge: http://127.0.0.1" in said and "set models.judge.name in the recipe" in said
+
+
+def told_by_probe(server, file, tmp_path) -> str:
+    said = run("synthesize", file, "--out", tmp_path / "made", code=2)
+    assert len(server.calls) == 1 and server.calls[0].is_probe and not server.paid
+    return " ".join(said.split())
+
+
+def test_models_that_no_row_needs_are_not_asked_for(server, recipe, tmp_path):
+    changes = {"models__edit__name": "gone", "models__text__price": {}, "instruction_following__paraphrase": False}
+    said = run("synthesize", one_part(recipe, **changes), "--out", tmp_path / "made", "--budget", 5)
+    assert "3 accepted" in said and {call.model for call in server.calls} == {"painter", "judge"}
+
+
+def test_a_recipe_can_be_corrected_until_a_row_came_out_of_it(server, recipe, tmp_path):
+    """The message says to change the recipe: then the same folder must take it."""
+    out = tmp_path / "made"
+    run("synthesize", one_part(recipe, models__image__name="gone"), "--out", out, code=2)
+    server.inject(Fault("http_400", message="size is not supported", of="generate"))
+    file = one_part(recipe, models__image__size="128x64", rate__concurrency=1)
+    assert "size is not supported" in run("synthesize", file, "--out", out, code=2)
+    run("synthesize", one_part(recipe), "--out", out)
+    assert len(accepted(out)) == 3 and len(lines(out / "steps.jsonl")) == 12
+    said = " ".join(run("synthesize", one_part(recipe, seed=1), "--out", out, code=2).split())
+    assert "begun with another recipe (seed)" in said
+
+
 def test_no_key_and_a_wrong_one(server, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-but-secret")
     said = told(server, tmp_path, recipe())
     assert "http_401" in said and "sk-wrong" not in said
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "OPENAI_API_KEY is not set" in told(server, tmp_path, recipe())
+
+
+@pytest.mark.parametrize("wrong", ["\n", "\r", " ", "…"])
+def test_a_key_that_was_copied_with_something_else(server, recipe, tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("OPENAI_API_KEY", f"sk-wrong-but-secret{wrong}")
+    said = told(server, tmp_path, recipe())
+    assert "the key in OPENAI_API_KEY holds a character that no key has" in said and "sk-wrong" not in said
+
+
+def test_a_key_that_a_server_quotes_across_the_cut(server, recipe, tmp_path):
+    server.inject(Fault("http_400", message="x" * 285 + " {key}", times=99, of="generate"))
+    said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
+    assert "does not take our request" in said and "sk-" not in said
 
 
 def test_a_judge_that_sees_nothing(server, recipe, tmp_path):

@@ -1,6 +1,8 @@
 """Faults, interruptions and budgets: every planned row ends exactly once, and what was paid for is not paid for again."""
 
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from echo4o.evaluation.folder import Records
-from tests.dataset_scripts.synthesis.running import accepted, ends, lines, one_part, planned, run
+from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
 from tests.openai_server import KEY, Fault
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +83,13 @@ def test_the_budget_ends_the_run_and_a_higher_one_goes_on(server, recipe, tmp_pa
     assert sum(server.paid.values()) == len(list(Records(out / "spending.jsonl")))
 
 
-def command(file, out, *more) -> subprocess.Popen:
+def command(file, out, *more, limits=()) -> subprocess.Popen:
+    """The command in a process of its own, under resource limits."""
+
+    def limit() -> None:
+        for which in limits:
+            resource.setrlimit(which, (limits[which], limits[which]))
+
     arguments = [
         sys.executable,
         "-m",
@@ -94,7 +102,7 @@ def command(file, out, *more) -> subprocess.Popen:
     ]
     return subprocess.Popen(
         list(map(str, arguments)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OPENAI_API_KEY": KEY},
+        env=os.environ | {"OPENAI_API_KEY": KEY}, preexec_fn=limit if limits else None,
     )  # fmt: skip
 
 
@@ -122,6 +130,45 @@ def test_interrupted_and_resumed(server, recipe, tmp_path, how, at):
     assert max(steps.values()) == 1
 
 
+@pytest.mark.slow
+def test_killed_again_and_again(server, recipe, tmp_path):
+    """kill -9 at random points until a run comes through."""
+    server.latency = 0.01
+    out, file = tmp_path / "made", recipe(rate__concurrency=4, surreal_fantasy__rows=20)
+    server.inject(Fault("moderation", times=2, of="generate"))
+    chance, kills = random.Random(5), 0
+    while len(ends(out)) < 31:
+        child, goal = command(file, out), len(server.calls) + chance.randint(1, 30)
+        while len(server.calls) < goal and child.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.02)
+        kills += child.poll() is None
+        child.kill()
+        child.communicate(timeout=30)
+        assert len(ends(out)) == len(set(ends(out)))
+    run("synthesize", file, "--out", out)
+    assert kills >= 4 and ends(out) == planned(PARTS | {"surreal_fantasy": 20})
+    assert len(lines(out / "rejected.jsonl")) in (1, 2) and max(server.paid.values()) == 1
+    again = sum(count - 1 for count in Counter(call.key for call in server.calls if call.key).values())
+    assert again <= 8 * kills, "only what was open when it was killed is asked for again"
+    assert set(server.paid) == {line["key"] for line in Records(out / "spending.jsonl") if line["usd"]}
+    run("build", out / "dataset", "--out", tmp_path / "built", "--workers", 1)
+
+
+def test_interrupted_in_the_preview(server, recipe, tmp_path):
+    server.latency = 0.05
+    out = tmp_path / "made"
+    child = command(recipe(rate__concurrency=2), out, "--preview", 12)
+    while len(server.calls) < 8:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == 130 and "run the same command again" in said and "Traceback" not in said
+    assert (out / "preview.png").is_file()
+    run("synthesize", recipe(rate__concurrency=2), "--out", out, "--preview", 12)
+    assert len(ends(out)) == 12 and max(server.paid.values()) == 1
+
+
 def test_a_torn_line_is_no_row(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe)
     run("synthesize", file, "--out", out)
@@ -138,7 +185,10 @@ def test_two_processes_do_not_share_a_folder(server, recipe, tmp_path):
     from echo4o.dataset_scripts.synthesis.folder import Folder
 
     with Folder(tmp_path / "made"):
-        assert "another process" in run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
+        child = command(one_part(recipe), tmp_path / "made")
+        said, _ = child.communicate(timeout=60)
+    assert child.returncode == 2 and "another process is synthesizing into this folder" in said
+    assert not server.calls
 
 
 def test_calls_keep_to_the_rate(server, recipe, tmp_path):

@@ -61,7 +61,7 @@ def test_plan_asks_nothing_and_needs_no_key(server, recipe, tmp_path, monkeypatc
     assert "image: painter: 15 to 45 calls, about 0.0101 USD each" not in said  # the recipe names a price per picture
     assert "image: painter: 15 to 45 calls, about 0.0100 USD each" in said
     assert "edit: editor: 4 to 12 calls" in said and "judge: judge: 19 to 171 calls" in said
-    assert "cost: about 0." in said and "time: about" in said
+    assert "at the recipe's prices: about 0." in said and "time: about" in said
     assert not server.calls and not (tmp_path / "made").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_paraphrase_that_loses_the_structure_is_not_used(server, recipe, tmp_p
     "changes, reason",
     [
         ({"gates__blocked": ["seen"]}, "blocked content"),
-        ({"models__image__size": "128x64"}, "wrong size"),
+        ({"models__image__size": "128x64", "rate__give_up_after": 99}, "wrong size"),
         ({"gates__duplicate_pictures": 255}, "duplicate picture"),
     ],
 )
