@@ -43,9 +43,9 @@ class BagelTransformerOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    logits: torch.Tensor | None
-    und_states: torch.Tensor
-    gen_states: torch.Tensor
+    logits: torch.Tensor | None = None
+    und_states: torch.Tensor | None = None  # the defaults let accelerate rebuild an output on another device
+    gen_states: torch.Tensor | None = None
 
 
 class BagelKVCache:
