@@ -41,6 +41,7 @@ from .segments_bagel import (
     text_segment,
     unpatchify,
 )
+from .step_cache_bagel import whole_pass
 from .text_generation_bagel import generate_text
 from .weights_bagel import StoredTensor  # noqa: F401 - as above
 
@@ -211,7 +212,8 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
         if sequence.latents is not None:
             timestep = torch.zeros(sequence.latents.shape[0], device=sequence.latents.device)
         contexts = [cache.whole() for cache, _ in rows]
-        self.transformer(sequence.latents, timestep, sequence, vision_embeds, contexts)
+        with whole_pass(self.transformer):
+            self.transformer(sequence.latents, timestep, sequence, vision_embeds, contexts)
         for cache, segments in rows:
             cache.position = end_position(segments, cache.position)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .segments_bagel import Segment, SpecialTokens, pack
+from .step_cache_bagel import whole_pass
 
 
 def choose(logits: torch.Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:
@@ -48,13 +49,14 @@ def generate_text(
             patch_positions=1,
             starts=[caches[row].position for row in running],
         ).to(device)
-        logits = transformer(
-            None,
-            None,
-            sequence,
-            contexts=[caches[row].whole() for row in running],
-            logit_index=torch.arange(len(running), device=device),
-        ).logits
+        with whole_pass(transformer):
+            logits = transformer(
+                None,
+                None,
+                sequence,
+                contexts=[caches[row].whole() for row in running],
+                logit_index=torch.arange(len(running), device=device),
+            ).logits
         for row, row_logits in zip(running, logits, strict=True):
             caches[row].position += 1
             fed[row] = choose(row_logits, do_sample, temperature, generators[row])

@@ -13,12 +13,14 @@ import functools
 import inspect
 import math
 import numbers
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -514,6 +516,22 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
         return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
 
+    def enable_cache(self, config) -> None:
+        """As in diffusers, for its `TaylorSeerCacheConfig` and `FirstBlockCacheConfig`, which skip layers in updates
+        that they can guess. Off by default: it changes pictures and takes memory (docs/performance.md).
+
+        Raises ValueError for another configuration, and for one that matches no layer: it would do nothing.
+        """
+        if isinstance(config, FirstBlockCacheConfig):
+            _describe_block()
+        elif isinstance(config, TaylorSeerCacheConfig):
+            _check_taylorseer(config, [name for name, _ in self.named_modules()])
+        else:
+            raise ValueError(
+                f"{type(config).__name__} is not supported: use TaylorSeerCacheConfig or FirstBlockCacheConfig."
+            )
+        super().enable_cache(config)
+
     def new_cache(self) -> BagelKVCache:
         """An empty context."""
         return BagelKVCache(self.config.num_layers)
@@ -579,6 +597,35 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             logits=None if logit_index is None else self.lm_head(und[logit_index]),
             und_states=und,
             gen_states=gen,
+        )
+
+
+def _describe_block() -> None:
+    """Tell diffusers' FirstBlockCache what a block returns; there is no public way to."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError as error:
+        raise ValueError(f"FirstBlockCache does not fit this version of diffusers: {error}.") from error
+    TransformerBlockRegistry.register(BagelBlock, TransformerBlockMetadata(0, 1))
+
+
+def _check_taylorseer(config, names: list[str]) -> None:
+    """ValueError for a configuration that would guess nothing, or nothing sensible, of a model with modules `names`."""
+    if config.disable_cache_before_step < 1:
+        raise ValueError(
+            f"disable_cache_before_step={config.disable_cache_before_step}: there is nothing yet to guess the first "
+            "update from; give at least 1."
+        )
+    skipped, cached = (
+        [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns or ())]
+        for patterns in (config.skip_predict_identifiers, config.cache_identifiers)
+    )
+    layers = any(name.startswith("layers.") for name in skipped + cached)
+    if config.use_lite_mode or not cached or not layers:
+        raise ValueError(
+            "TaylorSeer would skip no layer, or make up for none: give skip_predict_identifiers=[r'layers\\.\\d+'] and "
+            "cache_identifiers=['proj_out'] (what use_lite_mode and the defaults name does not exist here); got "
+            f"{config.skip_predict_identifiers} and {config.cache_identifiers}, use_lite_mode={config.use_lite_mode}."
         )
 
 

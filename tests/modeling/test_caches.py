@@ -1,0 +1,153 @@
+"""Step caches of diffusers: which layers run, what may not be shortened, and that nothing leaks between calls."""
+
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+
+STEPS = 12
+DRAW = {"num_inference_steps": STEPS, "output_type": "latent", "height": 32, "width": 32}
+LAYERS = {"skip_predict_identifiers": [r"layers\.\d+"], "cache_identifiers": ["proj_out"]}
+TAYLORSEER = TaylorSeerCacheConfig(
+    cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=torch.float32, **LAYERS
+)
+FIRST_BLOCK = FirstBlockCacheConfig(threshold=0.5)
+
+
+@pytest.fixture
+def cached(pipe):
+    """Enables a cache on the golden pipeline for one test, and counts how often each layer computes."""
+    hooks, counts = [], [0] * len(pipe.transformer.layers)
+
+    def count(index):
+        def hook(*_):
+            counts[index] += 1
+
+        return hook
+
+    def enable(config):
+        pipe.transformer.enable_cache(config)
+        return counts
+
+    # Where a layer's own work begins: a skipped layer does not reach it.
+    for index, layer in enumerate(pipe.transformer.layers):
+        hooks.append(layer.und.norm1.register_forward_hook(count(index)))
+    yield enable
+    for hook in hooks:
+        hook.remove()
+    if pipe.transformer.is_cache_enabled:
+        pipe.transformer.disable_cache()
+
+
+def draw(pipe, prompt="a red dot", seed=0, **options):
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **DRAW | options).images
+
+
+def full_steps(steps: int, config: TaylorSeerCacheConfig) -> int:
+    """How many of `steps` updates in one context run in full."""
+    before, interval = config.disable_cache_before_step, config.cache_interval
+    return sum(step < before or (step - before - 1) % interval == 0 for step in range(steps))
+
+
+def test_taylorseer_skips_the_layers_that_it_should(pipe, cached):
+    counts = cached(TAYLORSEER)
+    draw(pipe, guidance_scale=1.0)
+    prefill = 1
+    assert full_steps(STEPS, TAYLORSEER) == 5  # 0, 1, 3, 6, 9
+    assert counts == [prefill + 5] * len(counts)
+
+
+def test_first_block_cache_runs_the_first_layer_and_not_always_the_others(pipe, cached):
+    counts = cached(FIRST_BLOCK)
+    draw(pipe, guidance_scale=1.0)
+    assert counts[0] == 1 + STEPS
+    assert all(2 < count < STEPS for count in counts[1:]) and len(set(counts[1:])) == 1
+
+
+def test_guidance_that_ends_has_contexts_of_its_own(pipe, cached):
+    """Both parts of the interval warm up for themselves: guesses never cross the change in the number of rows."""
+    sigmas = sample_times(pipe)
+    guided = sum(0.4 < t <= 1.0 for t in sigmas)
+    assert 3 < guided < STEPS - 1
+    counts = cached(TAYLORSEER)
+    draw(pipe, guidance_scale=4.0, guidance_interval=(0.4, 1.0))
+    assert counts[0] == 1 + full_steps(guided, TAYLORSEER) + full_steps(STEPS - guided, TAYLORSEER)
+
+
+def sample_times(pipe) -> list[float]:
+    import numpy as np
+
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, STEPS + 1)[:-1])
+    return pipe.scheduler.sigmas[:-1].tolist()
+
+
+@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+def test_calls_do_not_know_of_each_other(pipe, pictures, cached, config):
+    """Other pictures, other sizes, a call that was stopped: the next call draws what it would have drawn first."""
+    cached(config)
+    first = draw(pipe)
+    draw(pipe, "two blue squares", seed=1, height=48)
+    draw(pipe, "make it blue", image=pictures["img_a"], seed=2)
+    assert torch.equal(draw(pipe), first)
+
+    def stop(pipeline, step, timestep, given):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, "another", seed=3, callback_on_step_end=stop)
+    assert torch.equal(draw(pipe), first)
+
+
+@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+def test_what_is_read_and_said_is_never_guessed(pipe, pictures, cached, config):
+    question = {"image": pictures["img_b"], "max_new_tokens": 12}
+    answer = pipe.chat("what is this?", **question)
+    plan = pipe("a dot", think=True, max_think_tokens=12, **DRAW | {"num_inference_steps": 1}).texts
+    counts = cached(config)
+    assert pipe.chat("what is this?", **question) == answer
+    assert len(set(counts)) == 1 and counts[0] > 1
+    assert pipe("a dot", think=True, max_think_tokens=12, **DRAW | {"num_inference_steps": 1}).texts == plan
+
+
+@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+def test_a_cache_comes_close_and_goes_without_a_trace(pipe, cached, config):
+    exact = draw(pipe)
+    cached(config)
+    guessed = draw(pipe)
+    difference = torch.linalg.vector_norm(guessed - exact) / torch.linalg.vector_norm(exact)
+    assert 0 < difference < 0.5
+    pipe.transformer.disable_cache()
+    assert torch.equal(draw(pipe), exact)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TaylorSeerCacheConfig(), "would skip no layer"),
+        (TaylorSeerCacheConfig(use_lite_mode=True), "use_lite_mode=True"),
+        (TaylorSeerCacheConfig(cache_identifiers=["proj_out"]), "would skip no layer"),
+        (TaylorSeerCacheConfig(cache_identifiers=[r"blocks\.\d+"]), "would skip no layer"),
+        (TaylorSeerCacheConfig(skip_predict_identifiers=[r"layers\.\d+"]), "make up for none"),
+        (TaylorSeerCacheConfig(disable_cache_before_step=0, **LAYERS), "disable_cache_before_step=0"),
+        (PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2), "not supported"),
+        (MagCacheConfig(calibrate=True), "not supported"),
+    ],
+)
+def test_a_configuration_that_does_nothing_or_harm_is_refused(pipe, config, words):
+    with pytest.raises(ValueError, match=words):
+        pipe.transformer.enable_cache(config)
+    assert not pipe.transformer.is_cache_enabled
+
+
+def test_a_diffusers_without_its_private_registry_loads_all_the_same(pipe, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "diffusers.hooks._helpers", None)
+    with pytest.raises(ValueError, match="does not fit this version of diffusers"):
+        pipe.transformer.enable_cache(FIRST_BLOCK)
+    assert not pipe.transformer.is_cache_enabled
