@@ -69,6 +69,8 @@ def run(
     """
     if (model is None) == (images is None):
         raise ValueError("give --model to draw pictures, or --images to judge those of a folder")
+    if model is not None:
+        check_model(model)
     steps = _Steps(benchmark, out, chosen)
     # Everything that can be refused is refused before the first picture is drawn.
     ask = steps.judging(judging, machine, model, images)
@@ -93,6 +95,7 @@ def generate(
     Example: [bold]echo4o evaluate generate genevalpp --model echo-4o --out runs/echo-4o[/bold]
     Several GPUs: [bold]accelerate launch -m echo4o evaluate generate genevalpp --model echo-4o --out runs/x[/bold]
     """
+    check_model(model)
     steps = _Steps(benchmark, out, chosen)
     if steps.draw(drawing.settings(model, chosen.pictures, machine.dtype), machine):
         say("the pictures:")
@@ -212,7 +215,6 @@ class _Steps:
 
     def draw(self, settings: "Settings", machine: Machine) -> bool:
         """Draw what is missing; returns whether this process goes on to the next step."""
-        check_model(settings.model)
         from echo4o.evaluation.generate import generate_pictures, world
 
         state = world(cpu=machine.device == "cpu")

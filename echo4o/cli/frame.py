@@ -63,6 +63,8 @@ def explain(error: Exception) -> str | None:
     library = type(error).__module__.partition(".")[0]
     if library == "safetensors":
         return f"the weights cannot be read: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file was expected, and one is no UTF-8: {error}"
     if isinstance(error, OSError):
         # The output was closed early (`echo4o info | head`): the command line's frame ends quietly.
         if error.errno == errno.EPIPE:
