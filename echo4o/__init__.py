@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Echo4oPipeline": "echo4o.modeling.bagel.pipeline_echo4o",
+    "Echo4oPipeline": "echo4o.pipeline",
     "BagelTransformer2DModel": "echo4o.modeling.bagel.transformer_bagel",
     "BagelVisionModel": "echo4o.modeling.bagel.vision_bagel",
     "Echo4oImage": "echo4o.dataset_scripts.builder",
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from echo4o.dataset_scripts.bare_name import use_dataset
     from echo4o.dataset_scripts.builder import Echo4oImage
     from echo4o.dataset_scripts.loading import training_rows
-    from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
     from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
     from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+    from echo4o.pipeline import Echo4oPipeline
 
 
 def __getattr__(name: str):

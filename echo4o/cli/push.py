@@ -79,7 +79,7 @@ def send(folder: str | Path, repo: str, said, public: bool, dry_run: bool, **opt
             print(f"  remove {path}")
         finish(None, shlex.join(["echo4o", "push", str(folder), repo]) + " (and the same options, without --dry-run)")
         return
-    say(f"published: {done}" if done.commit else "nothing to do: the repository holds all of it already")
+    say(done.told if done.commit else f"nothing to send: {repo} holds all of it already")
     if public and done.private is None:
         say(f"{repo} was there before and keeps its visibility: change it on {done.address}/settings")
     print(done.commit or done.address)

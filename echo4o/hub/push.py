@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from echo4o.hub.kinds.base import CARD, SMALL_BYTES, Kind, Read, Said
 from echo4o.hub.recognise import Found, kind_class, kind_of, recognise
-from echo4o.hub.remote import Remote, Source, addition, check_name, git_id, same
+from echo4o.hub.remote import Hub, Remote, Source, addition, check_name, git_id, same
 from echo4o.hub.safety import list_files, require_safe
 from echo4o.model_cards.merge import merged, own_words
 from echo4o.model_cards.schema import validate
@@ -41,10 +40,19 @@ class Push:
 
     def __str__(self) -> str:
         visibility = {None: "keeps its visibility", True: "is new and private", False: "is new and public"}
+        return f"{self.repo} {visibility[self.private]}: {self._amounts('to upload', 'to remove')}"
+
+    @property
+    def told(self) -> str:
+        """What was done."""
+        new = {None: "", True: ", new and private", False: ", new and public"}[self.private]
+        return f"published as {self.repo}{new}: {self._amounts('sent', 'removed')}"
+
+    def _amounts(self, sent: str, removed: str) -> str:
         size = sum(self.upload.values()) / 1e6
         return (
-            f"{self.repo} {visibility[self.private]}: {len(self.upload)} files ({size:,.1f} MB) to upload, "
-            f"{len(self.unchanged)} there already, {len(self.delete)} to remove"
+            f"{len(self.upload)} files ({size:,.1f} MB) {sent}, {len(self.unchanged)} there already, "
+            f"{len(self.delete)} {removed}"
         )
 
 
@@ -96,17 +104,10 @@ class _Pushing:
     """One push under way."""
 
     def __init__(self, found: Found, repo: str, said: Said, api: HfApi, branch, pause: float, tell, cache: Path):
-        self.api, self.pause, self.tell, self.cache = api, pause, tell, cache
-        self.kind: Kind = found.kind(found.folder, said, found.run, self.fetch)
+        self.tell, self.hub = tell, Hub(api, cache, pause, tell)
+        self.kind: Kind = found.kind(found.folder, said, found.run, self.hub)
         self.remote = Remote(api, repo, self.kind.repo_type, branch, pause, tell)
         self.repo = repo
-
-    def fetch(self, repo: str, patterns: list[str] | None = None) -> Path:
-        """A model's repository, or some of its files, in the cache of this push."""
-        try:
-            return Remote(self.api, repo, "model", None, self.pause, self.tell).fetch("main", self.cache, patterns)
-        except RepositoryNotFoundError as error:
-            raise ValueError(f"there is no repository {repo} on the Hub, or the token may not read it") from error
 
     def run(self, private: bool, message, dry_run: bool, overwrite: bool, verify: bool, progress) -> Push:
         kind, remote = self.kind, self.remote
@@ -194,7 +195,7 @@ class _Pushing:
             folder = self.remote.fetch(sha, Path(cache))
             if wrong := [path for path, op in additions.items() if not _arrived(folder / path, op)]:
                 raise OSError(f"{self.repo} at {sha}: {', '.join(wrong[:5])} came back altered; push again")
-            again = kind_class(self.kind.name)(folder, self.kind.said, self.kind.run, self.fetch)
+            again = kind_class(self.kind.name)(folder, self.kind.said, self.kind.run, self.hub)
             try:
                 return f"{hashes}; {again.check_published()}"
             except ValueError as error:

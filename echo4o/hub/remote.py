@@ -181,6 +181,28 @@ class Remote:
         return f"{self.repo}: {_first_line(error)}"
 
 
+class Hub:
+    """The other repositories that a card names."""
+
+    def __init__(self, api: HfApi, cache: Path, pause: float, tell: Callable[[str], object]):
+        self.api, self.cache, self.pause, self.tell = api, cache, pause, tell
+
+    def exists(self, repo: str, repo_type: str = "model") -> bool:
+        """Whether there is such a repository, and the token may read it."""
+        return Remote(self.api, repo, repo_type, None, self.pause, self.tell).state()[0] is not None
+
+    def require(self, repo: str, repo_type: str = "model") -> str:
+        """`repo`; ValueError when there is none."""
+        if not self.exists(repo, repo_type):
+            raise ValueError(f"there is no {repo_type} {repo} on the Hub, or the token may not read it")
+        return repo
+
+    def fetch(self, repo: str, patterns: list[str] | None = None) -> Path:
+        """A model's repository, or some of its files, as a folder."""
+        remote = Remote(self.api, self.require(repo), "model", None, self.pause, self.tell)
+        return remote.fetch("main", self.cache, patterns)
+
+
 def addition(path: str, source: Source) -> CommitOperationAdd:
     """A file to be sent: from the disk, or its bytes."""
     return CommitOperationAdd(path, source)

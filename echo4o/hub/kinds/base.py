@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo4o.hub.remote import Remote, Source
+from echo4o.hub.remote import Hub, Remote, Source
 from echo4o.hub.safety import list_files
 
 CARD = "README.md"
 SMALL_BYTES = 1_000_000_000  # weights up to here are loaded to see whether they load
 Read = Callable[[], bytes]
-Fetch = Callable[..., Path]  # (repo, patterns=None) -> its files, from the Hub, in a folder
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class Kind(ABC):
         folder: what is sent.
         said: what its card needs and no file says.
         run: the training run that made it.
-        fetch: brings a Hub repository that it needs, or some of its files, and returns the folder.
+        hub: where the repositories are that its card names.
     """
 
     name: str
     repo_type: str = "model"
 
-    def __init__(self, folder: Path, said: Said, run: Path | None, fetch: Fetch):
-        self.folder, self.said, self.run, self.fetch = folder, said, run, fetch
+    def __init__(self, folder: Path, said: Said, run: Path | None, hub: Hub):
+        self.folder, self.said, self.run, self.hub = folder, said, run, hub
 
     def check_name(self, repo: str) -> None:
         """Raise ValueError when a repository of this kind cannot be called so."""

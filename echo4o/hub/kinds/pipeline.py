@@ -38,15 +38,13 @@ class Pipeline(Kind):
         return "configurations, names and shapes of all weights fit together; too large to be loaded here"
 
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
-        base = self.said.base_model or base_of(self.run)
-        training = read_training(self.run)
         return pipeline_card(
             repo,
             weights_table(self.folder),
             has_released_sizes(self.folder),
-            base_model=base if base and is_repository(base) else None,
+            base_model=hub_base(self),
             datasets=hub_datasets(self),
-            training=training,
+            training=read_training(self.run),
             results=read_results(self.said.results, self.folder, repo),
             widget=widget(self),
         )
@@ -129,9 +127,22 @@ def widget(kind: Kind) -> tuple[dict, ...]:
     return tuple({"text": text, "output": {"url": url}} for (text, _), url in zip(shown, picture_files(kind)))
 
 
+def hub_base(kind: Kind) -> str | None:
+    """The Hub repository that it was trained from: as said, else as the recipe names it, if it is one.
+
+    Raises:
+        ValueError: what was said is not there.
+    """
+    if kind.said.base_model:
+        return kind.hub.require(kind.said.base_model)
+    base = base_of(kind.run)
+    return base if base and is_repository(base) and kind.hub.exists(base) else None
+
+
 def hub_datasets(kind: Kind) -> tuple[str, ...]:
-    """The datasets on the Hub that were trained on: as said, else those that the recipe names."""
+    """The datasets on the Hub that it was trained on, likewise."""
     if kind.said.datasets:
-        return kind.said.datasets
+        return tuple(kind.hub.require(name, "dataset") for name in kind.said.datasets)
     training = read_training(kind.run)
-    return tuple(d.name for d in training.data if is_repository(d.name)) if training else ()
+    named = [data.name for data in training.data if is_repository(data.name)] if training else []
+    return tuple(name for name in named if kind.hub.exists(name, "dataset"))

@@ -1,0 +1,50 @@
+"""`echo4o.Echo4oPipeline`: the published pipeline class, with the package's way to the Hub."""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from echo4o.modeling.bagel import pipeline_echo4o
+
+
+class Echo4oPipeline(pipeline_echo4o.Echo4oPipeline):
+    __doc__ = pipeline_echo4o.Echo4oPipeline.__doc__
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        *,
+        base_model: str | None = None,
+        datasets: Iterable[str] = (),
+        results: Iterable[str | Path] = (),
+        branch: str | None = None,
+        overwrite: bool = False,
+        verify: bool = True,
+    ) -> str:
+        """Save the pipeline and publish it as `echo4o push` does, with its card; the address of the commit.
+
+        Args:
+            private: visibility of a new repository (unlike diffusers' own default); one that exists keeps its own.
+            base_model, datasets, results: for the card: the Hub repositories that it was trained from and on, and
+                folders of `echo4o evaluate`.
+            branch: push there instead of to `main`.
+            overwrite: replace a repository that holds something else.
+            verify: load the result back from the Hub.
+
+        Raises:
+            ValueError: a name or a card that must not be published; OSError: the Hub refuses or does not answer.
+        """
+        from echo4o.hub.kinds.base import Said
+        from echo4o.hub.push import push
+
+        said = Said(base_model, tuple(datasets), tuple(Path(place) for place in results))
+        options = {"private": private, "branch": branch, "message": commit_message, "overwrite": overwrite}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            done = push(folder, repo_id, said=said, api=HfApi(token=token), verify=verify, **options)
+        return done.commit or done.address
