@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from .placement_bagel import PlacementMixin, warn_of_device_map
 from .weights_bagel import (
     PICKLE_SUFFIXES,
     StoredTensor,
@@ -39,7 +40,7 @@ INDEX_NAME = "model_index.json"
 PIPELINE_FILE = "pipeline.py"  # the only name that diffusers looks for without `custom_pipeline=`
 _DYNAMIC_ROOT = "diffusers_modules"  # where diffusers puts code that it loads from a folder or a repository
 _LIBRARIES = ("diffusers", "transformers", "tokenizers", "onnxruntime")
-DEVICE_MAPS = ("balanced", "auto", "sequential", "balanced_low_0")  # placement strategies, no devices
+DEVICE_MAPS = ("balanced",)  # placement strategies, no devices
 _checked: weakref.WeakSet = weakref.WeakSet()  # models whose weights were compared with their files
 
 
@@ -99,7 +100,7 @@ def _module_file(cls: type) -> Path | None:
 # --- the mixin -----------------------------------------------------------------------------------------------------
 
 
-class PortablePipelineMixin:
+class PortablePipelineMixin(PlacementMixin):
     """Put before `DiffusionPipeline`: `class MyPipeline(PortablePipelineMixin, DiffusionPipeline)`.
 
     The class that names this mixin among its bases is the one that is published; classes derived from it are saved
@@ -161,6 +162,7 @@ class PortablePipelineMixin:
         pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe._check_loaded(stored)
+        warn_of_device_map("the pipeline", pipe.hf_device_map)
         return pipe if device is None else pipe.to(device)
 
     @classmethod
@@ -459,15 +461,15 @@ def read_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype | None] | None
     return dtype
 
 
-def check_device(device: str | int | torch.device | dict | None, strategies: tuple[str, ...] = ()) -> None:
-    """Raise ValueError when `device` ("cuda", "cuda:1", 0, ...) is none or absent; None, `strategies` and dicts of
-    devices by component pass."""
-    if device is None or isinstance(device, dict) or device in strategies:
+def check_device(device: str | int | torch.device | None, strategies: tuple[str, ...] = ()) -> None:
+    """Raise ValueError when `device` ("cuda", "cuda:1", 0, ...) is none or absent; None and `strategies` pass."""
+    if device is None or (isinstance(device, str) and device in strategies):
         return
     try:
         wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"The device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
+        known = ", ".join(map(repr, ("cpu", "cuda", "cuda:1", *strategies)))
+        raise ValueError(f"The device {device!r} is unknown; use {known}, ...") from error
     if wanted.type in ("cpu", "meta"):
         return
     backend = getattr(torch, wanted.type, None) or getattr(torch.backends, wanted.type, None)

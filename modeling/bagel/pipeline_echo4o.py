@@ -30,6 +30,7 @@ from .loading_bagel import PortablePipelineMixin
 from .lora_bagel import Echo4oLoraLoaderMixin, scales_lora
 from .lora_files_bagel import find_adapter  # noqa: F401 - as above
 from .options_bagel import image_limits, read_options
+from .placement_bagel import Placement  # noqa: F401 - as above
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
     Segment,

@@ -36,8 +36,8 @@ class BagelVisionOutput(BaseOutput):
     """
 
     embeds: torch.Tensor
-    last_hidden_state: torch.Tensor
-    connected: torch.Tensor
+    last_hidden_state: torch.Tensor | None = None  # the defaults let accelerate rebuild an output on another device
+    connected: torch.Tensor | None = None
 
 
 class PackedSiglipAttention(SiglipAttention):
@@ -136,8 +136,8 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             lengths: number of patches of each picture; their sum is V.
         """
         assert sum(lengths) == patches.shape[0], (lengths, tuple(patches.shape))
-        weight = self.position_embedding.weight
-        x = self.patch_embed(patches.to(weight.dtype)) + weight[position_ids]
+        dtype = self.position_embedding.weight.dtype
+        x = self.patch_embed(patches.to(dtype)) + self.position_embedding(position_ids)
         x = x[None]  # (1, V, hidden): SigLIP's layers want a batch
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
