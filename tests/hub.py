@@ -6,7 +6,8 @@
 
 huggingface_hub reads HF_ENDPOINT when it is imported, so that whatever talks to the hub runs in a process of its own,
 started with `hub.environment(...)`; `run_script` starts one. Speaks the LFS protocol (HF_HUB_DISABLE_XET=1), serves
-ranges, keeps commits, branches and tags. `hub.inject(Fault(...))` makes requests fail, stall or break off.
+ranges, keeps commits, branches and tags, knows tokens and who may write where, and refuses a commit on top of another
+head than the one it names. `hub.inject(Fault(...))` makes requests fail, stall or break off.
 """
 
 import base64
@@ -22,8 +23,11 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.hub_store import Fault, Repo, StoredFile
+
+__all__ = ["Fault", "LoopbackHub", "Repo", "StoredFile", "offline_environment", "run_script"]
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png", ".jpg", ".jpeg", ".tar", ".gz", ".arrow", ".zip", ".pt")
 LFS_BYTES = 10_000_000
@@ -32,69 +36,15 @@ _DATE = "2025-01-01T00:00:00.000Z"
 _REPO = r"([^/]+/[^/]+)"
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    data: bytes
-    oid: str  # git's object id
-    lfs: str | None = None  # sha256, for files behind a pointer
-
-    def entry(self, path: str) -> dict:
-        entry = {"type": "file", "path": path, "oid": self.oid, "size": len(self.data)}
-        if self.lfs:
-            entry["lfs"] = {"oid": self.lfs, "size": len(self.data), "pointerSize": 130}
-        return entry
-
-
-@dataclass
-class Repo:
-    kind: str
-    name: str
-    files: dict[str, StoredFile] = field(default_factory=dict)
-    commits: list[tuple[str, str, dict[str, StoredFile]]] = field(default_factory=list)  # (sha, title, files)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    private: bool = False
-
-    def commit(self, title: str) -> str:
-        sha = hashlib.sha1(f"{self.kind} {self.name} {len(self.commits)} {title}".encode()).hexdigest()
-        self.commits.append((sha, title, dict(self.files)))
-        self.branches["main"] = sha
-        return sha
-
-    def resolve(self, revision: str | None) -> str | None:
-        revision = (revision or "main").removeprefix("refs/heads/")
-        named = self.branches.get(revision) or self.tags.get(revision)
-        if named:
-            return named
-        return next((sha for sha, _, _ in self.commits if len(revision) >= 7 and sha.startswith(revision)), None)
-
-    def at(self, revision: str | None) -> dict[str, StoredFile] | None:
-        sha = self.resolve(revision)
-        return next((files for s, _, files in self.commits if s == sha), None)
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests whose method and path match.
-
-    `status` answers with that code; `delay` waits so many seconds first; `cut` sends that fraction of the body and
-    closes the connection; `drop` closes it without an answer.
-    """
-
-    path: str = ".*"  # regular expression, searched for in the path with its query
-    method: str = ".*"
-    status: int | None = None
-    delay: float = 0.0
-    cut: float | None = None
-    drop: bool = False
-    times: int = 1
-
-
 class LoopbackHub:
-    """The server with what it stores. `requests` lists (method, path, body bytes, user agent) of all it was asked."""
+    """The server with what it stores. `requests` lists (method, path, body bytes, user agent) of all it was asked.
+
+    `tokens` gives each token's role, "write" or "read"; `owners` are the names under which `user` may write.
+    """
 
     def __init__(self, token: str = "hf_test", user: str = "ns"):
         self.token, self.user = token, user
+        self.tokens, self.owners = {token: "write"}, {user}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int, str]] = []
@@ -165,6 +115,9 @@ class LoopbackHub:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                    if fault.after:
+                        fault.after -= 1
+                        return None
                     fault.times -= 1
                     return fault
         return None
@@ -174,6 +127,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
     cut: float | None = None
+    lost = False
 
     # --- the wire ---
 
@@ -188,15 +142,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             agent = self.headers.get("User-Agent", "")
             self.hub.requests.append((self.command, self.path, len(body), agent))
         fault = self.hub.take_fault(self.command, self.path)
-        self.cut = fault.cut if fault else None
+        self.cut, self.lost = (fault.cut, fault.lost) if fault else (None, False)
         if fault:
             time.sleep(fault.delay)
+            if fault.meanwhile:
+                fault.meanwhile()
             if fault.drop:
                 self.close_connection = True
                 return
             if fault.status:
-                self.send(fault.status, {"error": "injected"})
+                self.send(fault.status, {"error": "injected"}, fault.headers)
                 return
+        if refusal := self.refusal(path, body):
+            self.fail(*refusal)
+            return
         for pattern, handler in _ROUTES:
             if match := re.fullmatch(pattern, path):
                 with self.hub.lock:
@@ -217,6 +176,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def send(self, code: int, body=b"", headers: dict | None = None, kind: str = "application/json") -> None:
+        if self.lost:
+            self.close_connection = True
+            return
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         self.send_response(code)
@@ -234,6 +196,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send(code, {"error": what}, {"X-Error-Code": what, "X-Error-Message": what, **headers})
 
     # --- accounts and repositories ---
+
+    def refusal(self, path: str, body: bytes) -> tuple[int, str] | None:
+        """Why a request is refused before it is looked at: no token, an unknown one, or one without the right."""
+        role = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if self.headers.get("Authorization") and role is None:
+            return 401, "InvalidCredentials"
+        match = re.match(rf"/(?:api/)?(?:({'|'.join(KINDS)})/)?{_REPO}(?:\.git)?(?:/|$)", path)
+        name = f"{json.loads(body).get('organization') or self.hub.user}/x" if path == "/api/repos/create" else ""
+        if match and (match[1] or "models", match[2]) in self.hub.repos:
+            repo = self.hub.repos[match[1] or "models", match[2]]
+            if repo.private and role is None:
+                return 401, "RepoNotFound"
+            name = repo.name
+        if not name or self.command in ("GET", "HEAD") or path.endswith(("/paths-info", "/validate-yaml")):
+            return None
+        if "/paths-info/" in path:
+            return None
+        if role is None:
+            return 401, "InvalidCredentials"
+        return None if role == "write" and name.split("/")[0] in self.hub.owners else (403, "Forbidden")
 
     def whoami(self, body, query) -> None:
         auth = {"accessToken": {"role": "write", "displayName": "test"}}
@@ -311,36 +293,45 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, {})
 
     def do_commit(self, repo: Repo, rest: str, body: bytes, query) -> None:
-        title = ""
-        for line in filter(None, (part.strip() for part in body.splitlines())):
-            operation = json.loads(line)
-            value = operation["value"]
-            if operation["key"] == "header":
-                title = value.get("summary", "")
-            else:
-                self.apply(repo, operation["key"], value)
-        sha = repo.commit(title)
+        branch = rest or "main"
+        operations = [json.loads(line) for line in filter(None, (part.strip() for part in body.splitlines()))]
+        header = next((o["value"] for o in operations if o["key"] == "header"), {})
+        if header.get("parentCommit") not in (None, repo.resolve(branch)):
+            self.fail(412, "A commit has happened since")
+            return
+        files = repo.files if branch == "main" else dict(repo.at(branch))
+        for operation in operations:
+            self.apply(files, operation["key"], operation["value"])
+        sha = repo.commit(header.get("summary", ""), branch, files)
         url = f"{self.hub.url}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.name}/commit/{sha}"
         self.send(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
-    def apply(self, repo: Repo, key: str, value: dict) -> None:
-        path = value["path"]
+    def apply(self, files: dict[str, StoredFile], key: str, value: dict) -> None:
         if key == "file":
             data = base64.b64decode(value["content"])
-            repo.files[path] = StoredFile(data, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+            files[value["path"]] = StoredFile(data, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
         elif key == "lfsFile":
-            repo.files[path] = self.hub.pointer(value["oid"])
+            files[value["path"]] = self.hub.pointer(value["oid"])
         elif key == "deletedFile":
-            repo.files.pop(path, None)
+            files.pop(value["path"], None)
         elif key == "deletedFolder":
-            for gone in [p for p in repo.files if p.startswith(path.rstrip("/") + "/")]:
-                del repo.files[gone]
+            for gone in [p for p in files if p.startswith(value["path"].rstrip("/") + "/")]:
+                del files[gone]
 
     def do_tag(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        if self.command == "DELETE":
+            self.send(200, {}) if repo.tags.pop(rest, None) else self.fail(404, "RevisionNotFound")
+            return
+        if json.loads(body)["tag"] in repo.tags:
+            self.fail(409, "Tag reference exists already")
+            return
         repo.tags[json.loads(body)["tag"]] = repo.resolve(rest)
         self.send(200, {})
 
     def do_branch(self, repo: Repo, rest: str, body: bytes, query) -> None:
+        if rest in repo.branches:
+            self.fail(409, "Reference already exists")
+            return
         start = json.loads(body or b"{}").get("startingPoint")
         repo.branches[rest] = repo.resolve(start)
         self.send(200, {})
