@@ -1,15 +1,13 @@
-"""The package as it is installed: its packages, its wheel, its imports, its versions."""
+"""The package as it is installed: its packages, its imports, its versions."""
 
 import ast
 import importlib
 import json
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,42 +63,6 @@ def test_every_folder_with_code_has_an_init():
     for folder in ROOMS.values():
         for file in (ROOT / folder).rglob("*.py"):
             assert (file.parent / "__init__.py").is_file(), f"{file.parent.relative_to(ROOT)} has no __init__.py"
-
-
-@pytest.fixture(scope="module")
-def unpacked_wheel(tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
-    source.mkdir()
-    skip = shutil.ignore_patterns("__pycache__")
-    for folder in ROOMS.values():
-        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
-    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    python("-c", build, str(work), cwd=source)
-    (wheel,) = work.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(work / "installed")
-    return work / "installed"
-
-
-def test_wheel_holds_all_code_and_data(unpacked_wheel):
-    for name, folder in ROOMS.items():
-        for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".yaml", ".j2", ".json", ".safetensors", ".md"):
-                inside = Path(*name.split(".")) / file.relative_to(ROOT / folder)
-                assert (unpacked_wheel / inside).is_file(), f"{inside} is not in the wheel"
-
-
-def test_wheel_imports_from_itself(unpacked_wheel, tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]);"
-        "import echo4o.cli, echo4o.modeling, echo4o.training, echo4o.dataset_scripts, echo4o.model_cards;"
-        "print([m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'echo4o'])"
-    )
-    files = ast.literal_eval(python("-c", code, str(unpacked_wheel), cwd=tmp_path))
-    assert files and all(Path(f).is_relative_to(unpacked_wheel) for f in files)
 
 
 def test_importing_the_package_is_cheap():
