@@ -347,7 +347,8 @@ class BagelAttnProcessor:
                 parallel_config=self._parallel_config,
             )[0]  # (S, H, D)
             attended.append(out.split([call.und, call.gen]))
-        return tuple(torch.cat(parts) if len(plan) > 1 else parts[0] for parts in zip(*attended, strict=True))
+        # Also for one call: a view in place of a copy would be compiled a second time.
+        return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
 
     @staticmethod
     def _flex(und, gen, plan, prefix):
