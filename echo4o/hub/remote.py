@@ -153,13 +153,14 @@ class Remote:
                 return function(*arguments, **options)
             except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
                 raise
-            except Exception as error:
+            except Exception as raised:
+                error = _reason(raised)
                 if not _passes(error):
                     if isinstance(error, HfHubHTTPError):
-                        raise OSError(self._explain(error)) from error
+                        raise OSError(self._explain(error)) from raised
                     raise
                 if attempt == _TRIES - 1:
-                    raise OSError(f"{self.repo}: {_first_line(error)}; run it again to go on") from error
+                    raise OSError(f"{self.repo}: {_first_line(error)}; run it again to go on") from raised
                 wait = max(self.pause * 2**attempt, _retry_after(error))
                 self.tell(f"{self.repo}: {_first_line(error)}; trying again in {wait:.0f} s")
                 time.sleep(wait)
@@ -225,6 +226,12 @@ def git_id(operation: CommitOperationAdd) -> str:
 def status_of(error: Exception) -> int | None:
     """The HTTP status of an error, if an answer came."""
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _reason(error: Exception) -> Exception:
+    """What went wrong; huggingface_hub wraps what fails in its threads into a RuntimeError."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
 def _passes(error: Exception) -> bool:

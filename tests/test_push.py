@@ -1,0 +1,414 @@
+"""`echo4o push`: what a folder is, what must not go, what the Hub may do in between, and what is said about it."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+from echo4o.hub import safety
+from echo4o.hub.kinds.base import Said
+from echo4o.hub.push import push
+from echo4o.hub.recognise import recognise
+from echo4o.modeling.bagel.convert import convert_to_diffusers
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.quickstart.run import BASE
+from tests.hub import Fault, LoopbackHub
+
+REPO = "ns/model"
+CHECKPOINT = Path(__file__).parent / "parity" / "golden" / "checkpoint"
+FAKE = {  # put together here, so that this file holds none
+    "a Hugging Face token": "hf_" + "aB3" * 12,
+    "an OpenAI or similar API key": "sk-" + "proj-" + "x9" * 15,
+    "an AWS access key": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "a GitHub token": "ghp_" + "a1" * 18,
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+}
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("push") / "pipeline"
+    convert_to_diffusers(CHECKPOINT, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(converted, tmp_path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def api(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    return HfApi(endpoint=hub.url, token=hub.token)
+
+
+def send(folder, api, repo: str = REPO, **options):
+    return push(folder, repo, api=api, pause=0.001, **{"verify": False, **options})
+
+
+def names(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- what it is ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_sent_whole_and_comes_back(folder, hub, api):
+    told = []
+    done = send(folder, api, verify=True, tell=told.append)
+    repo = hub.repo(REPO)
+    assert repo.private and set(repo.files) == names(folder) | {"README.md"} and len(repo.commits) == 2
+    assert told[0].endswith("model is a pipeline") and "it loads" in told[1] and done.sha == repo.branches["main"]
+    assert done.verified == f"{len(repo.files)} files have the right hashes; it loads"
+    again = send(folder, api)
+    assert again.commit is None and not again.upload and len(repo.commits) == 2
+
+
+def test_a_dry_run_lists_and_sends_nothing(folder, hub, api):
+    plan = send(folder, api, dry_run=True)
+    assert plan.upload.keys() == names(folder) | {"README.md"}
+    assert plan.upload["model_index.json"] == (folder / "model_index.json").stat().st_size
+    assert not hub.repos and {method for method, *_ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_every_kind_is_found_by_its_files(tmp_path, folder):
+    assert recognise(folder).kind.name == "pipeline"
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "pipeline")
+    for name in ("recipe.yaml", "train_log.jsonl"):
+        (run / name).touch()
+    found = recognise(run)
+    assert found.folder == run / "pipeline" and found.run == run and "is a training run" in found.told
+    assert recognise(run / "pipeline").run == run.resolve()
+    assert recognise("imagine_bench").kind.name == "metric"
+    shutil.rmtree(run / "pipeline")
+    with pytest.raises(ValueError, match="has not ended: `echo4o export"):
+        recognise(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("ema.safetensors", "echo4o convert"),
+        ("dataset_info.json", "whose own push_to_hub"),
+        ("part/rows.jsonl", "echo4o dataset build"),
+        ("notes.txt", "a pipeline has model_index.json"),
+    ],
+)
+def test_anything_else_is_told_what_to_do(file, said, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=said):
+        recognise(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        recognise(tmp_path / "nowhere")
+
+
+# --- what must not go ------------------------------------------------------------------------------------------------
+
+
+def refused(folder, api, hub, match: str, **options) -> str:
+    with pytest.raises(ValueError, match=match) as caught:
+        send(folder, api, **options)
+    assert not hub.repos and not [r for r in hub.requests if r[0] not in ("GET", "HEAD")], "something was sent"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["suffix", "protocol 0", "protocol 2", "protocol 5", "torch.save"])
+def test_pickles_are_refused_by_name_and_by_content(how, folder, hub, api):
+    file = folder / "transformer" / ("old.bin" if how == "suffix" else "notes.txt")
+    if how == "torch.save":
+        torch.save({"w": torch.zeros(2)}, file)
+    elif how == "suffix":
+        file.write_bytes(b"anything")
+    else:
+        file.write_bytes(pickle.dumps(Path("x"), protocol=int(how[-1])))
+    refused(folder, api, hub, rf"pickles can run code.*transformer/{file.name}")
+
+
+def test_text_that_ends_with_a_dot_is_no_pickle(tmp_path):
+    for number, text in enumerate(["It is a text.", "(a) and (b).", "I1\n.", "", ".", "c\nd."]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    safety.require_safe(safety.list_files(tmp_path))
+
+
+@pytest.mark.parametrize("what", FAKE)
+def test_secrets_are_named_by_place_and_never_shown(what, folder, hub, api):
+    (folder / "notes.md").write_text(f"first\n\nkey: {FAKE[what]} and more\n")
+    said = refused(folder, api, hub, rf"notes\.md, line 3: {what}")
+    assert FAKE[what] not in said
+
+
+def test_secrets_are_found_across_chunks_in_headers_and_in_rows(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    secret = FAKE["a Hugging Face token"]
+    monkeypatch.setattr(safety, "_CHUNK", 64)
+    monkeypatch.setattr(safety, "_LONGEST", 50)
+    (tmp_path / "a.txt").write_text("line\n" * 20 + "." * 37 + " " + secret + "\n" + "x" * 300)
+    save_file({"w": torch.zeros(1)}, tmp_path / "b.safetensors", {"note": secret})
+    pq.write_table(pa.table({"id": ["a", "b"], "metadata": ["{}", f"key {secret}"]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError) as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    said = str(caught.value).splitlines()[1:]
+    places = ["a.txt, line 21", "b.safetensors, line 1", "c.parquet, row 1, column metadata"]
+    assert [line.strip() for line in dict.fromkeys(said)] == [f"{place}: a Hugging Face token" for place in places]
+    assert secret not in str(caught.value)
+
+
+def test_a_secret_in_a_handwritten_card_of_the_repository_stays_there(folder, hub, api):
+    hub.create(REPO).files["README.md"] = hub.store("README.md", f"mine {FAKE['a GitHub token']}\n".encode())
+    hub.repo(REPO).commit("words")
+    with pytest.raises(ValueError, match=r"README.md, line \d+: a GitHub token"):
+        send(folder, api)
+
+
+def test_links_that_lead_outside_and_hidden_files(folder, hub, api, tmp_path):
+    (folder / ".env").write_text("PASSWORD=x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("x")
+    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True).upload)
+    (folder / "inside.txt").symlink_to(folder / "model_index.json")
+    assert "inside.txt" in send(folder, api, dry_run=True).upload
+    (tmp_path / "private.txt").write_text("mine")
+    (folder / "outside.txt").symlink_to(tmp_path / "private.txt")
+    refused(folder, api, hub, "outside.txt is a link that leads outside")
+    (folder / "outside.txt").unlink()
+    (folder / "outside").symlink_to(tmp_path)
+    refused(folder, api, hub, "outside is a link that leads outside")
+
+
+def test_folders_that_do_not_load(folder, hub, api):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if k != "proj_in.bias"}, file)
+    refused(folder, api, hub, "transformer: missing proj_in.bias")
+    save_file(tensors, file)
+    (folder / "transformer" / "transformer_bagel.py").unlink()
+    refused(folder, api, hub, "lacks transformer/transformer_bagel.py, so that it would not load with trust_remote")
+
+
+def test_large_weights_are_compared_without_being_loaded(folder, api, monkeypatch):
+    monkeypatch.setattr("echo4o.hub.kinds.pipeline.SMALL_BYTES", 10)
+    monkeypatch.setattr("echo4o.hub.push.SMALL_BYTES", 10)
+    monkeypatch.setattr(Echo4oPipeline, "from_pretrained", None)
+    done = send(folder, api, verify=True)
+    assert "too large to be loaded here" in done.checked and done.verified.endswith(
+        "too large to be fetched and loaded"
+    )
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() > 1)
+    save_file(tensors | {name: tensors[name].reshape(-1).clone()}, file)
+    with pytest.raises(ValueError, match=f"vae: {name} has the shape"):
+        send(folder, api)
+    save_file({n: t for n, t in tensors.items() if n != name} | {"other": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=f"vae: missing {name}\n  vae: unexpected other"):
+        send(folder, api)
+
+
+@pytest.mark.parametrize("repo", ["model", "a/b/c", "ns/..", "ns/two words", "ns/name.git", ""])
+def test_bad_names(repo, folder, hub, api):
+    refused(folder, api, hub, "repo", repo=repo)
+
+
+def test_a_card_that_does_not_validate(folder, hub, api):
+    (folder / "README.md").write_text("---\nlicence: mit\n---\n\nMy words.\n")
+    refused(folder, api, hub, "README.md is no valid card of this pipeline:\n  licence: unknown key")
+
+
+# --- what the Hub may do ---------------------------------------------------------------------------------------------
+
+TROUBLE = [
+    Fault(path="/api/repos/create", status=500, times=2),
+    Fault(path="/preupload/", status=429, headers={"Retry-After": "0"}, times=2),
+    Fault(path="/_lfs/", drop=True, times=2),
+    Fault(path="/_lfs/", method="PUT", status=503, times=2),
+    Fault(path="/commit/", method="POST", status=429, times=2),
+    Fault(path="/commit/", method="POST", lost=True),
+    Fault(path="/tree/", cut=0.5),
+    Fault(path="/resolve/", method="GET", cut=0.5, times=3),
+]
+
+
+@pytest.mark.parametrize("fault", TROUBLE, ids=lambda f: f"{f.path} {f.status or 'drop lost cut'}")
+def test_trouble_that_passes_is_waited_out(folder, hub, api, fault):
+    fault = Fault(**vars(fault))
+    hub.inject(fault)
+    told = []
+    done = send(folder, api, verify="/resolve/" in fault.path, tell=told.append)
+    assert fault.times == 0 and len(hub.repo(REPO).commits) == 2 and set(hub.repo(REPO).files) >= names(folder)
+    assert done.sha == hub.repo(REPO).branches["main"]
+
+
+def test_waiting_is_told(folder, hub, api):
+    hub.inject(Fault(path="/api/models/ns/model$", method="GET", status=500, times=20))
+    told = []
+    with pytest.raises(OSError, match="ns/model: .*500.*; run it again to go on"):
+        send(folder, api, tell=told.append)
+    assert any("500" in line and "trying again in" in line for line in told)
+
+
+def test_an_interrupted_upload_goes_on_with_what_is_missing(folder, hub, api):
+    weights = sum(file.suffix == ".safetensors" for file in folder.rglob("*"))
+    assert weights == 3
+    hub.inject(Fault(path="/_lfs/", method="PUT", drop=True, times=10_000, after=2))
+    with pytest.raises(OSError, match="run it again to go on"):
+        send(folder, api)
+    repo = hub.repo(REPO)
+    assert not repo.files and len(repo.commits) == 1, "half of it is visible"
+    hub.faults.clear()
+    before = len(hub.requests)
+    send(folder, api)
+    assert len([r for r in hub.requests[before:] if r[0] == "PUT"]) == weights - 2 and len(repo.commits) == 2
+
+
+def test_who_may_write(folder, hub, api, monkeypatch):
+    hub.tokens["hf_read"] = "read"
+    for token, repo, said in (
+        ("hf_read", REPO, r"no right to write there \(403\): it needs the role 'write'"),
+        (hub.token, "other/model", "'Write access to contents/settings of all repos' of other"),
+        ("hf_wrong", REPO, r"does not know the token \(401\): run `hf auth login`"),
+    ):
+        with pytest.raises(OSError, match=said) as caught:
+            send(folder, HfApi(endpoint=hub.url, token=token), repo=repo)
+        assert "\n" not in str(caught.value) and token not in str(caught.value)
+    monkeypatch.setattr("echo4o.hub.remote.get_token", lambda: None)
+    with pytest.raises(OSError, match="nobody is logged in: run `hf auth login`, or set HF_TOKEN"):
+        send(folder, HfApi(endpoint=hub.url))
+    assert not hub.repos
+
+
+def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
+    send(folder, api)
+    repo = hub.repo(REPO)
+
+    def somebody_else():
+        repo.files["theirs.txt"] = hub.store("theirs.txt", b"theirs")
+        repo.commit("theirs")
+
+    (folder / "more.txt").write_text("more")
+    hub.inject(Fault(path="/commit/", method="POST", meanwhile=somebody_else))
+    with pytest.raises(OSError, match=r"somebody else changed it meanwhile \(412\)"):
+        send(folder, api)
+    assert "more.txt" not in repo.files
+    send(folder, api)
+    assert {"more.txt", "theirs.txt"} <= set(repo.files), "a second run looks at what is there now"
+
+
+def test_a_name_that_is_taken(folder, hub, api):
+    other = hub.create(REPO)
+    other.files |= {name: hub.store(name, b"{}") for name in ("config.json", "model.onnx", ".gitattributes")}
+    other.commit("something else")
+    with pytest.raises(ValueError, match="already holds files that are none of echo4o's, and this is a pipeline"):
+        send(folder, api)
+    send(folder, api, overwrite=True)
+    assert set(other.files) == names(folder) | {"README.md", ".gitattributes"}
+    hub.create(REPO, "datasets")  # the Hub keeps a model and a dataset of one name apart
+    assert send(folder, api).commit is None
+    hub.create("ns/genevalpp", "spaces").files["app.py"] = hub.store("app.py", b"print()")
+    hub.repo("ns/genevalpp", "spaces").commit("an app")
+    with pytest.raises(ValueError, match="this is a metric: choose another name, or give --overwrite"):
+        send("genevalpp", api, repo="ns/genevalpp")
+    with pytest.raises(ValueError, match="the Space must be called genevalpp"):
+        send("genevalpp", api, repo="ns/other")
+
+
+def test_weights_of_an_earlier_version_go_and_other_files_stay(folder, hub, api):
+    send(folder, api)
+    repo = hub.repo(REPO)
+    stale = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+    repo.files |= {stale: hub.store(stale, b"old"), "NOTES.md": hub.store("NOTES.md", b"mine")}
+    repo.commit("older")
+    done = send(folder, api)
+    assert done.delete == [stale] and stale not in repo.files and "NOTES.md" in repo.files
+
+
+def test_a_branch_is_made_from_main_and_main_stays(folder, hub, api):
+    send(folder, api)
+    before = hub.repo(REPO).branches["main"]
+    (folder / "more.txt").write_text("more")
+    done = send(folder, api, branch="trial", message="A trial", verify=True)
+    repo = hub.repo(REPO)
+    assert repo.branches == {"main": before, "trial": done.sha} and "more.txt" not in repo.at("main")
+    assert "more.txt" in repo.at("trial") and repo.commits[-1][1] == "A trial"
+    assert send(folder, api, branch="trial").commit is None
+    first = send(folder, api, repo="ns/new", branch="trial")
+    assert hub.repo("ns/new").at("trial").keys() >= names(folder) and first.sha == hub.repo("ns/new").branches["trial"]
+
+
+def test_what_comes_back_altered_is_an_error(folder, hub, api):
+    def alter():
+        repo = hub.repo(REPO)
+        sha, title, files = repo.commits[-1]
+        repo.commits[-1] = (sha, title, files | {"pipeline.py": hub.store("pipeline.py", b"other")})
+
+    hub.inject(Fault(path="/revision/", method="GET", meanwhile=alter))
+    with pytest.raises(OSError, match="is not what was sent: pipeline.py; push again"):
+        send(folder, api, verify=True)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory) -> Path:
+    from peft import LoraConfig
+
+    from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
+
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    pipeline = Echo4oPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS["gen"]))
+    pipeline.save_lora_adapter(folder)
+    return folder
+
+
+def test_an_adapter_needs_the_base_it_fits(adapter, folder, hub, api):
+    with pytest.raises(ValueError, match="an adapter is nothing without its base: name the Hub repository"):
+        send(adapter, api)
+    with pytest.raises(ValueError, match="there is no model ns/nowhere on the Hub"):
+        send(adapter, api, said=Said(base_model="ns/nowhere"))
+    hub.add_folder("ns/base", BASE)
+    hub.add_folder("ns/other", folder)
+    with pytest.raises(ValueError, match="adapter"):
+        send(adapter, api, said=Said(base_model="ns/other"))
+    hub.create("ns/empty")
+    with pytest.raises(ValueError, match="the base ns/empty is no pipeline"):
+        send(adapter, api, said=Said(base_model="ns/empty"))
+    with pytest.raises(ValueError, match="there is no dataset ns/base on the Hub"):
+        send(adapter, api, said=Said(base_model="ns/base", datasets=("ns/base",)))
+    done = send(adapter, api, said=Said(base_model="ns/base"), verify=True)
+    assert done.verified.endswith("it loads on ns/base")
+    card = hub.repo(REPO).files["README.md"].data.decode()
+    assert "base_model: ns/base" in card and "rank 2 (alpha 4" in card
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_results_of_another_model_stay_out_of_the_card(folder, api, tmp_path):
+    values = {"benchmark": "genevalpp", "score": 0.5, "coverage": 1.0, "intervals": {}, "model": "elsewhere/other"}
+    (tmp_path / "result.json").write_text(json.dumps(values | {"adapter": None}))
+    said = Said(results=(tmp_path / "result.json",))
+    with pytest.raises(ValueError, match="drawn with elsewhere/other, not with"):
+        send(folder, api, said=said)
+    (tmp_path / "result.json").write_text(json.dumps(values | {"model": str(folder), "adapter": "mine"}))
+    with pytest.raises(ValueError, match="with the adapter mine, not with"):
+        send(folder, api, said=said)
+    with pytest.raises(ValueError, match="is no result: run `echo4o evaluate score"):
+        send(folder, api, said=Said(results=(tmp_path / "nothing",)))
