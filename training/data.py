@@ -19,6 +19,9 @@ import torch
 from echo4o.training.recipe import Data, Recipe, RecipeError
 from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
 
+UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
+COLUMNS = ("id", "instruction", "reference_images", "image")
+
 
 class Ref(NamedTuple):
     """Names one reading of one row."""
@@ -80,15 +83,20 @@ class Stream:
         self.taken = 0
         self.epoch = 0
         self._rows: Iterator[dict] | None = None
+        self._before: str | None = None  # id of the row that came last
 
     def next(self) -> tuple[Ref, dict]:
         """The next row and its name."""
         for _ in range(2):
             if self._rows is None:
                 self._rows = islice(iter(self.dataset), self.taken, None)
-            row = next(self._rows, None)
+            try:
+                row = next(self._rows, None)
+            except UNREADABLE as error:
+                place = f"after row {self._before}" if self._before else "in first place"
+                raise ValueError(f"The streamed row {place} cannot be read: {error}") from error
             if row is not None:
-                self.taken += 1
+                self.taken, self._before = self.taken + 1, row["id"]
                 return Ref(0, self.epoch, self.taken - 1), row
             if self.taken == 0:
                 break
@@ -124,17 +132,28 @@ class Rows:
     def samples(self, refs: Sequence[Ref], known: dict[Ref, dict] | None = None) -> list[TrainingSample]:
         """The samples of these readings, in order. `known`: rows that were read from a stream."""
         if known is not None:
-            prepared = self.maker.prepare([known[ref] for ref in refs])
+            prepared = self._prepare([known[ref] for ref in refs])
             return [self._sample(row, ref) for ref, row in zip(refs, prepared)]
         held = {key: self._cache[key] for key in {(r.source, r.row) for r in refs} if key in self._cache}
         for source, dataset in enumerate(self.sources):
             new = sorted({r.row for r in refs if r.source == source and (source, r.row) not in held})
             if new:
-                prepared = self.maker.prepare(list(dataset.select(new)))
+                prepared = self._prepare(_read(dataset, new))
                 held |= {(source, row): made for row, made in zip(new, prepared)}
         for key, made in held.items():
             self._remember(key, made)
         return [self._sample(held[ref.source, ref.row], ref) for ref in refs]
+
+    def _prepare(self, rows: list[dict]) -> list[PreparedRow]:
+        try:
+            return self.maker.prepare(rows)
+        except (ValueError, OSError):
+            for row in rows:  # again, one by one: the message must name the row
+                try:
+                    self.maker.prepare([row])
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"Row {row['id']}: {error}") from error
+            raise
 
     def _sample(self, row: PreparedRow, ref: Ref) -> TrainingSample:
         return self.maker.sample(row, ref.epoch)
@@ -149,20 +168,45 @@ class Rows:
             self._room += self._cache.popitem(last=False)[1].nbytes
 
 
+def _read(dataset, numbers: Sequence[int]) -> list[dict]:
+    """Rows with their pictures decoded. Raises ValueError naming the row that does not decode."""
+    try:
+        return list(dataset.select(numbers))
+    except UNREADABLE:
+        for number in numbers:
+            try:
+                dataset[number]
+            except UNREADABLE as error:
+                id = dataset.select_columns("id")[number]["id"]
+                raise ValueError(f"Row {id} (number {number}) cannot be read: {error}") from error
+        raise
+
+
 def open_sources(recipe: Recipe) -> list:
     """The recipe's datasets; a RecipeError names the one that cannot be opened."""
     return [_open(data) for data in recipe.data]
 
 
 def _open(data: Data):
-    from datasets import load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     folder = Path(data.path)
     try:
-        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             dataset = load_from_disk(data.path)
-            return dataset.to_iterable_dataset() if data.streaming else dataset
-        return load_dataset(data.path, data.name, split=data.split, streaming=data.streaming)
+            if isinstance(dataset, DatasetDict):
+                dataset = dataset[data.split]
+            dataset = dataset.to_iterable_dataset() if data.streaming else dataset
+        else:
+            dataset = load_dataset(data.path, data.name, split=data.split, streaming=data.streaming)
     except Exception as error:  # datasets raises anything, from any of its readers
         text = str(error).strip().splitlines()
         raise RecipeError(f"data.path={data.path} cannot be opened: {text[0] if text else error!r}") from error
+    given = dataset.column_names  # a stream may not know
+    missing = [name for name in COLUMNS if given is not None and name not in given]
+    if missing:
+        raise RecipeError(
+            f"data.path={data.path} has no column {', '.join(missing)}; training reads {', '.join(COLUMNS)} "
+            f"(and answer, for questions), and there are: {', '.join(given)}."
+        )
+    return dataset

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from echo4o.training.recipe import Recipe, RecipeError
+
+# The others wait while the first process draws pictures or writes a pipeline of 30 GB.
+WAIT = timedelta(hours=1)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -23,15 +27,17 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             not happen, or a tracker is not installed.
     """
     for tracker in recipe.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"trackers: {tracker} is not installed: pip install {tracker}")
+        _require(tracker)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") and recipe.sharding == "none":
         raise RecipeError("The launcher asks for FSDP, and the recipe says sharding: none. Make them agree.")
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         cpu=recipe.device == "cpu",
         fsdp_plugin=_fsdp2(recipe) if recipe.sharding == "fsdp2" else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=WAIT),
+        ],
         log_with=list(recipe.trackers) or None,
         project_dir=str(recipe.output_dir),
         step_scheduler_with_optimizer=False,
@@ -46,10 +52,25 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def _require(tracker: str) -> None:
+    """Raise RecipeError where a tracker is not installed (wandb's own folder `./wandb` looks like a module)."""
+    try:
+        importlib.metadata.version(tracker)
+    except importlib.metadata.PackageNotFoundError:
+        raise RecipeError(f"trackers: {tracker} is not installed: pip install {tracker}") from None
+
+
 def _refuse_less(accelerator: Accelerator, recipe: Recipe) -> None:
     running, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != running:
         raise RecipeError(f"{started} processes were started, but Accelerate runs {running}: nothing was trained.")
+    # `accelerate launch` names a port where it was asked for several processes, and a precision in any case.
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if recipe.processes is None and running == 1 and launched and "WORLD_SIZE" not in os.environ:
+        raise RecipeError(
+            "accelerate launch was asked for several processes and started one (it does so with --cpu): start with "
+            "`torchrun --nproc-per-node N -m echo4o.training.train RECIPE`, or without --cpu and with --multi_gpu."
+        )
     if recipe.processes is not None and recipe.processes != running:
         raise RecipeError(
             f"processes: {recipe.processes} was asked for, but {running} run"

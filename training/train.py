@@ -53,6 +53,10 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(f"The loss of step {step} is not finite. Samples: {', '.join(ids)}.")
 
 
+class DataError(ValueError):
+    """Rows of a step cannot be read; the message names them."""
+
+
 class Stopped(Exception):
     """A signal ended the run after a checkpoint."""
 
@@ -160,7 +164,7 @@ class Trainer:
                     before = self.ahead.state()
                     try:
                         entry = self._step(self.step, progress)
-                    except NonFiniteLoss:
+                    except (NonFiniteLoss, DataError):
                         if recipe.checkpoints:
                             self._save(before)
                         raise
@@ -197,11 +201,14 @@ class Trainer:
         for group, rate in zip(groups, self.base_rates):
             group["lr"] = rate * factor
         moments = [time.perf_counter()]
-        batches = self.ahead.next_step()
-        # What all processes must know of each other, in one exchange: denominators, amounts, and who was told to stop.
-        mine = [*loss_counts(batches, objective), float(self._signal), *self.watch.amounts(batches)]
-        total = self._sum(torch.tensor(mine, dtype=torch.float64))
+        batches, problem = self._next_batches()
+        # What all processes must know of each other, in one exchange: denominators, who was told to stop, who has no
+        # data, amounts.
+        mine = [*loss_counts(batches, objective), float(self._signal), float(problem is not None)]
+        total = self._sum(torch.tensor([*mine, *self.watch.amounts(batches)], dtype=torch.float64))
         counts, self.stop_asked = total[:2], int(total[2]) and (self._signal or signal.SIGTERM)
+        if total[3]:
+            raise DataError("; ".join(p for p in gather_object([problem]) if p))
         batches = [batch.to(accelerator.device) for batch in batches]
         moments.append(time.perf_counter())
         shares = torch.zeros(2, device=accelerator.device)
@@ -225,7 +232,14 @@ class Trainer:
         entry = {"step": step, "loss": loss, "mse": mse, "ce": ce, "lr": groups[0]["lr"], "grad_norm": float(norm)}
         moments.append(time.perf_counter())
         entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, moments, moments[1:])}
-        return entry | dict(zip(("samples", "tokens", "flops"), total[3:].tolist()))
+        return entry | dict(zip(("samples", "tokens", "flops"), total[4:].tolist()))
+
+    def _next_batches(self) -> tuple[list[TrainingBatch], str | None]:
+        """This process's batches of the next step, or why there are none."""
+        try:
+            return self.ahead.next_step(), None
+        except (ValueError, OSError) as error:
+            return [], str(error).strip() or repr(error)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Over all processes."""
@@ -411,10 +425,10 @@ def main(arguments: list[str] | None = None) -> int:
         if first:
             print(f"{stop}\nNext: the same command with --resume", file=sys.stderr)
         return 130 if stop.signum == signal.SIGINT else 0
-    except (RecipeError, NonFiniteLoss, CheckpointError, export.ExportError) as error:
+    except (NonFiniteLoss, CheckpointError, export.ExportError, ValueError, OSError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -35,7 +35,6 @@ class Watch:
         self.recipe, self.accelerator, self.quiet = recipe, accelerator, not accelerator.is_main_process
         self.log: list[dict] = []
         self.parts = summary(trained)
-        self.pictures: list[tuple[int, list[str]]] = []
         learning = {part_of(name) for name, _ in trainable(trained)} if recipe.tune.method == "full" else set()
         und_frozen = not any(p.requires_grad for b in pipeline.transformer.layers for p in b.und.parameters())
         embeds_frozen = "text" not in learning and "vision" not in learning
@@ -71,17 +70,28 @@ class Watch:
             self._start = time.monotonic()
         self._last = self.seconds()
         if recipe.trackers:
-            self.accelerator.init_trackers("echo4o", config=_flat(recipe.model_dump(mode="json")))
+            own = {"wandb": {"dir": str(recipe.output_dir), "name": recipe.output_dir.name}}
+            self.accelerator.init_trackers("echo4o", _flat(recipe.model_dump(mode="json")), own)
         if not self.quiet:
             learning = ", ".join(f"{n['learning']:,} of {part}" for part, n in self.parts.items() if n["learning"])
-            tqdm.write(f"learning: {learning} ({self.accelerator.distributed_type.value.lower()})")
+            count, kind = self.accelerator.num_processes, self.accelerator.distributed_type.value.lower()
+            where = f"{count} processes, {kind}" if count > 1 else "1 process"
+            tqdm.write(f"learning: {learning} ({where})")
         with (
             open(os.devnull if self.quiet else self._log_file, "w", encoding="utf-8") as self._file,
             tqdm(total=recipe.steps, initial=step, desc="training", unit="step", disable=self.quiet) as self._bar,
         ):
             for entry in self.log:
                 self._write(entry)
-            yield
+            try:
+                yield
+            except BaseException:
+                self._end_trackers()
+                raise
+
+    def _end_trackers(self) -> None:
+        if self.recipe.trackers:
+            self.accelerator.end_training()
 
     def _write(self, entry: dict) -> None:
         if not self.quiet:
@@ -128,7 +138,7 @@ class Watch:
     @torch.no_grad()
     def draw(self, pipeline, step: int) -> None:
         """Draw the recipe's prompts with the model as it is."""
-        settings, files = self.recipe.pictures, []
+        settings = self.recipe.pictures
         folder = self.recipe.output_dir / "pictures" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         pipeline.set_progress_bar_config(disable=True)
@@ -140,12 +150,12 @@ class Watch:
             ).images
         for index, image in enumerate(images):
             image.save(folder / f"{index}.png")
-            files.append(str((folder / f"{index}.png").relative_to(self.recipe.output_dir)))
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 import numpy as np
 
-                tracker.log_images({f"{i}": np.asarray(im)[None] for i, im in enumerate(images)}, step=step)
+                drawn = {f"pictures/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
+                tracker.log_images(drawn, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({"pictures": list(images)}, step=step)
 
@@ -156,8 +166,7 @@ class Watch:
             from echo4o.training.report import write_report
 
             write_report(self.recipe, self.log, self.parts)
-        if self.recipe.trackers:
-            self.accelerator.end_training()
+        self._end_trackers()
 
 
 def smoothed(log: list[dict], window: int = 50) -> float:

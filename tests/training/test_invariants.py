@@ -36,7 +36,7 @@ def test_one_process_two_processes_accumulation_and_sharding(recipe_file, tmp_pa
     close(weights_of(tmp_path / "single" / "pipeline"), weights, 1e-5)
 
     said = run("train", file, "--set", "processes=2", "--set", f"output_dir={tmp_path / 'ddp'}")
-    assert "(multi_cpu)" in said
+    assert "(2 processes, multi_cpu)" in said
     assert losses_of(tmp_path / "ddp") == pytest.approx(whole, abs=1e-5)
     close(weights_of(tmp_path / "ddp" / "pipeline"), weights, 1e-5)
 

@@ -118,10 +118,12 @@ def test_activations_are_close(model_dir, way, checkpointing):
         text_segment([5] * 61, TOKENS),
         image_segment("noise", (13, 8), TOKENS, torch.randn(104, 64)),
     ]
-    sequence = pack([sample], latent_positions=16, patch_positions=16)
-    batch = TrainingBatch(["a"], sequence, torch.randn(104, 64), torch.randn(1))
+    samples = [sample, [sample[0], *sample[2:]]]
+    sequence = pack(samples, latent_positions=16, patch_positions=16)
+    batch = TrainingBatch(["a", "b"], sequence, torch.randn(208, 64), torch.randn(2))
     und, gen = len(sequence.input_ids), len(sequence.gen_segment)
-    load, built = costs.Load(gen, und, 72, 0, (gen + und,)), skeleton(asked)
+    lengths = tuple(sum(map(len, sample)) for sample in samples)
+    load, built = costs.Load(gen, und, 72, 0, lengths), skeleton(asked)
     planned = activation_bytes(asked, built, load)
     if checkpointing:  # the forward pass holds no layer in full yet
         planned -= recomputed_bytes(asked, built, load)

@@ -276,12 +276,6 @@ def test_samples_that_are_too_long_are_reported(tmp_path, tiny_pipeline, rows, c
     assert 0 < result.log[-1]["packing_efficiency"] <= 1
 
 
-def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("echo4o.training.engine.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="tensorboard is not installed: pip install tensorboard"):
-        Trainer(recipe(tmp_path, trackers=["tensorboard"]))
-
-
 def test_flops_are_those_of_the_matrix_products(tiny_pipeline, rows):
     """Counted by torch in a forward and backward pass of everything."""
     from torch.utils.flop_counter import FlopCounterMode
