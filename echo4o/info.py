@@ -47,3 +47,16 @@ def _devices() -> dict[str, str | None]:
     if torch.backends.mps.is_available():
         devices["mps"] = "available"
     return devices
+
+
+def gpu_bytes(text: str | None) -> float:
+    """`24GB` or `16GiB` in bytes; None is the memory of this machine's first GPU. Raises ValueError."""
+    import torch
+
+    from echo4o.training.plan import parse_bytes
+
+    if text is not None:
+        return parse_bytes(text)
+    if not torch.cuda.is_available():
+        raise ValueError("this machine has no GPU: say how much memory to plan for, as --gpu 24GB")
+    return float(torch.cuda.get_device_properties(0).total_memory)

@@ -54,12 +54,30 @@ def convert(
 
 
 def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="With --plan: a pipeline folder, a Hub repository, or `release`.", show_default=False),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="What the model needs to draw, and what fits.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --plan: the GPU's memory.", show_default="this machine's")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Of the picture.", show_default="the largest")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the picture.", show_default="the largest")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    references: Annotated[int, typer.Option(min=0, help="Reference pictures of each prompt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
 ) -> None:
-    """Versions, devices and what is installed.
+    """Versions, devices and what is installed; with --plan, what a model needs before it is loaded.
 
     Example: [bold]echo4o info --json[/bold]
+    Memory: [bold]echo4o info MODEL --plan --gpu 24GB[/bold]
     """
+    if plan:
+        _print_plan(model, gpu, height, width, batch, references, as_json)
+        return
+    if model is not None:
+        raise ValueError(f"info {model}: say --plan for what this model needs; without a model, info tells versions")
     from echo4o.info import collect
 
     facts = collect()
@@ -78,3 +96,19 @@ def info(
                 table.add_row(f"  {name}", str(value) if value is not None else "[dim]not installed[/dim]")
         Console().print(table)
     finish(None, "echo4o quickstart")
+
+
+def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
+    if model is None:
+        raise ValueError("info --plan: name the model, or `release` for the released BAGEL's sizes")
+    from echo4o import memory
+    from echo4o.info import gpu_bytes
+
+    size = gpu_bytes(gpu)
+    stored = memory.read_stored(model)
+    made = memory.make_plan(stored, size, memory.drawing(stored, height, width, batch, references))
+    print(memory.as_json(made) if as_json else memory.as_text(made))
+    command = (
+        ["generate", "a lighthouse made of glass", "--model", model] if model != "release" else ["info", "--help"]
+    )
+    finish(None, shlex.join(["echo4o", *command]))
