@@ -203,6 +203,9 @@ class FakePipeline:
         self.calls.append(("to", str(device)))
         return self
 
+    def placement(self):
+        return SimpleNamespace(line="all of it is on paper")
+
     def __call__(self, **options):
         self.calls.append(("call", options))
         count = options["num_images_per_prompt"]
@@ -267,6 +270,7 @@ def test_generate_hands_everything_over(folder, fake):
     }
     assert result.stdout.splitlines() == ["a plan", "new/fox-1.png", "new/fox-2.png"]
     assert (folder / "new" / "fox-2.png").is_file()
+    assert "all of it is on paper" in result.stderr
     assert "seed 7" in result.stderr and "next: echo4o generate" in result.stderr
 
 

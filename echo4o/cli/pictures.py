@@ -96,6 +96,7 @@ def generate(
     import torch
 
     pipe = load_pipeline(model, where, dtype)
+    say(pipe.placement().line)
     result = pipe(
         prompt=prompt,
         image=references or None,
