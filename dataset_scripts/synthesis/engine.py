@@ -136,8 +136,6 @@ class Synthesis:
         """The first picture that passes every gate, and the how manieth it is."""
         failed = None
         for attempt in range(1, self.recipe.gates.pictures + 1):
-            if self._failures:
-                raise Ended
             try:
                 last.picture = await self.calls.draw(
                     made.text, made.references, (task.seed + attempt) % 2**31, f"{task.id} {attempt}"

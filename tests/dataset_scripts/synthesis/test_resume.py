@@ -155,6 +155,7 @@ def test_killed_again_and_again(server, recipe, tmp_path):
     run("build", out / "dataset", "--out", tmp_path / "built", "--workers", 1)
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_preview(server, recipe, tmp_path):
     server.latency = 0.05
     out = tmp_path / "made"

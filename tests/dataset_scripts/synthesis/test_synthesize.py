@@ -34,7 +34,7 @@ def test_rows_say_where_they_come_from(server, recipe, tmp_path):
         assert of["recipe"]["version"] == "test-1" and len(of["recipe"]["fingerprint"]) == 16
         assert of["models"] == {"text": "writer", "image": "painter", "edit": "editor", "judge": "judge"}
         assert of["time"] and isinstance(of["seed"], int) and of["pictures_drawn"] == 1
-        assert all(len(digest) == 64 for digest in of["prompts"].values()) and of["prompts"]
+        assert all(len(digest) == 64 for digest in of["prompts"].values()) and {"verdict"} < set(of["prompts"])
         kept = [step["step"] for step in steps if step["row"] == row["row"]]
         assert len(kept) == len(set(kept)) >= 4 and kept[-2:] == ["verdict", "picture"]
     by_part = {part: [row for row in rows if row["row"].startswith(part)] for part in PARTS}

@@ -204,8 +204,9 @@ def test_files_of_the_folder_that_somebody_changed(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe)
     run("synthesize", file, "--out", out)
     steps = (out / "steps.jsonl").read_text()
-    (out / "steps.jsonl").write_text("{rubbish\n" + steps)
-    assert "steps.jsonl, line 1: this is no record of ours" in run("synthesize", file, "--out", out, code=2)
+    for strange in ("{rubbish", '{"step": "of another program"}', "7"):
+        (out / "steps.jsonl").write_text(f"{strange}\n{steps}")
+        assert "steps.jsonl, line 1: this is no record of ours" in run("synthesize", file, "--out", out, code=2)
     (out / "steps.jsonl").write_text(steps)
     (out / "run.json").write_text("{}")
     assert "run.json does not say what the rows" in run("synthesize", file, "--out", out, code=2)
@@ -224,6 +225,7 @@ def test_looks_of_accepted_pictures_are_found_again(server, recipe, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_full_disk(server, recipe, tmp_path):
     """A real limit, under which files stop to grow in the middle of a line; with room again, nothing is paid for twice."""
     out, file = tmp_path / "made", recipe(surreal_fantasy__rows=20)
