@@ -19,6 +19,7 @@ _HELD_OUT_SEED = 4
 
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 _PLURALS = {"cross": "crosses"}
+_COMPARED = {"large": "larger", "small": "smaller"}
 _PLACES = {"left": "on the left", "right": "on the right", "above": "above", "below": "below"}
 
 Content = frozenset  # of (shape, drawn colour, count, region, size)
@@ -107,35 +108,46 @@ def _surreal() -> Iterator[tuple[Group, ...]]:
         yield (Group(giant, size="large"), Group(tiny, size="small"))
 
 
+@lru_cache
+def chance_of_references() -> float:
+    """Right share of a model that does all that a multi-reference prompt says, but guesses which two objects."""
+    return 1 / sum(1 for _ in _pairs_of_references())
+
+
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def _thing(group: Group, article: str = "a") -> str:
+def thing(group: Group, article: str = "a", size: str | None = None) -> str:
     """The group in words, as in "a red star" or "three crosses"."""
     noun = group.shape if group.count == 1 else _PLURALS.get(group.shape, group.shape + "s")
     number = article if group.count == 1 else _NUMBERS[group.count - 1]
-    return " ".join(filter(None, (number, group.colour, noun)))
+    return " ".join(filter(None, (number, size, group.colour, noun)))
 
 
-def _listed(things: Sequence[str]) -> str:
+def placed(group: Group, article: str = "a") -> str:
+    """The group in words with its size and its place, as in "a larger star on the left"."""
+    words = thing(group, article, _COMPARED.get(group.size))
+    return f"{words} {_PLACES[group.region]}" if group.region else words
+
+
+def listed(things: Sequence[str]) -> str:
     return f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
 
 
 def _say_list(groups, rng) -> str:
-    return "a photo of " + _listed([_thing(group) for group in groups])
+    return "a photo of " + listed([thing(group) for group in groups])
 
 
 def _say_counts(groups, rng) -> str:
-    return "a photo of " + _listed([_thing(group, article="one") for group in groups])
+    return "a photo of " + listed([thing(group, article="one") for group in groups])
 
 
 def _say_places(groups, rng) -> str:
-    return "a photo of " + _listed([f"{_thing(group)} {_PLACES[group.region]}" for group in groups])
+    return "a photo of " + listed([placed(group) for group in groups])
 
 
 def _say_sizes(groups, rng) -> str:
-    degree = {"large": "larger", "small": "smaller"}
-    return "a photo of " + _listed([f"a {degree[g.size]} {g.shape} {_PLACES[g.region]}" for g in groups])
+    return "a photo of " + listed([placed(group) for group in groups])
 
 
 def _say_references(groups, rng) -> str:
@@ -145,7 +157,7 @@ def _say_references(groups, rng) -> str:
 def _say_surreal(groups, rng) -> str:
     if len(groups) == 2:
         degree = {"large": "giant", "small": "tiny"}
-        return "a photo of " + _listed([f"a {degree[group.size]} {group.shape}" for group in groups])
+        return "a photo of " + listed([f"a {degree[group.size]} {group.shape}" for group in groups])
     (group,) = groups
     usual = TYPICAL_COLOUR[group.shape]
     lender = next(shape for shape, colour in TYPICAL_COLOUR.items() if colour == group.colour)

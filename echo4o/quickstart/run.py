@@ -25,10 +25,11 @@ from PIL import Image
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.base_model import single_object_prompts
+from echo4o.quickstart.detector import Score
 from echo4o.quickstart.drawing import STEPS, Drawn, draw_and_score, draw_prompts
-from echo4o.quickstart.prompts import TAGS, held_out_prompts
+from echo4o.quickstart.prompts import TAGS, chance_of_references, held_out_prompts
 from echo4o.quickstart.shapes import ROWS, render_upstream
-from echo4o.training.recipe import Recipe, dump_recipe, load_recipe, shipped_recipe
+from echo4o.training.recipe import dump_recipe, load_recipe, shipped_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 
 BASE = Path(__file__).parent / "base"
@@ -46,6 +47,8 @@ pictures: >-
 from_openai: false
 license: apache-2.0
 """
+# Seconds of two parts on two quiet cores, to tell how long another machine will take.
+REFERENCE = {"drawing": 8.0, "rest": 240.0}
 # torch counts physical cores, and so leaves half of a small virtual machine idle; more than four gain nothing here.
 THREADS = min(4, os.cpu_count() or 1)
 REDRAWN = (0, 70)  # held-out prompts drawn again in a fresh process: one of text alone, one with two references
@@ -66,7 +69,7 @@ SHORT = Size(
     {"surreal_fantasy": 90, "multi_reference": 90, "instruction_following": 600},
     3,
     8,
-    {"steps": 60, "max_seconds": 25.0, "optimizer.warmup_steps": 10},
+    {"steps": 60, "optimizer.warmup_steps": 10},
 )
 
 
@@ -75,6 +78,11 @@ class Stages:
 
     def __init__(self, number: int):
         self.number, self.seconds = number, {}
+
+    @property
+    def last(self) -> float:
+        """Seconds of the stage that was done last."""
+        return [*self.seconds.values()][-1]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -119,6 +127,8 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         pipeline.set_progress_bar_config(desc="drawing", leave=False)
         before = draw_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "before")
         own = draw_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.drawing_steps)
+    if not short:
+        print(f"      {pace(stages.last)}")
     with stages("fine-tuning and saving"):
         recipe = load_recipe(
             shipped_recipe("quickstart_cpu"),
@@ -134,15 +144,26 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     with stages("loading the saved pipeline in a fresh process"):
         difference = redraw_difference(pipeline, training.pipeline_dir, out, seed, size.drawing_steps)
         print(f"      the same pictures: largest difference {difference} of 255")
-    result = summary(recipe, training, before, after, own, size, base)
+    result = summary(training, before, after, own, size, base)
     result |= {"short": short, "seed": seed, "rows": written, "reloaded_difference": difference}
     with stages("writing the report"):
         result["stages"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
         result["seconds"] = round(time.monotonic() - start, 1)
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         write_report(out / "report.html", result, before, after, training.log)
-    print_ending(out, before, after, result["seconds"])
+    print_ending(out, before, after, result)
     return result
+
+
+def pace(drawing: float) -> str:
+    """How fast this machine is and how long the rest will take, judged by the seconds of the first drawing.
+
+    The steps of training are the same on every machine, so a slow one takes longer and learns as much.
+    """
+    factor = drawing / REFERENCE["drawing"]
+    minutes = max(1, round(factor * REFERENCE["rest"] / 60))
+    words = f"about {factor:.1f}x slower than" if factor > 1.25 else "as fast as" if factor > 0.8 else "faster than"
+    return f"this machine is {words} the reference (2 cores, nothing else running): about {minutes} minutes to go"
 
 
 def read_upstream(upstream: Path, folder: Path, cache: Path):
@@ -198,9 +219,7 @@ def score_table(drawn: Drawn) -> dict[str, dict]:
     }
 
 
-def summary(
-    recipe: Recipe, training: TrainingResult, before: Drawn, after: Drawn, own: Drawn, size: Size, base: Path
-) -> dict:
+def summary(training: TrainingResult, before: Drawn, after: Drawn, own: Drawn, size: Size, base: Path) -> dict:
     """Everything measured, as plain values."""
     samples = training.log[-1]["samples"]
     notes = {name: base / f"{name}.json" for name in ("base", "control")}
@@ -210,11 +229,11 @@ def summary(
         "base_on_single_objects": score_table(own)["overall"],
         "layout": LAYOUT,
         "layout_words": LAYOUT_WORDS[LAYOUT],
+        "chance_of_references": round(chance_of_references(), 4),
         "prompts": len(before.prompts),
         "drawing_steps": size.drawing_steps,
         "training": {
             "steps": len(training.log),
-            "steps_planned": recipe.steps,
             "samples": samples,
             "seconds": round(training.seconds, 1),
             "samples_per_second": round(samples / training.log[-1]["seconds"], 1),
@@ -232,10 +251,20 @@ def summary(
     }
 
 
-def print_ending(out: Path, before: Drawn, after: Drawn, seconds: float) -> None:
-    """Scores on the terminal, and where everything is."""
-    print(f"\n{'':18}{'before':>26}{'after':>26}")
+def print_ending(out: Path, before: Drawn, after: Drawn, result: dict) -> None:
+    """Scores on the terminal, what to compare them with, and where everything is."""
+    print(f"\n{'right pictures':18}{'before':>26}{'after':>26}   (95% intervals)")
     for tag, score in after.scores.items():
         print(f"{tag:18}{str(before.scores[tag]):>26}{str(score):>26}")
-    print(f"\nDone in {seconds:.0f} s. Report: {out / 'report.html'}")
+    own, control = result["base_on_single_objects"], result["control"]
+    print(f"\nThe base on single objects, its own domain: {written(own)}.")
+    print(f"Multi-reference by chance: {chance_of_references():.3f}.")
+    if control:
+        print(f"Control, measured once: the same fine-tuning from random weights gets {written(control)}.")
+    print(f"\nDone in {result['seconds']:.0f} s. Report: {out / 'report.html'}")
     print(f'Next: echo4o generate "a photo of two red stars" --model {out / "pipeline"}')
+
+
+def written(score: dict) -> str:
+    """A score of `score_table` as on the terminal."""
+    return str(Score(score["right"], score["of"]))

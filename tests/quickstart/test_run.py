@@ -14,11 +14,13 @@ from echo4o.quickstart.prompts import TAGS, held_out_contents, held_out_prompts,
 from echo4o.quickstart.report import loss_curve, write_report
 from echo4o.quickstart.scene import Group, lay_out
 from echo4o.quickstart.shapes import draw
+from echo4o.training.recipe import load_recipe, shipped_recipe
 
 RESULT = {
     "rows": {"surreal_fantasy": 1},
     "base_on_single_objects": {"right": 9, "of": 10, "mean": 0.9, "low": 0.6, "high": 0.98},
     "layout_words": "The words decide.",
+    "chance_of_references": 0.0016,
     "prompts": 2,
     "short": False,
     "seed": 0,
@@ -49,9 +51,9 @@ def test_report_is_one_file_with_pictures_and_intervals(tmp_path):
     assert re.search(r"overall</td>\s*<td class=\"number\">0.00</td>", html)
     assert "<svg" in html and "No control from random weights was run" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report must need nothing beside it"
-    control = {"mean": 0.5, "right": 1, "of": 2, "low": 0.1, "high": 0.9, "training": {"samples": 96}}
+    control = {"mean": 0.5, "right": 1, "of": 2, "low": 0.1, "high": 0.9, "training": {"steps": 3}}
     write_report(tmp_path / "report.html", RESULT | {"scores": tables, "control": control}, before, after, LOG)
-    assert "from random weights gets 0.50" in (tmp_path / "report.html").read_text()
+    assert "from random weights gets 0.50 (1 of 2; 95%: 0.10" in (tmp_path / "report.html").read_text()
 
 
 def test_loss_curve_of_a_single_step():
@@ -66,6 +68,24 @@ def test_the_base_sees_no_held_out_content():
     assert any(len(content) == 1 for content in held_out_contents()), "then the check above checks something"
     prompts = single_object_prompts(10)
     assert all(check(p.groups, detect(draw(lay_out(p.groups))))[0] for p in prompts)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (4.0, "faster than .* about 2 min"),
+        (8.0, "as fast as .* about 4 min"),
+        (16.0, "2.0x slower than .* about 8 min"),
+    ],
+)
+def test_how_long_it_will_take_is_told(seconds, words):
+    assert re.search(words, quickstart.pace(seconds))
+
+
+def test_no_clock_ends_the_training():
+    """The score must not depend on the machine's speed."""
+    assert load_recipe(shipped_recipe("quickstart_cpu")).max_seconds is None
+    assert "max_seconds" not in {**quickstart.FULL.training, **quickstart.SHORT.training}
 
 
 def test_prompts_of_the_short_form_hold_every_tag():
@@ -97,7 +117,10 @@ def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
     assert len((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()) == 3
-    assert "echo4o generate" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert (
+        "Multi-reference by chance: 0.002" in said and "Control, measured once" in said and "echo4o generate" in said
+    )
 
 
 def test_group_words_match_the_detector():
