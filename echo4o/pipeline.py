@@ -12,6 +12,15 @@ from echo4o.modeling.bagel import pipeline_echo4o
 class Echo4oPipeline(pipeline_echo4o.Echo4oPipeline):
     __doc__ = pipeline_echo4o.Echo4oPipeline.__doc__
 
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
+        """As `Echo4oPipeline.push_to_hub` says where `push_to_hub=True` and `repo_id` are given; else it only saves."""
+        if push_to_hub and not repo_id:
+            raise ValueError("push_to_hub=True needs repo_id='owner/name'.")
+        taken = {n: kwargs.pop(n) for n in ("commit_message", "private", "token") if push_to_hub and n in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(repo_id, **taken)
+
     def push_to_hub(
         self,
         repo_id: str,

@@ -181,7 +181,9 @@ def test_links_that_lead_outside_and_hidden_files(folder, hub, api, tmp_path):
     (folder / ".env").write_text("PASSWORD=x")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("x")
-    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True).upload)
+    told = []
+    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True, tell=told.append).upload)
+    assert "2 hidden files and caches stay here" in told
     (folder / "inside.txt").symlink_to(folder / "model_index.json")
     assert "inside.txt" in send(folder, api, dry_run=True).upload
     (tmp_path / "private.txt").write_text("mine")
@@ -320,7 +322,8 @@ def test_a_name_that_is_taken(folder, hub, api):
     assert set(other.files) == names(folder) | {"README.md", ".gitattributes"}
     hub.create(REPO, "datasets")  # the Hub keeps a model and a dataset of one name apart
     assert send(folder, api).commit is None
-    hub.create("ns/genevalpp", "spaces").files["app.py"] = hub.store("app.py", b"print()")
+    app = hub.create("ns/genevalpp", "spaces")
+    app.files |= {name: hub.store(name, b"print()") for name in ("app.py", "requirements.txt")}
     hub.repo("ns/genevalpp", "spaces").commit("an app")
     with pytest.raises(ValueError, match="this is a metric: choose another name, or give --overwrite"):
         send("genevalpp", api, repo="ns/genevalpp")

@@ -148,13 +148,15 @@ def test_all_ways_give_the_same_repositories(place):
     place.push("copy", "owner/from-folder", "--no-verify")
     script = """
         from echo4o import Echo4oPipeline
-        Echo4oPipeline.from_pretrained("copy").push_to_hub("owner/from-python", verify=False)
+        pipe = Echo4oPipeline.from_pretrained("copy")
+        pipe.push_to_hub("owner/from-python", verify=False)
+        pipe.save_pretrained("saved", push_to_hub=True, repo_id="owner/from-saving")
     """
     done = place.run(sys.executable, "-c", textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
     place.push("quickstart", "owner/from-run", "--no-verify")
     place.push("quickstart/pipeline", "owner/from-export", "--no-verify")
-    done = place.run("echo4o", "dataset", "publish", "quickstart/dataset", "owner/published")
+    done = place.run("echo4o", "dataset", "publish", "quickstart/dataset", "owner/rows-again")
     assert done.returncode == 0, done.stderr
 
     def same(first: str, second: str, kind: str = "models") -> bool:
@@ -162,8 +164,9 @@ def test_all_ways_give_the_same_repositories(place):
         cards = [place.card(name, kind).replace(name.split("/")[1], "X") for name in (first, second)]
         return {**one, "README.md": cards[0]} == {**two, "README.md": cards[1]}
 
-    assert same("owner/from-folder", "owner/from-python") and same("owner/from-run", "owner/from-export")
-    assert same("owner/published", "owner/shapes-4o", "datasets")
+    assert same("owner/from-folder", "owner/from-python") and same("owner/from-folder", "owner/from-saving")
+    assert same("owner/from-run", "owner/from-export")
+    assert same("owner/rows-again", "owner/shapes-4o", "datasets")
     assert not same("owner/from-folder", "owner/from-run"), "the run's card says how it was trained"
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from echo4o.hub.kinds.base import CARD, SMALL_BYTES, Kind, Read, Said
 from echo4o.hub.recognise import Found, kind_class, kind_of, recognise
 from echo4o.hub.remote import Hub, Remote, Source, addition, check_name, git_id, same
-from echo4o.hub.safety import list_files, require_safe
+from echo4o.hub.safety import left_out, list_files, require_safe
 from echo4o.model_cards.merge import merged, own_words
 from echo4o.model_cards.schema import validate
 
@@ -113,6 +113,8 @@ class _Pushing:
         kind, remote = self.kind, self.remote
         kind.check_name(self.repo)
         require_safe(list_files(kind.folder))
+        if hidden := left_out(kind.folder):
+            self.tell(f"{hidden} hidden files and caches stay here")
         checked = kind.check()
         self.tell(f"checked: {checked}")
         if not dry_run:
@@ -146,14 +148,14 @@ class _Pushing:
 
     def _strangers(self, there: Mapping[str, str], overwrite: bool) -> list[str]:
         """Files of something else that lies in the repository, which go with --overwrite."""
-        holds = kind_of(set(there))
-        if holds in (None, self.kind.name):
+        holds, name = kind_of(set(there)), self.kind.name
+        if holds is None or (holds == name and self.kind.was_pushed_to(set(there))):
             return []
         if not overwrite:
-            what = "files that are none of echo4o's" if holds == "other" else f"a {holds.removesuffix('s')}"
+            what = "files that are none of echo4o's" if holds in ("other", name) else f"a {holds.removesuffix('s')}"
             raise ValueError(
-                f"{self.repo} already holds {what}, and this is a {self.kind.name.removesuffix('s')}: choose another "
-                "name, or give --overwrite to replace it (its history keeps it)"
+                f"{self.repo} already holds {what}, and this is a {name.removesuffix('s')}: choose another name, or "
+                "give --overwrite to replace it (its history keeps it)"
             )
         return [path for path in there if path not in _KEPT]
 

@@ -63,6 +63,10 @@ class Kind(ABC):
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
         """Its card, without what a person wrote; `files` are those that are sent."""
 
+    def was_pushed_to(self, names: set[str]) -> bool:
+        """Whether a repository with files of these names, and of this kind, may hold an earlier version."""
+        return True
+
     def replaces(self, path: str) -> bool:
         """Whether a file of the repository that is not sent again goes."""
         return path.endswith((".safetensors", ".json", ".py")) or path.startswith("pictures/")

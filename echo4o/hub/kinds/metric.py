@@ -55,6 +55,9 @@ class Metric(Kind):
             raise ValueError(f"{self.script}: its inputs_description has no example `>>> metric.compute(...)`")
         return metric_card(repo, title, metric.description, metric.citation, list(metric.features), example[1])
 
+    def was_pushed_to(self, names: set[str]) -> bool:
+        return self.script.name in names  # else it is another app
+
     def replaces(self, path: str) -> bool:
         return path.endswith(".py")
 
