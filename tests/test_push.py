@@ -135,7 +135,8 @@ def test_pickles_are_refused_by_name_and_by_content(how, folder, hub, api):
     elif how == "suffix":
         file.write_bytes(b"anything")
     else:
-        file.write_bytes(pickle.dumps(Path("x"), protocol=int(how[-1])))
+        large = b"x" * 2_000_000 if how != "protocol 0" else b""
+        file.write_bytes(pickle.dumps([Path("x"), large], protocol=int(how[-1])))
     refused(folder, api, hub, rf"pickles can run code.*transformer/{file.name}")
 
 
@@ -310,6 +311,12 @@ def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
     assert "more.txt" not in repo.files
     send(folder, api)
     assert {"more.txt", "theirs.txt"} <= set(repo.files), "a second run looks at what is there now"
+
+
+def test_offline_is_told_at_once(folder, hub, api, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set, and a push needs the Hub"):
+        send(folder, api)
 
 
 def test_a_name_that_is_taken(folder, hub, api):

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -153,6 +154,8 @@ class Remote:
                 return function(*arguments, **options)
             except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
                 raise
+            except OfflineModeIsEnabled as error:
+                raise OSError(f"{self.repo}: HF_HUB_OFFLINE is set, and a push needs the Hub") from error
             except Exception as raised:
                 error = _reason(raised)
                 if not _passes(error):
