@@ -77,9 +77,9 @@ def evaluate_images(
     benchmark: str,
     images_by_id: Mapping[str, Any],
     judge: str | Judge,
-    out: Path,
+    out: str | Path,
     rows: Sequence[dict] | None = None,
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     min_coverage: float = 1.0,
     options: Options | None = None,
 ) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def evaluate_images(
         prompts = out / "rows.jsonl"
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
         write_atomically(prompts, text.encode())
-    of_file = load_prompts(chosen, prompts)
+    of_file = load_prompts(chosen, prompts and Path(prompts))
     keep_prompts(chosen, of_file, out)
     _keep_images(images_by_id, out / IMAGES, {prompt.id for prompt in of_file.prompts})
     made = make_judge(judge) if isinstance(judge, str) else judge
