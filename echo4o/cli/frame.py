@@ -14,7 +14,18 @@ MISTAKE = 2
 INTERRUPTED = 130
 # Whatever these say, they say about files, networks and templates, not about our code. By name: importing them would
 # slow every command down.
-OUTSIDE = {"datasets", "httpx2", "huggingface_hub", "jinja2", "openai", "safetensors", "tarfile", "yaml", "zipfile"}
+OUTSIDE = {
+    "datasets",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "jinja2",
+    "openai",
+    "safetensors",
+    "tarfile",
+    "yaml",
+    "zipfile",
+}
 
 
 class Group(TyperGroup):
