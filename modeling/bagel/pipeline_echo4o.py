@@ -31,6 +31,7 @@ from .lora_bagel import Echo4oLoraLoaderMixin, scales_lora
 from .lora_files_bagel import find_adapter  # noqa: F401 - as above
 from .options_bagel import image_limits, read_options
 from .placement_bagel import Placement  # noqa: F401 - as above
+from .prefill_bagel import PrefillMixin, before_last_text
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
     Segment,
@@ -42,7 +43,7 @@ from .segments_bagel import (
     text_segment,
     unpatchify,
 )
-from .step_cache_bagel import whole_pass
+from .step_cache_bagel import whole_pass  # noqa: F401 - as above
 from .text_generation_bagel import generate_text
 from .weights_bagel import StoredTensor  # noqa: F401 - as above
 
@@ -61,7 +62,7 @@ class Echo4oPipelineOutput(BaseOutput):
     texts: list[str] | None
 
 
-class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipeline):
+class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipeline):
     """Text to image, editing, several references, interleaved inputs, plans before pictures, and answers.
 
     Args:
@@ -158,9 +159,7 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
 
         BAGEL samples its condition latents at inference, too (tests/parity/golden/README.md, surprise 11).
         """
-        pixels = to_pixels(image)[None].to(self._execution_device, self.vae.dtype)
-        moments = self.vae.encode(pixels).latent_dist
-        mean, std = moments.mean[0].float(), moments.std[0].float()
+        mean, std = self.vae_moments(image)
         latent = mean + std * self.draw_noise(tuple(mean.shape), generator)
         return (latent - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
@@ -196,42 +195,15 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
 
     # --- contexts ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, rows: list[tuple]) -> None:
-        """Read clean segments into caches, all rows in one pass: [(cache, segments)]."""
-        rows = [(cache, segments) for cache, segments in rows if segments]
-        if not rows:
-            return
-        for cache, segments in rows:
-            cache.reserve(cache.length + sum(map(len, segments)))
-        sequence = self.pack([segments for _, segments in rows], [cache.position for cache, _ in rows])
-        vision_embeds = None
-        if sequence.patches is not None:
-            vision_embeds = self.vision_model(
-                sequence.patches, sequence.patch_position_ids, sequence.patch_lengths
-            ).embeds
-        timestep = None
-        if sequence.latents is not None:
-            timestep = torch.zeros(sequence.latents.shape[0], device=sequence.latents.device)
-        contexts = [cache.whole() for cache, _ in rows]
-        with whole_pass(self.transformer):
-            self.transformer(sequence.latents, timestep, sequence, vision_embeds, contexts)
-        for cache, segments in rows:
-            cache.position = end_position(segments, cache.position)
-
-    def _read_request(self, request: Request, system: str | None, generator) -> tuple[list[Segment], int]:
-        """A request's segments, and how many of them the text-free branch sees: all before the last text, or all if a
-        picture comes last."""
+    def _read_request(self, request: Request, system: str | None, generator) -> list[Segment]:
         segments = [] if system is None else [self.text_segment(system)]
-        text_free = 0
         for item in request.items:
             if isinstance(item, str):
-                text_free = len(segments)
                 segments.append(self.text_segment(item))
             else:
                 image = self.vae_limits.resize(item)
                 segments += [self.latent_segment(image, generator), self.vision_segment(image)]
-                text_free = len(segments)
-        return segments, text_free
+        return segments
 
     def _think(self, caches: list, max_new_tokens: int, do_sample: bool, temperature: float, generators) -> list[str]:
         """What the model says after each context, at most `max_new_tokens` tokens; the caches stay as they are."""
@@ -249,14 +221,14 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             )
         return [self.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[0] for ids in said]
 
-    def _prepare(self, requests: list[Request], read: list[tuple], think: dict | None, generators: list):
-        """Prefill every context of every request in one pass (and think); one [`Picture`] per request, and plans.
+    def _prepare(self, requests: list[Request], read: list[list[Segment]], think: dict | None, generators: list):
+        """Prefill every context of every request (and think); one [`Picture`] per request, and plans.
 
-        `read` holds what `_read_request` gave for each request.
+        `read` holds each request's segments.
         """
         rows, pictures = [], []
         room = 0 if think is None else think["max_new_tokens"] + 2
-        for request, (segments, text_free) in zip(requests, read, strict=True):
+        for request, segments in zip(requests, read, strict=True):
             texts = [segment for segment in segments if segment.kind == "text"]
             guided_by_image = request.guidance.scale > 1 and request.guidance.image_scale > 1
             grid = (request.height // self.latent_stride, request.width // self.latent_stride)
@@ -264,9 +236,9 @@ class Echo4oPipeline(PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipe
             for cache, read_by_it, more in zip(caches, (segments, texts), (room, 0), strict=False):
                 cache.reserve(sum(map(len, read_by_it)) + more, scratch=grid[0] * grid[1] + 2)
                 rows.append((cache, read_by_it))
-            condition, prefix = Branch(caches[0], 0, 0), Branch(caches[0], *_extent(segments[:text_free]))
+            text_free = Branch(caches[0], *_extent(segments[: before_last_text(segments)]))
             image_free = Branch(caches[1], *_extent(texts)) if guided_by_image else None
-            pictures.append(Picture(grid, request.guidance, condition, prefix, image_free))
+            pictures.append(Picture(grid, request.guidance, Branch(caches[0], 0, 0), text_free, image_free))
         self.prefill(rows)
         caches = [picture.condition.cache for picture in pictures]
         plans = None

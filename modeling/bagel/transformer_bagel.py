@@ -60,6 +60,7 @@ class BagelKVCache:
     """
 
     def __init__(self, num_layers: int):
+        self.num_layers = num_layers
         self.capacity = self.scratch = 0
         self.length = 0  # tokens of context
         self.position = 0  # rotary position of what follows them
@@ -97,6 +98,19 @@ class BagelKVCache:
     def values(self, layer: int) -> torch.Tensor:
         """The layer's values: (length, K, D)."""
         return self._values[layer][self.scratch : self.scratch + self.length]
+
+    def copy_from(self, start: int) -> list[torch.Tensor]:
+        """Copies of what was written after the first `start` tokens: keys and values of every layer, in turn. Empty
+        when there is nothing."""
+        layers = range(self.num_layers) if self.length > start else ()
+        return [x[start:].clone() for layer in layers for x in (self.keys(layer), self.values(layer))]
+
+    def extend(self, states: list[torch.Tensor], position: int) -> None:
+        """Append what [`copy_from`] gave; `position` is that of what follows."""
+        write = self.scratch + self.length
+        for layer in range(self.num_layers):
+            self.update(layer, *states[2 * layer : 2 * layer + 2], write, slice(0))
+        self.length, self.position = self.length + len(states[0]), position
 
     def truncate(self, length: int, position: int) -> None:
         """Forget everything after the first `length` tokens."""

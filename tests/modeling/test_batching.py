@@ -171,7 +171,7 @@ def test_pictures_of_a_prompt_need_one_reading(pipe, pictures, monkeypatch, pict
     images = pipe("a dot", image=[pictures["img_a"], pictures["img_d"]], **count).images
     text, latents, patches = len(pipe.text_segment("a dot")), (2 * 4 + 2) + (2 * 2 + 2), (2 * 4 + 2) + (2 * 2 + 2)
     assert len(images) == pictures_per_prompt
-    assert clean == [2 * text + latents + patches]  # the condition, and the texts once more without pictures
+    assert clean == [latents + patches, 2 * text]  # the pictures; the text behind them, and once more without them
     assert len(encodings) == 2
 
 

@@ -130,7 +130,7 @@ def test_guidance_off_evaluates_one_row_per_picture(pipe, monkeypatch):
     assert rows == [1, 2, 1, 1]
     rows.clear()
     pipe("a", image=Image.new("RGB", (40, 40)), **STEPS)
-    assert rows == [2, 3, 3, 3]
+    assert rows == [1, 2, 3, 3, 3]  # the picture is read, then the text behind it and without it
 
 
 def test_tuple_output(pipe):
