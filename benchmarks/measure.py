@@ -1,10 +1,12 @@
-"""Times that can be compared: warmed up, taken in turns, with their spread."""
+"""Times that can be compared: warmed up, taken in turns, with their spread; and a run's matrix products alone."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def in_turns(ways: dict[str, Callable[[], object]], repeats: int = 3) -> dict[str, list[float]]:
@@ -39,3 +41,67 @@ def table(title: str, times: dict[str, list[float]]) -> str:
         spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
         lines.append(f"  {name:<44} {median:8.3f} s  ({spread})  x{median / base:.2f}")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch with this many threads; what the environment says otherwise is one more thing to compare by accident."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median, and the range of the middle half."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 2 else (min(values), 0, max(values))
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Of neighbours in time."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+# --- matrix products ------------------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every matrix product and attention call with its arguments, or others of the same shapes and strides."""
+
+    def __init__(self, weights: set[int]):
+        super().__init__()
+        self.calls, self.weights, self.pool = [], weights, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm", "convolution") or "scaled_dot_product" in name:
+            arguments = [self._like(a) for a in args], {k: self._like(v) for k, v in (kwargs or {}).items()}
+            self.calls.append((function, *arguments))
+        return result
+
+    def _like(self, value):
+        """Weights as they are, so that they come from memory as in the run; everything else of a kind is one tensor,
+        which stays in the processor's caches as a run's activations do."""
+        if not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in self.weights:
+            return value
+        key = (tuple(value.shape), value.stride(), value.dtype, value.device)
+        if key not in self.pool or value.dtype == torch.bool:
+            self.pool[key] = value.detach().clone(memory_format=torch.preserve_format)
+        return self.pool[key]
+
+
+def record(run: Callable[[], object], *models: torch.nn.Module) -> list[tuple]:
+    """The matrix products of `run`, with the weights of `models`."""
+    recorder = _Recorder({p.untyped_storage().data_ptr() for model in models for p in model.parameters()})
+    with recorder:
+        run()
+    return recorder.calls
+
+
+@torch.no_grad()
+def replay(calls: list[tuple]) -> None:
+    """Nothing but the products."""
+    for function, args, kwargs in calls:
+        function(*args, **kwargs)
