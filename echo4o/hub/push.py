@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from echo4o.hub.kinds.base import CARD, SMALL_BYTES, Kind, Read, Said
-from echo4o.hub.recognise import Found, kind_class, kind_of, recognise
-from echo4o.hub.remote import Hub, Remote, Source, addition, check_name, git_id, same
+from echo4o.hub.recognise import Found, kind_of, recognise
+from echo4o.hub.remote import Hub, Remote, Source, addition, check_name, same
 from echo4o.hub.safety import left_out, list_files, require_safe
 from echo4o.model_cards.merge import merged, own_words
 from echo4o.model_cards.schema import validate
@@ -112,7 +112,8 @@ class _Pushing:
     def run(self, private: bool, message, dry_run: bool, overwrite: bool, verify: bool, progress) -> Push:
         kind, remote = self.kind, self.remote
         kind.check_name(self.repo)
-        require_safe(list_files(kind.folder))
+        looked_at = list_files(kind.folder)
+        require_safe(looked_at)
         if hidden := left_out(kind.folder):
             self.tell(f"{hidden} hidden files and caches stay here")
         checked = kind.check()
@@ -124,8 +125,9 @@ class _Pushing:
         readable = {path: partial(remote.read, path, head) for path in there if not strangers}
         files = kind.files(readable)
         files[CARD] = self._card(files, readable)
-        require_safe({path: source for path, source in files.items() if isinstance(source, bytes)})
-        additions = {path: addition(path, source) for path, source in sorted(files.items())}
+        require_safe({path: source for path, source in files.items() if looked_at.get(path) != source})
+        hashes = kind.hashes()
+        additions = {path: addition(path, source, hashes.get(path)) for path, source in sorted(files.items())}
         done = self._plan(additions, there, strangers, None if head else private, checked)
         if dry_run:
             return done
@@ -194,15 +196,14 @@ class _Pushing:
         if sum(op.upload_info.size for op in additions.values()) > SMALL_BYTES:
             return f"{hashes}; too large to be fetched and loaded"
         with tempfile.TemporaryDirectory() as cache:
-            folder = self.remote.fetch(sha, Path(cache))
+            folder = self.remote.fetch(sha, Path(cache), list(additions))
             if wrong := [path for path, op in additions.items() if not _arrived(folder / path, op)]:
                 raise OSError(f"{self.repo} at {sha}: {', '.join(wrong[:5])} came back altered; push again")
-            again = kind_class(self.kind.name)(folder, self.kind.said, self.kind.run, self.hub)
             try:
-                return f"{hashes}; {again.check_published()}"
+                return f"{hashes}; {self.kind.at(folder).check_published()}"
             except ValueError as error:
                 raise OSError(f"{self.repo} at {sha} does not load: {error}") from error
 
 
 def _arrived(path: Path, sent: CommitOperationAdd) -> bool:
-    return path.is_file() and git_id(addition(path.name, path)) == git_id(sent)
+    return path.is_file() and addition(path.name, path).upload_info.sha256 == sent.upload_info.sha256

@@ -207,9 +207,12 @@ class Hub:
         return remote.fetch("main", self.cache, patterns)
 
 
-def addition(path: str, source: Source) -> CommitOperationAdd:
-    """A file to be sent: from the disk, or its bytes."""
-    return CommitOperationAdd(path, source)
+def addition(path: str, source: Source, sha256: str | None = None) -> CommitOperationAdd:
+    """A file to be sent: from the disk, or its bytes. One whose sha256 is known is not read for it."""
+    operation = CommitOperationAdd(path, source)
+    if sha256:
+        operation.upload_info.sha256 = bytes.fromhex(sha256)
+    return operation
 
 
 def same(operation: CommitOperationAdd, digest: str) -> bool:

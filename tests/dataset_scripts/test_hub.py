@@ -80,7 +80,8 @@ def test_configurations_come_one_by_one(folders, hub, api, tmp_path):
     text = first["README.md"].decode() + "\nWords of a person.\n"
     hub.repo(REPO, "datasets").files["README.md"] = hub.store("README.md", text.encode())
     hub.repo(REPO, "datasets").commit("words")
-    send(folders / "echo-4o-image", api, "surreal_fantasy")
+    done = send(folders / "echo-4o-image", api, "surreal_fantasy", verify=True)
+    assert done.verified.endswith("as they were built, and surreal_fantasy can be read")
     second = listing(hub)
     assert {p: d for p, d in second.items() if "multi" in p} == {p: d for p, d in first.items() if "multi" in p}
     manifest = json.loads(second["manifest.json"])

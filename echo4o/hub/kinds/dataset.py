@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -70,6 +72,13 @@ class Dataset(Kind):
             if not pq.read_schema(self.folder / shard["file"]).equals(features().arrow_schema):
                 raise ValueError(f"{self.folder / shard['file']} has other columns than Echo-4o-Image")
         return "all shards are as they were built"
+
+    def hashes(self) -> dict[str, str]:
+        return {shard["file"]: shard["sha256"] for _, shard in listed_shards(self.manifest)}
+
+    def at(self, folder: Path) -> "Dataset":
+        said = replace(self.said, configurations=tuple(self.manifest["configurations"]))  # others may be there as well
+        return Dataset(folder, said, self.run, self.hub)
 
     def check_published(self) -> str:
         """Every configuration loads without code of ours: its card, its columns, and a row with its picture."""
