@@ -68,6 +68,8 @@ def parse_bytes(text: str) -> float:
         number = float(match.group(1))
     except (AttributeError, ValueError):
         raise ValueError(f"{text!r} is no amount of memory: write 80GB or 16GiB.") from None
+    if not number:
+        raise ValueError(f"{text!r} is no GPU's memory.")
     step = 1024 if match.group(3) else 1000
     return number * step ** " KMGT".index(match.group(2).upper() or " ")
 
@@ -117,6 +119,8 @@ def _config(cls, model: str, component: str) -> dict:
     if model == "release":  # BAGEL's sizes are the defaults of our classes
         return RELEASE_VAE if component == "vae" else {}
     try:
+        if not Path(model).is_dir() and model.count("/") != 1:
+            raise OSError("there is no such folder, and a Hub repository is called owner/name")
         return dict(cls.load_config(model, subfolder=component))
     except (OSError, ValueError) as error:
         raise RecipeError(

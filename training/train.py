@@ -111,6 +111,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, pipeline: Echo4oPipeline | None = None, dataset=None):
         self.recipe, self.accelerator = recipe, build_accelerator(recipe)
         accelerator = self.accelerator
+        sources = [dataset] if dataset is not None else open_sources(recipe)  # before the gigabytes of a model
         self.pipeline = pipeline or load_pipeline(recipe, empty=not loads_weights(accelerator))
         if pipeline is not None:
             cast(pipeline, torch.float32)
@@ -124,7 +125,7 @@ class Trainer:
         with buffers_apart(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
-        self.batches = self._batches([dataset] if dataset is not None else open_sources(recipe))
+        self.batches = self._batches(sources)
         self.ahead = Prefetch(self.batches)
         keep = recipe.checkpoints.keep if recipe.checkpoints else 2
         self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)

@@ -29,24 +29,36 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what memory and disk it would take.")] = False,
-    gpu: Annotated[str, typer.Option(help="For --plan: memory of a GPU.")] = "80GB",
+    gpu: Annotated[str | None, typer.Option(help="For --plan: memory of a GPU.", show_default="80GB")] = None,
     num_gpus: Annotated[
         int | None, typer.Option(min=1, help="For --plan: GPUs.", show_default="the recipe's processes")
     ] = None,
 ) -> None:
-    """Fine-tune: LoRA or full, on one device or many. A recipe for several processes is started on as many.
+    """Fine-tune: LoRA or full, on one device or many, as a recipe says.
 
     Example: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR[/bold]
-    The same: [bold]accelerate launch -m echo4o.training.train lora_single_gpu ...[/bold]
+    Will it fit? [bold]echo4o train lora_single_gpu --set model=release --plan --gpu 24GB[/bold]
+    After a stop: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR --resume[/bold]
+
+    Recipes that come along, short files to copy and change:
+
+    - lora_single_gpu: an adapter on one GPU
+    - qlora_24gb: the same over weights in 4 bit
+    - full_fsdp2_8gpu: all weights, sharded over the GPUs of this machine
+    - full_fsdp2_multinode: the same; start it on every machine with
+      [bold]accelerate launch -m echo4o.training.train full_fsdp2_multinode ...[/bold]
+    - quickstart_cpu: a tiny model
     """
     from echo4o.training.recipe import load_recipe, parse_changes
 
+    if not plan and (gpu is not None or num_gpus is not None):
+        raise ValueError(f"--{'gpu' if gpu is not None else 'num-gpus'} has no effect without --plan.")
     changes = parse_changes(set_ or []) | ({"resume": True} if resume else {})
     asked = load_recipe(recipe, changes)
     if plan:
         from echo4o.training.plan import print_plan
 
-        fits = print_plan(asked, gpu, num_gpus or asked.processes or 1)
+        fits = print_plan(asked, gpu or "80GB", num_gpus or asked.processes or 1)
         raise typer.Exit(0 if fits else 1)
     arguments = [recipe, *(part for pair in set_ or [] for part in ("--set", pair)), *(["--resume"] if resume else [])]
     if asked.processes not in (None, 1) and "WORLD_SIZE" not in os.environ:

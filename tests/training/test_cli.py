@@ -1,0 +1,126 @@
+"""`echo4o train` as a person meets it: its help, `--plan`, `--set`, and what it refuses to do quietly."""
+
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from echo4o.cli import app
+from echo4o.training.recipe import shipped_names
+
+from .running import run, train_here
+
+
+def echo4o(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def plan(recipe, *arguments):
+    return echo4o("train", recipe, "--plan", "--set", "model=release", *arguments)
+
+
+def test_help_teaches_the_recipes():
+    told = echo4o("train", "--help").output
+    for name in shipped_names():
+        assert name in told or name == "quickstart_base"
+
+
+def test_a_plan_that_fits_names_every_amount():
+    done = plan("lora_single_gpu", "--gpu", "80GB")
+    assert done.exit_code == 0
+    for title in ("weights", "gradients", "optimizer states", "moving average", "activations", "host memory", "disk"):
+        assert title in done.stdout
+    assert done.stdout.rstrip().endswith("fits on 1 GPU of 80.0 GB") and "NOT" not in done.stdout
+
+
+def test_a_plan_takes_80_gb_and_the_recipes_processes_unless_told():
+    assert plan("full_fsdp2_8gpu").stdout.rstrip().endswith("fits on 8 GPUs of 80.0 GB")
+    assert "on 4 GPUs of 141.0 GB" in plan("full_fsdp2_8gpu", "--gpu", "141GB", "--num-gpus", 4).stdout
+
+
+@pytest.mark.parametrize(
+    "recipe, gpu, count, nearest",
+    [
+        ("lora_single_gpu", "24GB", 1, "qlora_24gb"),
+        ("full_fsdp2_8gpu", "48GB", 8, "lora_single_gpu --set processes=8 --set packing.packs_per_step=8"),
+        ("full_fsdp2_8gpu", "24GB", 8, "qlora_24gb --set processes=8"),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_the_nearest_that_does(recipe, gpu, count, nearest):
+    done = plan(recipe, "--gpu", gpu, "--num-gpus", count)
+    assert done.exit_code == 1
+    *_, verdict, advice = done.stdout.rstrip().splitlines()
+    assert verdict.startswith("does NOT fit on") and advice == f"nearest that fits: {nearest}"
+    words = nearest.split() if nearest[0] != "-" else [recipe, *nearest.split()]
+    assert plan(words[0], "--gpu", gpu, "--num-gpus", count, *words[1:]).exit_code == 0, "the advice is good"
+
+
+def test_where_nothing_fits_it_says_so():
+    done = plan("lora_single_gpu", "--gpu", "4GB")
+    assert done.exit_code == 1 and "no shipped recipe fits: use more or larger GPUs" in done.stdout
+
+
+WRONG = [
+    (["lora_single_gpu", "--plan", "--gpu", "lots"], "'lots' is no amount of memory: write 80GB or 16GiB."),
+    (["lora_single_gpu", "--plan", "--gpu", "0GB"], "'0GB' is no GPU's memory."),
+    (["lora_single_gpu", "--gpu", "24GB"], "--gpu has no effect without --plan."),
+    (["lora_single_gpu", "--num-gpus", "8"], "--num-gpus has no effect without --plan."),
+    (["full_fsdp2_8gpu", "--plan", "--num-gpus", "1"], "sharding: fsdp2 needs several GPUs: say --num-gpus."),
+    (
+        ["lora_single_gpu", "--set", "optimizer.speed=1"],
+        "optimizer.speed: unknown key (given: 1); known here: name, lr",
+    ),
+    (["lora_single_gpu", "--set", "steps=many"], "steps: Input should be a valid integer"),
+    (["lora_single_gpu", "--set", "steps"], "--set steps: write section.key=value, for example optimizer.lr=1e-5."),
+    (["lora_single_gpu", "--set", "steps=[1"], "--set steps=[1: '[1' is no YAML value."),
+    (["lora_single_gpu", "--set", "steps.more=1"], "--set steps.more: steps is 3000 and has no settings inside."),
+    (["lora_single_gpu", "--set", "data.3.path=x"], "data.0.3: unknown key"),
+    (["lora_single_gpu", "--set", "tune.method=dora"], "tune: say `method: full` or `method: lora`"),
+    (
+        ["lora_single_gpu", "--set", "tune.experts=[gen,text]"],
+        "tune.experts.1: Input should be 'gen' or 'und' (given: 'text')",
+    ),
+    (["lora_single_gpu", "--set", "mixed_precision=fp16"], "mixed_precision: Input should be 'no' or 'bf16'"),
+    (["lora_singel_gpu"], "recipes that come along: full_fsdp2_8gpu"),
+]
+
+
+@pytest.mark.parametrize("arguments, told", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_options_and_settings_are_told(arguments, told):
+    more = [] if arguments[0] == "lora_singel_gpu" else ["--set", "model=release"]
+    done = echo4o("train", *arguments, *more)
+    assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_name_that_is_no_folder_is_not_asked_of_the_hub():
+    done = echo4o("train", "lora_single_gpu", "--plan", "--set", "model=echo-5o")
+    assert done.exit_code == 2
+    assert (
+        "model: echo-5o has no configuration of its transformer to plan with (there is no such folder" in done.stderr
+    )
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(recipe_file, tmp_path):
+    launch = ["--cpu", "--num_processes", 2, "-m", "echo4o.training.train", recipe_file()]
+    told = run(*launch, module="accelerate.commands.launch", code=1)
+    assert "accelerate launch was asked for several processes and started one" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_with_too_few_gpus_does_not_start(recipe_file, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it was started"))
+    done = echo4o("train", recipe_file(device="auto", processes=64))
+    assert done.exit_code == 2 and "the recipe asks for 64 processes, and this machine has" in done.stderr
+
+
+def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_path, capsys):
+    from datasets import Dataset
+
+    Dataset.from_list([{"id": "a", "prompt": "b", "image": None}]).save_to_disk(tmp_path / "mine")
+    assert train_here(recipe_file(data={"path": str(tmp_path / "mine")}, model="nowhere")) == 2
+    told = capsys.readouterr().err
+    assert (
+        "has no column instruction, reference_images; training reads id, instruction, reference_images, image" in told
+    )
+    assert "there are: id, prompt, image." in told
