@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 # The libraries that results depend on, and those that are optional.
 LIBRARIES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "peft", "accelerate")
 LIBRARIES += ("safetensors", "evaluate", "openai", "numpy", "pillow", "pyarrow")
-OPTIONAL = ("gradio", "bitsandbytes", "torchao", "flash-attn", "xformers")
+OPTIONAL = ("bitsandbytes", "torchao", "flash-attn", "xformers", "tensorboard", "wandb", "gradio")
 
 
 def collect() -> dict[str, dict[str, str | None]]:
