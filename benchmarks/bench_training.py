@@ -5,9 +5,8 @@ import time
 from argparse import Namespace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import in_turns, table
+from benchmarks.measure import in_turns, record, replay, table
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, text_segment
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
@@ -139,49 +138,3 @@ def step(trained: TrainedModel, batch: TrainingBatch) -> None:
         parameter.grad = None
     sums = trained(batch, 1.0).sums()
     (sums[0] / sums[1]).backward()
-
-
-# --- a step's matrix products ---------------------------------------------------------------------------------------
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps every matrix product and attention call with the shapes and strides of its arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
-            self.calls.append((function, [_like(a) for a in args], {k: _like(v) for k, v in (kwargs or {}).items()}))
-        return result
-
-
-_POOL: dict[tuple, torch.Tensor] = {}  # arguments of the replay
-
-
-def _like(value):
-    """A tensor of the same shape, strides and type; equal ones share memory, as the caches would see it in a step."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    key = (tuple(value.shape), value.stride(), value.dtype, value.device)
-    if key not in _POOL or value.dtype == torch.bool:
-        _POOL[key] = value.detach().clone(memory_format=torch.preserve_format)
-    return _POOL[key]
-
-
-def record(run) -> list[tuple]:
-    """The matrix products of `run`, forward and backward."""
-    recorder = _Recorder()
-    with recorder:
-        run()
-    return recorder.calls
-
-
-@torch.no_grad()
-def replay(calls: list[tuple]) -> None:
-    """Nothing but the products."""
-    for function, args, kwargs in calls:
-        function(*args, **kwargs)
