@@ -408,6 +408,18 @@ def test_an_adapter_needs_the_base_it_fits(adapter, folder, hub, api):
     assert "base_model: ns/base" in card and "rank 2 (alpha 4" in card
 
 
+def test_on_a_large_base_an_adapter_is_compared_without_loading_it(adapter, folder, hub, api, monkeypatch):
+    hub.add_folder("ns/base", BASE)
+    hub.add_folder("ns/other", folder)
+    monkeypatch.setattr("echo4o.hub.kinds.adapter.SMALL_BYTES", 10)
+    monkeypatch.setattr(Echo4oPipeline, "from_pretrained", None)
+    done = send(adapter, api, said=Said(base_model="ns/base"))
+    assert done.checked == "every matrix fits ns/base, which is too large to be loaded here"
+    assert not [path for _, path, *_ in hub.requests if "ns/base/resolve" in path and path.endswith(".safetensors")]
+    with pytest.raises(ValueError, match="The adapter"):
+        send(adapter, api, said=Said(base_model="ns/other"))
+
+
 # --- results ---------------------------------------------------------------------------------------------------------
 
 

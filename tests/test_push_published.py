@@ -15,12 +15,15 @@ import yaml
 
 from echo4o.model_cards.merge import split
 from echo4o.model_cards.schema import usage_blocks, validate
+from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.quickstart import run as quickstart
 from tests.hub import Fault, LoopbackHub, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-DOCS = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "publishing.md").read_text("utf-8")
+CHECKPOINT = ROOT / "tests" / "parity" / "golden" / "checkpoint"
 EXAMPLE = re.compile(r"^<!-- test -->\n```(bash|python)\n(.*?)^```$", re.M | re.S)
 FEW = quickstart.Size(
     {"surreal_fantasy": 10, "multi_reference": 10, "instruction_following": 20},
@@ -225,26 +228,23 @@ def test_a_changed_metric_is_what_evaluate_loads(place):
     assert run_script(METRIC, "owner/genevalpp", env=home, hide=["echo4o"]).stdout.strip() == "0.25"
 
 
-def test_killed_in_the_middle_it_goes_on(place):
-    name, hub = "owner/killed", place.hub
-    hub.inject(Fault(path="/_lfs/", method="PUT", delay=60, after=1))
-    command = ["echo4o", "push", "copy-of-base", name, "--no-verify"]
-    shutil.copytree(quickstart.BASE, place.root / "copy-of-base")
-    blobs = set(hub.blobs)
-    hub.blobs = {}
-    before = len(hub.requests)
-    process = subprocess.Popen(command, cwd=place.root, env=place.environment("home"), stderr=subprocess.DEVNULL)
-    while not hub.blobs and process.poll() is None:
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and blobs is not None
-    hub.faults.clear()
-    assert not hub.repo(name).files and len([r for r in hub.requests[before:] if r[0] == "PUT"]) >= 1
-    arrived, before = len(hub.blobs), len(hub.requests)
-    place.push(*command[2:])
-    sent = len([r for r in hub.requests[before:] if r[0] == "PUT"])
-    assert sent == 3 - arrived and set(hub.repo(name).files) >= {"model_index.json", "README.md"}
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    convert_to_diffusers(CHECKPOINT, tmp_path / "model")
+    with LoopbackHub(user="owner") as hub:
+        place = Place(tmp_path, hub)
+        hub.inject(Fault(path="/_lfs/", method="PUT", delay=60, after=1, times=100))
+        command = ["echo4o", "push", "model", "owner/killed", "--no-verify"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=place.environment("home"), stderr=subprocess.DEVNULL)
+        while not hub.blobs and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        hub.faults.clear()
+        arrived, before = len(hub.blobs), len(hub.requests)
+        assert arrived == 1 and not hub.repo("owner/killed").files, "something is half visible"
+        place.push(*command[2:])
+        assert len([r for r in hub.requests[before:] if r[0] == "PUT"]) == 3 - arrived
+        assert {"model_index.json", "README.md"} <= set(hub.repo("owner/killed").files)
 
 
 def test_mistakes_are_one_line(place):
