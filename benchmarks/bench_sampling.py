@@ -229,7 +229,7 @@ print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before, "weights
 """
 
 
-def measure_loading(pipe: Echo4oPipeline, rounds: int = 5) -> None:
+def measure_loading(pipe: Echo4oPipeline, rounds: int = 3) -> None:
     """Each load in a process of its own, which knows its own peak of memory."""
     if not Path("/proc/self/status").is_file():
         print("\nloading: peak memory is read from /proc, which this system lacks")
@@ -255,7 +255,7 @@ def measure_loading(pipe: Echo4oPipeline, rounds: int = 5) -> None:
 # --- growth ---------------------------------------------------------------------------------------------------------
 
 
-def measure_growth(pipe: Echo4oPipeline, rounds: int = 5) -> None:
+def measure_growth(pipe: Echo4oPipeline, rounds: int = 3) -> None:
     """Time against updates, rows and latent tokens, each with the other two held."""
     case = Case(pipe, 8)
     axes = {
