@@ -1,6 +1,7 @@
 """The folder of a synthesis, which survives being killed at any moment.
 
-dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take
+dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take;
+                about.yaml tells their card where the pictures come from
 rejected.jsonl  the rejected rows, each with its reason; rejected/ holds their last pictures
 steps.jsonl     the intermediate results of all rows; beside pictures, how they look in 8 x 8 pixels
 run.json        the recipe, resolved, and what it draws from
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from echo4o.dataset_scripts import files
 from echo4o.dataset_scripts.synthesis.gates import look
+from echo4o.model_cards.facts import ABOUT, About
 
 RUN, STEPS, REJECTED, SPENDING, ANSWERS, PREVIEW = (
     "run.json", "steps.jsonl", "rejected.jsonl", "spending.jsonl", "answers", "preview.png"
@@ -64,8 +67,8 @@ class Folder:
                 every.callback(lines.close)
             self._lines.clear()
 
-    def begin(self, run: dict) -> None:
-        """Write what the run rests on, or refuse the folder when its rows rest on something else.
+    def begin(self, run: dict, about: About) -> None:
+        """Write what the run rests on and what is to be said of its rows, or refuse the folder when its rows rest on something else.
 
         A folder without rows may be begun again: that is how a recipe is corrected that no row came out of.
         """
@@ -87,6 +90,8 @@ class Folder:
             (self.path / STEPS).unlink()
             self._steps.clear()
         files.write_file(path, files.to_json(run))
+        (self.path / DATASET).mkdir(exist_ok=True)
+        files.write_file(self.path / DATASET / ABOUT, yaml.safe_dump(about.model_dump(), sort_keys=False))
 
     def is_decided(self, row: str) -> bool:
         return row in self.accepted or row in self.rejected

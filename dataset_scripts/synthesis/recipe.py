@@ -8,9 +8,12 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from echo4o.model_cards.facts import About
 
 BREAKS = ("colour", "shape", "size", "material", "combination", "time", "environment", "several")
 TAGS = (
@@ -111,6 +114,15 @@ class Image(Endpoint):
     options: dict[str, Any] = {}
     send_seed: bool = False  # for endpoints that take a seed
     seconds: float = Field(30.0, gt=0)
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether OpenAI's terms hold: by the endpoint, or by the name where a gateway passes the request on."""
+        url = self.url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        host = urlsplit(url).hostname or ""
+        return f".{host}".endswith((".openai.com", ".openai.azure.com")) or bool(
+            re.search("gpt|dall-e", self.name, re.I)
+        )
 
 
 class Judge(Text):
@@ -238,6 +250,19 @@ class Recipe(_Strict):
 
     def image_model(self, part: str) -> Image:
         return (self.models.edit or self.models.image) if part == "multi_reference" else self.models.image
+
+    def about(self) -> About:
+        """What the card of the made rows says of them."""
+        painters = {
+            model.name: model for model in (self.image_model(part) for part, rows in self.rows.items() if rows)
+        }
+        named = " and ".join(f"`{name}`" for name in painters)
+        return About(
+            title="Synthetic rows for Echo-4o",
+            pictures=f"Pictures drawn by {named} to instructions that were sampled and worded for them with "
+            f"`echo4o dataset synthesize` (recipe version `{self.version}`). The terms of the models' providers apply.",
+            from_openai=any(model.is_openai for model in painters.values()),
+        )
 
     def decides(self) -> dict[str, Any]:
         """All that decides what a row is; more rows, other rates, prices and keys are still the same recipe."""

@@ -54,7 +54,7 @@ def synthesize(
     wanted = first_tasks(tasks, preview) if preview else tasks
     prompts = _prompts(chosen)
     with _disk(out), Folder(out) as folder:
-        folder.begin(_run(chosen, chains))
+        folder.begin(_run(chosen, chains), chosen.about())
         left = make_plan(chosen, [task for task in wanted if not folder.is_decided(task.id)])
         say("\n".join(left.lines()))
         outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe, left)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from echo4o.dataset_scripts.synthesis.recipe import Image
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
 from tests.openai_server import KEY, Fault
@@ -20,6 +21,8 @@ def test_three_recipes_end_to_end(server, recipe, tmp_path):
     run("validate", out / "dataset", "--workers", 1)
     manifest = json.loads((built / "manifest.json").read_text())
     assert {name: of["rows"] for name, of in manifest["configurations"].items()} == PARTS
+    card = (built / "README.md").read_text()
+    assert "drawn by `painter` and `editor`" in card and "GPT-4o" not in card and "OpenAI" not in card
     every = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY.encode() not in every and b"Bearer" not in every
 
@@ -52,6 +55,18 @@ def test_rows_say_where_they_come_from(server, recipe, tmp_path):
             assert f"image {number}" in row["instruction"]
     edits = [call for call in server.calls if call.kind == "edit"]
     assert len(edits) == 4 and all(len(call.images) >= 2 and call.model == "editor" for call in edits)
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "is_openai"),
+    [
+        (None, "any", True),
+        ("http://127.0.0.1:1/v1", "any", False),
+        ("https://gate.way/v1", "openai/gpt-image-2", True),
+    ],
+)
+def test_the_terms_of_openai_are_told_where_they_hold(url, name, is_openai):
+    assert Image(name=name, url=url).is_openai == is_openai
 
 
 def test_plan_asks_nothing_and_needs_no_key(server, recipe, tmp_path, monkeypatch):
