@@ -121,8 +121,6 @@ class Rows:
     def __init__(self, sources: Sequence, weights: Sequence[float], maker: SampleMaker, seed: int, cache_bytes: int):
         self.sources, self.weights, self.maker, self.seed = list(sources), list(weights), maker, seed
         self.streaming = not hasattr(self.sources[0], "select")
-        if not self.streaming and not all(len(source) for source in self.sources):
-            raise RecipeError("A dataset of the recipe has no rows.")
         self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
         self._room = cache_bytes
 
@@ -188,20 +186,22 @@ def open_sources(recipe: Recipe) -> list:
 
 
 def _open(data: Data):
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
 
     folder = Path(data.path)
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            dataset = load_from_disk(data.path)
-            if isinstance(dataset, DatasetDict):
-                dataset = dataset[data.split]
-            dataset = dataset.to_iterable_dataset() if data.streaming else dataset
+            dataset = _saved(data)
         else:
             dataset = load_dataset(data.path, data.name, split=data.split, streaming=data.streaming)
+    except RecipeError:
+        raise
     except Exception as error:  # datasets raises anything, from any of its readers
-        text = str(error).strip().splitlines()
-        raise RecipeError(f"data.path={data.path} cannot be opened: {text[0] if text else error!r}") from error
+        text = (str(error).strip().splitlines() or [repr(error)])[0].strip("\"'")
+        what = text if folder.exists() else f"there is no such folder, and on the Hub: {text}"
+        raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
+    if not data.streaming and not len(dataset):
+        raise RecipeError(f"data.path={data.path} has no rows.")
     given = dataset.column_names  # a stream may not know
     missing = [name for name in COLUMNS if given is not None and name not in given]
     if missing:
@@ -210,3 +210,19 @@ def _open(data: Data):
             f"(and answer, for questions), and there are: {', '.join(given)}."
         )
     return dataset
+
+
+def _saved(data: Data):
+    """What `save_to_disk` wrote: one dataset, or one by split."""
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(data.path)
+    if data.name is not None:
+        raise RecipeError(f"data.name={data.name} has no effect: {data.path} was saved from a single configuration.")
+    if isinstance(dataset, DatasetDict):
+        if data.split not in dataset:
+            raise RecipeError(f"data.split={data.split}: {data.path} has {', '.join(dataset)}.")
+        dataset = dataset[data.split]
+    elif data.split != str(dataset.split or "train"):
+        raise RecipeError(f"data.split={data.split} has no effect: {data.path} was saved as a single split.")
+    return dataset.to_iterable_dataset() if data.streaming else dataset

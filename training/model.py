@@ -71,7 +71,7 @@ def load_pipeline(recipe: Recipe, empty: bool = False) -> Echo4oPipeline:
             for name in ("transformer", "vision_model"):
                 _allocate(getattr(pipeline, name), base_folder(recipe.model) / name)
         return pipeline
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last one: a config.json with values of another type
         raise RecipeError(f"model: {recipe.model} cannot be loaded: {str(error).strip()}") from error
 
 
@@ -146,6 +146,8 @@ def lora_config(tune: Lora):
 
 def add_lora(transformer: nn.Module, tune: Lora, seed: int) -> None:
     """Put adapters into the experts' matrices, the same on every process and in every run of this seed."""
+    if tune.rank > transformer.config.hidden_size:
+        raise RecipeError(f"tune.rank={tune.rank} exceeds the matrices: at most {transformer.config.hidden_size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(lora_config(tune), adapter_name=ADAPTER)

@@ -71,7 +71,7 @@ class Lane:
                 refs = [next(self.source) for _ in range(missing)]
                 made = list(zip(refs, self.rows.samples(refs)))
             for ref, sample in made:
-                if len(sample) > self.settings.tokens:
+                if sample.full_length > self.settings.tokens:
                     self.too_long += 1
                     self.on_too_long(sample)
                 else:
@@ -125,7 +125,7 @@ class PackedBatches:
 
         def on_too_long(sample: TrainingSample) -> None:
             self.too_long[sample.id] += 1
-            report(sample.id, len(sample))
+            report(sample.id, sample.full_length)
 
         self.lanes = {i: Lane(rows, recipe.packing, i, lanes, on_too_long) for i in range(rank, lanes, processes)}
         self.tokens = self.packs = 0

@@ -91,7 +91,7 @@ def skeleton(recipe: Recipe) -> Skeleton:
     """Build the recipe's model on the meta device; only configurations are read."""
     classes = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel, "vae": AutoencoderKL}
     with torch.device("meta"):
-        parts = {name: cls.from_config(_config(cls, recipe.model, name)) for name, cls in classes.items()}
+        parts = {name: _empty(cls, recipe.model, name) for name, cls in classes.items()}
         model = TrainedModel(parts["transformer"], parts["vision_model"])
         set_up(model, recipe)
     index = Path(recipe.model) / "model_index.json"
@@ -113,6 +113,14 @@ RELEASE_VAE = {  # the FLUX VAE's sizes
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+
+
+def _empty(cls, model: str, component: str):
+    config = _config(cls, model, component)
+    try:
+        return cls.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model: the config.json of {model}/{component} makes no model: {error}") from error
 
 
 def _config(cls, model: str, component: str) -> dict:

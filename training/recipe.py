@@ -14,7 +14,7 @@ PARTS: tuple[str, ...] = ("gen", "und", "text", "vision")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Strict):
@@ -119,6 +119,12 @@ class Pictures(_Strict):
     steps: int = Field(24, gt=0)
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _check_prompts(self):
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("`prompts` has an empty text.")
+        return self
+
 
 class Recipe(_Strict):
     """A run of `echo4o train RECIPE.yaml`."""
@@ -187,6 +193,7 @@ class Recipe(_Strict):
             ),
             (warmup >= self.steps, f"warmup_steps={warmup} must be below steps={self.steps}."),
             (muon and lora, "muon is for full matrices: train LoRA with adamw."),
+            (muon and not lora and self.tune.parts == ("text",), "muon is for the layers' matrices: `text` has none."),
             (muon and sharded, "muon needs whole matrices: shard with adamw."),
             (sharded and self.processes == 1, "sharding: fsdp2 has no effect with processes: 1."),
             (sharded and self.pictures is not None, "pictures cannot be drawn from a sharded model; leave them out."),
@@ -288,6 +295,7 @@ def describe(error: ValidationError) -> str:
             lines.append(f"  {key}: say `method: full` or `method: lora` (given: {item['input']!r})")
             continue
         message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        message = message.replace("a valid tuple", "a list")
         lines.append(f"  {key}: {message}{given}{known}")
     return "\n".join(lines)
 

@@ -48,6 +48,11 @@ class TrainingSample:
     def __len__(self) -> int:
         return sum(len(segment) for segment in self.segments if not segment.dropped)
 
+    @property
+    def full_length(self) -> int:
+        """Tokens of the sample with all its conditions: no draw decides whether it is too long."""
+        return sum(map(len, self.segments))
+
 
 @dataclass(frozen=True)
 class TrainingBatch:
@@ -114,6 +119,10 @@ class SampleMaker:
 
     def prepare(self, rows: Sequence[dict]) -> list[PreparedRow]:
         """Tokenise, resize and encode rows with the dataset's features (pictures decoded to PIL)."""
+        for row in rows:
+            for name in ("id", "instruction"):
+                if not isinstance(row[name], str):
+                    raise ValueError(f"its {name} is {row[name]!r}; give text.")
         references = [[to_rgb(image) for image in row["reference_images"] or []] for row in rows]
         answers = [row.get("answer") for row in rows]
         to_encode = [to_rgb(row["image"], f"image of {row['id']}") for row, answer in zip(rows, answers) if not answer]

@@ -111,6 +111,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, pipeline: Echo4oPipeline | None = None, dataset=None):
         self.recipe, self.accelerator = recipe, build_accelerator(recipe)
         accelerator = self.accelerator
+        keep = recipe.checkpoints.keep if recipe.checkpoints else 2
+        self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
+        self._check_output()
         sources = [dataset] if dataset is not None else open_sources(recipe)  # before the gigabytes of a model
         self.pipeline = pipeline or load_pipeline(recipe, empty=not loads_weights(accelerator))
         if pipeline is not None:
@@ -127,9 +130,23 @@ class Trainer:
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
         self.batches = self._batches(sources)
         self.ahead = Prefetch(self.batches)
-        keep = recipe.checkpoints.keep if recipe.checkpoints else 2
-        self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
         self.step, self._signal = 0, 0
+
+    def _check_output(self) -> None:
+        """Raise RecipeError where the run has no place of its own to write to."""
+        folder = self.recipe.output_dir
+        if not self.recipe.resume and (last := self.checkpoints.last()):
+            raise RecipeError(
+                f"{folder} holds a run up to step {last.step}: go on with --resume, or choose another output_dir."
+            )
+        try:
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"output_dir: {folder} cannot be made: {error.strerror}") from error
+        self.accelerator.wait_for_everyone()
+        if not os.access(folder, os.W_OK):
+            raise RecipeError(f"output_dir: {folder} cannot be written to.")
 
     def _batches(self, sources: list):
         recipe, objective, accelerator = self.recipe, self.recipe.objective, self.accelerator
@@ -301,14 +318,9 @@ class Trainer:
             ) from error
 
     def _resume(self) -> None:
-        last = self.checkpoints.last()
         if not self.recipe.resume:
-            if last is not None:
-                raise RecipeError(
-                    f"{self.recipe.output_dir} holds a run up to step {last.step}: go on with --resume, or choose "
-                    "another output_dir."
-                )
             return
+        last = self.checkpoints.last()
         if last is None:
             self.accelerator.print(f"{self.checkpoints.folder} holds no complete checkpoint: starting at step 0.")
             return
@@ -412,7 +424,6 @@ def train(recipe: Recipe) -> TrainingResult:
     """A whole run, as the command line does it."""
     trainer = Trainer(recipe)
     if trainer.accelerator.is_main_process:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
         (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
     return trainer.run(catch_signals=True)
 

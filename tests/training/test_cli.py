@@ -1,6 +1,8 @@
 """`echo4o train` as a person meets it: its help, `--plan`, `--set`, and what it refuses to do quietly."""
 
+import json
 import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -124,3 +126,69 @@ def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_pat
         "has no column instruction, reference_images; training reads id, instruction, reference_images, image" in told
     )
     assert "there are: id, prompt, image." in told
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"data": {"split": "test"}}, "data.split=test has no effect"),
+        ({"data": {"name": "mine"}}, "data.name=mine has no effect"),
+        (
+            {"data": {"path": "nowhere"}},
+            "data.path=nowhere cannot be opened: there is no such folder, and on the Hub:",
+        ),
+        ({"output_dir": "{file}"}, "cannot be made: File exists"),
+        ({"output_dir": "{file}/below"}, "cannot be made: Not a directory"),
+        ({"tune": {"method": "lora", "rank": 1000}}, "tune.rank=1000 exceeds the matrices: at most 64."),
+        ({"latents": "nowhere"}, "nowhere is no cache"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_before_the_first_step(
+    recipe_file, rows_folder, tmp_path, capsys, changes, told
+):
+    (tmp_path / "file").write_text("taken")
+    changes = {
+        key: value.format(file=tmp_path / "file") if key == "output_dir" else value for key, value in changes.items()
+    }
+    if "data" in changes:
+        changes["data"] = {"path": str(rows_folder)} | changes["data"]
+    assert train_here(recipe_file(**changes)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    "component, changes",
+    [
+        ("transformer", {"hidden_size": "64"}),
+        ("vision_model", {"num_layers": [2]}),
+        ("vae", {"latent_channels": "sixteen"}),
+    ],
+)
+def test_a_configuration_of_the_wrong_type_is_one_line(
+    recipe_file, model_folder, tmp_path, capsys, component, changes
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / component / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    recipe = recipe_file(model=str(tmp_path / "model"))
+    assert train_here(recipe) == 2
+    told = capsys.readouterr().err
+    assert "error: model: " in told and "cannot be loaded" in told and "Traceback" not in told
+    planned = echo4o("train", recipe, "--plan")
+    assert planned.exit_code == 2 and "makes no model" in planned.stderr and component in planned.stderr
+
+
+@pytest.mark.parametrize("column, value", [("id", None), ("instruction", None), ("image", None)])
+def test_a_row_without_its_parts_is_named(recipe_file, tmp_path, capsys, column, value):
+    from datasets import Dataset
+
+    from .conftest import make_rows
+
+    rows = make_rows()
+    table = [dict(row) for row in rows.select([0, 2, 4])]
+    table[1][column] = value
+    Dataset.from_list(table, features=rows.features).save_to_disk(tmp_path / "mine")
+    assert train_here(recipe_file(data={"path": str(tmp_path / "mine")}, batch_size=3)) == 2
+    told = capsys.readouterr().err
+    assert f"error: Row {table[1]['id']}: " in told and (column in told)

@@ -203,6 +203,13 @@ LORA = {"tune": {"method": "lora"}}
         ({"data": {"path": "d", "weight": 2}}, "data.weight has no effect on a single dataset"),
         ({"data": [{"path": "d"}, {"path": "e", "wieght": 2}]}, "wieght: unknown key.*known here: path"),
         ({"pictures": {"every": 1, "prompts": []}}, "pictures.prompts"),
+        ({"pictures": {"every": 1, "prompts": ["a", " "]}}, "pictures: `prompts` has an empty text"),
+        ({"pictures": {"every": 1, "prompts": "a fox"}}, "pictures.prompts: Input should be a list"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: Input should be a finite number"),
+        (
+            {"tune": {"method": "full", "parts": ["text"]}, "optimizer": {"name": "muon", "muon_lr": 0.1}},
+            "muon is for the layers' matrices: `text` has none",
+        ),
         ({"objective": {"mse_weight": 0, "ce_weight": 0}}, "nothing would be learned"),
         (
             {"batch_size": None, "packing": {"packs_per_step": 3}, "processes": 2},
@@ -267,7 +274,9 @@ def test_best_fit_fills_packs_and_lets_nobody_wait():
 
 def test_samples_that_are_too_long_are_reported(tmp_path, tiny_pipeline, rows, capsys):
     packing = {"tokens": 40, "packs_per_step": 1, "buffer": 4}
-    changes = {"batch_size": None, "packing": packing, "optimizer": {}, "steps": 3}
+    # However often conditions are dropped: what is too long is so in every epoch.
+    objective = {"vae_dropout": 0.9, "vit_dropout": 0.9}
+    changes = {"batch_size": None, "packing": packing, "optimizer": {}, "steps": 3, "objective": objective}
     result = Trainer(recipe(tmp_path, **changes), tiny_pipeline, rows).run()
     reported = [json.loads(line) for line in (tmp_path / "run" / "too_long_0.jsonl").read_text().splitlines()]
     assert all(entry["tokens"] > 40 for entry in reported)
