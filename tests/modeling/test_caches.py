@@ -151,3 +151,21 @@ def test_a_diffusers_without_its_private_registry_loads_all_the_same(pipe, monke
     with pytest.raises(ValueError, match="does not fit this version of diffusers"):
         pipe.transformer.enable_cache(FIRST_BLOCK)
     assert not pipe.transformer.is_cache_enabled
+
+
+def test_a_prompt_that_is_not_read_again_starts_afresh_all_the_same(pipe, cached):
+    """With a prefill cache no reading stands between a call that was stopped and the next one."""
+    cached(TAYLORSEER)
+    pipe.enable_prefill_cache()
+    try:
+        first = draw(pipe)
+
+        def stop(pipeline, step, timestep, given):
+            if step == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, seed=3, callback_on_step_end=stop)
+        assert torch.equal(draw(pipe), first)
+    finally:
+        pipe.disable_prefill_cache()
