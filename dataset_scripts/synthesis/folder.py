@@ -1,7 +1,7 @@
 """The folder of a synthesis, which survives being killed at any moment.
 
 dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take;
-                about.yaml tells their card where the pictures come from
+                about.yaml tells their card which models drew them
 rejected.jsonl  the rejected rows, each with its reason; rejected/ holds their last pictures
 steps.jsonl     the intermediate results of all rows; beside pictures, how they look in 8 x 8 pixels
 run.json        the recipe, resolved, and what it draws from
@@ -68,9 +68,9 @@ class Folder:
             self._lines.clear()
 
     def begin(self, run: dict, about: About) -> None:
-        """Write what the run rests on and what is to be said of its rows, or refuse the folder when its rows rest on something else.
+        """Write what the run rests on, or refuse the folder when its rows rest on something else.
 
-        A folder without rows may be begun again: that is how a recipe is corrected that no row came out of.
+        `about` is for the card of the rows. A folder without rows may be begun again: that is how a recipe is corrected that no row came out of.
         """
         path = self.path / RUN
         if self.accepted or self.rejected:
