@@ -142,8 +142,11 @@ def test_chat_and_drawing_share_the_features_of_a_picture(mine, work, pictures):
 
 CHANGES = {
     "in place": lambda pipe: pipe.transformer.layers[1].und.to_k.weight.data.mul_(1.01),
-    "one value": lambda pipe: torch.nn.init.constant_(pipe.transformer.embed_tokens.weight[7], 0.5),
+    "one value": lambda pipe: torch.nn.init.constant_(
+        pipe.transformer.embed_tokens.weight[pipe.special_tokens.text_start], 0.5
+    ),
     "vision": lambda pipe: pipe.vision_model.connector.fc1.weight.data.mul_(1.01),
+    "vae": lambda pipe: pipe.vae.encoder.conv_in.weight.data.mul_(1.5),
     "dtype": lambda pipe: pipe.transformer.to(torch.float64),
     "adapter": lambda pipe: add_adapter(pipe),
 }
@@ -157,15 +160,16 @@ def add_adapter(pipe):
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_read_anew(mine, work, pictures, change):
     cache = mine.enable_prefill_cache()
-    question = {"image": pictures["img_a"], "max_new_tokens": 1}
-    mine.chat("what is this?", **question)
+    before = draw(mine, image=pictures["img_a"])
     work.taken()
-    mine.chat("what is this?", **question)
+    assert torch.equal(draw(mine, image=pictures["img_a"]), before)
     assert work.taken() == NOTHING and cache.hits > 0
     with torch.no_grad():
         CHANGES[change](mine)
-    mine.chat("what is this?", **question)
+    got = draw(mine, image=pictures["img_a"])
     assert len(work.taken()[0]) == 2
+    mine.disable_prefill_cache()
+    assert torch.equal(got, draw(mine, image=pictures["img_a"])) and not torch.equal(got, before)
 
 
 def test_adapters_on_off_scaled_and_merged_have_readings_of_their_own(mine, work):
