@@ -70,7 +70,8 @@ class Folder:
     def begin(self, run: dict, about: About) -> None:
         """Write what the run rests on, or refuse the folder when its rows rest on something else.
 
-        `about` is for the card of the rows. A folder without rows may be begun again: that is how a recipe is corrected that no row came out of.
+        `about` is for the card of the rows. A folder without rows may be begun again: that is how a recipe is
+        corrected that no row came out of.
         """
         path = self.path / RUN
         if self.accepted or self.rejected:
