@@ -78,14 +78,14 @@ def sample(transformer, scheduler, pictures: list[Picture], steps: int, pack_at:
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1], device=pictures[0].tokens.device)
     sizes = [len(picture.tokens) for picture in pictures]
     rows = pattern = None
-    forget_updates(transformer)
     for step, timestep in enumerate(scheduler.timesteps):
         t = float(scheduler.sigmas[step])
         active = [picture.guidance.branches(t) for picture in pictures]
         if active != pattern:
+            forget_updates(transformer)
             pattern, rows = active, pack_at(t)
             rows = rows._replace(plan=transformer.plan(rows.sequence, rows.contexts))
-        with update_context(transformer, active):
+        with update_context(transformer):
             velocity = torch.cat(predict_velocity(transformer, pictures, t, rows))
         tokens = torch.cat([picture.tokens for picture in pictures])
         tokens = scheduler.step(velocity, timestep, tokens, return_dict=False)[0]

@@ -1,15 +1,15 @@
 """Which passes diffusers' step caches (TaylorSeer, FirstBlockCache) may shorten: updates of a picture, nothing else.
 
-A cache guesses from earlier updates over the same rows. So every set of guidance branches has a context of its own,
-every call starts afresh, and what reads a prompt or says a word always runs in full.
+A cache guesses from the updates just before, over the same rows. So every call and every change of the guidance branches
+starts afresh, and what reads a prompt or says a word always runs in full.
 """
 
 from contextlib import contextmanager, nullcontext
 
 
-def update_context(transformer, branches: list):
-    """Context of an update over the rows of `branches`, which the cache tells from other sets of rows by their value."""
-    return transformer.cache_context(f"update {branches}") if transformer.is_cache_enabled else nullcontext()
+def update_context(transformer):
+    """Context of an update."""
+    return transformer.cache_context("update") if transformer.is_cache_enabled else nullcontext()
 
 
 @contextmanager
@@ -22,6 +22,6 @@ def whole_pass(transformer):
 
 
 def forget_updates(transformer) -> None:
-    """Drop what a cache holds, as at the start of every call: the last one may have been stopped anywhere."""
+    """Drop what a cache holds: it is of other rows, of rows as they were before a gap, or of a call that was stopped."""
     if transformer.is_cache_enabled:
         transformer._reset_stateful_cache()

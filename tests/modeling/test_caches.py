@@ -78,6 +78,16 @@ def test_guidance_that_ends_has_contexts_of_its_own(pipe, cached):
     assert counts[0] == 1 + full_steps(guided, TAYLORSEER) + full_steps(STEPS - guided, TAYLORSEER)
 
 
+def test_guidance_that_comes_and_goes_is_not_guessed_across_the_gap(pipe, cached):
+    """Before and after the interval the rows are the same, but what is known of them is old."""
+    sigmas = sample_times(pipe)
+    parts = [sum(0.8 < t for t in sigmas), sum(0.4 < t <= 0.8 for t in sigmas), sum(t <= 0.4 for t in sigmas)]
+    assert min(parts) > 1
+    counts = cached(TAYLORSEER)
+    draw(pipe, guidance_scale=4.0, guidance_interval=(0.4, 0.8))
+    assert counts[0] == 1 + sum(full_steps(part, TAYLORSEER) for part in parts)
+
+
 def sample_times(pipe) -> list[float]:
     import numpy as np
 
