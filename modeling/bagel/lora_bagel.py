@@ -101,7 +101,9 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         settings = lora_config(settings)
         if foreign := [n for n in state if not n.startswith(_PREFIX)]:
             raise ValueError(f"The adapter does not belong to this model: {foreign[0]!r} is none of {_PREFIX}*.")
-        check_adapter(self.transformer, {n.removeprefix(_PREFIX): t for n, t in state.items()}, settings)
+        tensors = {n.removeprefix(_PREFIX): t for n, t in state.items()}
+        check_adapter(self.transformer, tensors, settings)
+        self._require_unguessed(tensors)
         self.transformer.load_lora_adapter(
             dict(sorted(state.items())),  # diffusers judges the format by the first name
             metadata={f"{_PREFIX}{n}": v for n, v in settings.to_dict().items()},
@@ -110,7 +112,6 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             low_cpu_mem_usage=low_cpu_mem_usage and not hotswap,
             _pipeline=self,
         )
-        self.transformer._adapters_read = self.transformer.__dict__.get("_adapters_read", 0) + 1
         if hotswap:
             self._renew_after_hotswap(name, settings)
 
@@ -150,7 +151,7 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """
         from peft.utils import get_peft_model_state_dict
 
-        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        transformer = self._model
         loaded = sorted(getattr(transformer, "peft_config", {}))
         if adapter_name is None and len(loaded) == 1:
             adapter_name = loaded[0]
@@ -209,6 +210,11 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     # --- using ---
 
+    @property
+    def _model(self) -> torch.nn.Module:
+        """The transformer itself: diffusers' methods of the pipeline pass over one in torch.compile's wrapper."""
+        return getattr(self.transformer, "_orig_mod", self.transformer)
+
     def _lora_layers(self) -> Iterator[tuple[str, Any]]:
         """Name and module of the layers that hold adapters."""
         if not getattr(self.transformer, "peft_config", None):
@@ -233,11 +239,45 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 "to keep its effect for good."
             )
 
+    def _require_unguessed(self, names) -> None:
+        """An adapter of a module that a step cache has hooked, as proj_out, would be put around the hook or lose it."""
+        outside = [name for name in names if not name.startswith("layers.")]
+        if outside and self._model.is_cache_enabled:
+            raise ValueError(
+                f"The adapter acts outside the layers ({outside[0]}), where a step cache may be at work: call "
+                "pipe.transformer.disable_cache() first, and enable_cache again afterwards."
+            )
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of the loaded adapters, by component."""
+        loaded = list(getattr(self._model, "peft_config", {}))
+        return {"transformer": loaded} if loaded else {}
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the adapters that act unless `disable_lora` was called."""
+        return next((list(layer.active_adapters) for _, layer in self._lora_layers()), [])
+
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None) -> None:
-        """Make these adapters the active ones, with these weights (1.0 where left out)."""
-        self._require_adapters([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        """Make these adapters the active ones, with these weights (one for all or a list; 1.0 where left out)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
+        self._require_adapters(names)
         self._require_unfused("choose adapters")
-        super().set_adapters(adapter_names, adapter_weights)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"adapter_names={names} must name each adapter once, and one at least (or disable_lora).")
+        if len(weights) != len(names):
+            raise ValueError(f"adapter_weights={adapter_weights!r} must be as many as the adapters: {len(names)}.")
+        weights = [1.0 if weight is None else _finite(weight, "adapter_weights") for weight in weights]
+        self._model.set_adapters(names, weights)
+
+    def enable_lora(self) -> None:
+        """Let the active adapters act again after `disable_lora`."""
+        self._model.enable_lora()
+
+    def disable_lora(self) -> None:
+        """Draw as without adapters, until `enable_lora`. Raises ValueError while an adapter is fused."""
+        self._require_unfused("switch it off")
+        self._model.disable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters; those that were active beside them stay active, and no other one is switched on."""
@@ -245,9 +285,16 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         self._require_adapters(names)
         self._require_unfused("delete an adapter")
         active = [n for n in self.get_active_adapters() if n not in names]
-        super().delete_adapters(names)
+        self._model.delete_adapters(names)
         for _, layer in self._lora_layers():
             layer.set_adapter(active)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters. What is fused stays in the weights for good."""
+        self._require_unguessed(name for name, _ in self._lora_layers())
+        self._model.unload_lora()
+        self._model.__dict__.pop("_scaling_before_fuse", None)
+        self._merged_adapters = set()
 
     def fuse_lora(
         self,
@@ -255,14 +302,15 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
-        **kwargs,
     ) -> None:
         """Add the active adapters (or `adapter_names`), times `lora_scale`, to the weights: no cost per call any more.
 
-        Raises ValueError when adapters are fused already, and when one stays active beside them: layers with fused
-        weights compute no others.
+        Raises ValueError when adapters are fused already or switched off, and when one stays active beside them:
+        layers with fused weights compute no others.
         """
         chosen = self.get_active_adapters() if adapter_names is None else list(adapter_names)
+        if components not in (None, ["transformer"]):
+            raise ValueError(f"components={components!r} must be ['transformer']: nothing else takes adapters.")
         self._require_adapters(chosen)
         self._require_unfused("fuse again")
         if beside := sorted(set(self.get_active_adapters()) - set(chosen)):
@@ -270,22 +318,30 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 f"{', '.join(beside)} would have no effect beside fused adapters: fuse all, or set_adapters."
             )
         layers = [layer for _, layer in self._lora_layers()]
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError("The adapters are switched off, and would be taken out again: call enable_lora() first.")
         if any(layer.lora_bias.get(name) and layer.base_layer.bias is None for layer in layers for name in chosen):
             raise ValueError("An adapter with lora_bias=True cannot be fused: some layers have no bias to add it to.")
-        before = [dict(layer.scaling) for layer in layers]
-        for layer in layers:
-            for name in chosen:
-                if name in layer.scaling:
-                    layer.scaling[name] = layer.scaling[name] * lora_scale
-        self.transformer._scaling_before_fuse = before  # unfusing subtracts by the fused scaling, then restores this
-        super().fuse_lora(components or ["transformer"], safe_fusing=safe_fusing, adapter_names=chosen, **kwargs)
+        scale = _finite(lora_scale, "lora_scale")
+        # Unfusing subtracts by the fused scaling, then restores this.
+        self._model._scaling_before_fuse = [dict(layer.scaling) for layer in layers]
+        try:
+            for layer in layers:
+                for name in set(chosen) & set(layer.scaling):
+                    layer.scaling[name] = layer.scaling[name] * scale
+            self._model.fuse_lora(safe_fusing=safe_fusing, adapter_names=chosen)
+        except BaseException:  # safe_fusing found NaN in one layer, after others were fused
+            self.unfuse_lora()
+            raise
+        self._merged_adapters = set(chosen)
 
-    def unfuse_lora(self, components: list[str] | None = None, **kwargs) -> None:
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Take fused adapters out of the weights again; they stay loaded and active. Exact to rounding."""
-        super().unfuse_lora(components or ["transformer"], **kwargs)
-        before = self.transformer.__dict__.pop("_scaling_before_fuse", ())
+        self._model.unfuse_lora()
+        before = self._model.__dict__.pop("_scaling_before_fuse", ())
         for (_, layer), scaling in zip(self._lora_layers(), before):
             layer.scaling.update(scaling)
+        self._merged_adapters = set()
 
     @contextlib.contextmanager
     def lora_scaled(self, attention_kwargs: dict | None) -> Iterator[None]:
@@ -311,22 +367,16 @@ class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling.update(scaling)
 
-    def lora_state(self) -> tuple:
-        """What of the adapters decides the transformer's numbers: equal for equal ones, for whoever keeps results."""
-        used = [
-            (name, tuple(layer.active_adapters), tuple(layer.merged_adapters), layer.disable_adapters)
-            + tuple((adapter, float(scale)) for adapter, scale in layer.scaling.items())
-            for name, layer in self._lora_layers()
-        ]
-        return (self.transformer.__dict__.get("_adapters_read", 0), *used)
-
 
 def _read_scale(options: dict) -> float:
     if not isinstance(options, dict) or set(options) - {"scale"}:
         raise ValueError(
             f'attention_kwargs={options!r} is not possible: it takes {{"scale": number}} and nothing else.'
         )
-    scale = options.get("scale", 1.0)
-    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f'attention_kwargs={{"scale": {scale!r}}} must be a finite number.')
-    return float(scale)
+    return _finite(options.get("scale", 1.0), "the scale of attention_kwargs")
+
+
+def _finite(value, what: str) -> float:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{value!r} for {what} must be a finite number.")
+    return float(value)
