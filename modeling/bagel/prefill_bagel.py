@@ -78,6 +78,7 @@ class PrefillMixin:
         A call finds what it shares with an earlier one: a whole call's list of prompts; what stands before the last
         text of each (the same pictures and another question); features of the same pictures, in chat and in drawing.
         Latents of references are drawn anew for every generator, and what follows one in a context is read with it.
+        Changed weights are noticed, except for single values written through `.data`: `clear()` after that.
 
         Returns the cache, also `prefill_cache`: print it for its size, `clear()` it to free the memory.
         """
@@ -194,9 +195,14 @@ def digest(*parts) -> bytes:
 
 def fingerprint(device: torch.device, *models: torch.nn.Module) -> bytes:
     """Of a device and of weights: names, types, shapes, counts of in-place changes and some values of every tensor,
-    and which adapters act how strongly. Merging an adapter, loading or training weights changes it."""
+    and which adapters act how strongly. Merging an adapter, loading or training weights changes it; so do autocast,
+    the configuration, switches as the VAE's tiles, and the attention backend."""
     parts: list = [str(device)]
+    if torch.is_autocast_enabled(device.type):
+        parts.append(str(torch.get_autocast_dtype(device.type)))
     for model in models:
+        switches = {k: v for k, v in vars(model).items() if isinstance(v, (bool, int, float, str))}
+        parts += [repr(dict(model.config)), repr(switches)]
         samples: dict[torch.device, list[torch.Tensor]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta:
@@ -212,6 +218,7 @@ def fingerprint(device: torch.device, *models: torch.nn.Module) -> bytes:
                 samples.setdefault(tensor.device, []).append(values)
         parts += [torch.cat(values) for values in samples.values()]
         for name, module in model.named_modules():
+            parts.append(str(getattr(getattr(module, "processor", None), "_attention_backend", None)))
             if hasattr(module, "merged_adapters"):
                 state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
                 parts.append((name, *state, repr(getattr(module, "scaling", None))))

@@ -149,6 +149,8 @@ CHANGES = {
     "vae": lambda pipe: pipe.vae.encoder.conv_in.weight.data.mul_(1.5),
     "dtype": lambda pipe: pipe.transformer.to(torch.float64),
     "adapter": lambda pipe: add_adapter(pipe),
+    "configuration": lambda pipe: pipe.transformer.register_to_config(rope_theta=1e4),
+    "attention": lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
 }
 
 
@@ -170,6 +172,28 @@ def test_changed_weights_are_read_anew(mine, work, pictures, change):
     assert len(work.taken()[0]) == 2
     mine.disable_prefill_cache()
     assert torch.equal(got, draw(mine, image=pictures["img_a"])) and not torch.equal(got, before)
+
+
+def test_tiles_and_autocast_have_readings_of_their_own(mine, work, pictures):
+    mine.enable_prefill_cache()
+    mine.vae.tile_sample_min_size, mine.vae.tile_latent_min_size = 32, 4
+    edit = {"image": pictures["img_a"], "guidance_scale": 1.0, "image_guidance_scale": 1.0}
+    plain = draw(mine, "make it blue", **edit)
+
+    def differs_from_plain_and_is_right() -> None:
+        got, cache = draw(mine, "make it blue", **edit), mine.prefill_cache
+        mine.disable_prefill_cache()
+        assert torch.equal(got, draw(mine, "make it blue", **edit)) and not torch.equal(got, plain)
+        mine.prefill_cache = cache
+
+    mine.vae.enable_tiling()
+    differs_from_plain_and_is_right()
+    mine.vae.disable_tiling()
+    with torch.autocast("cpu", torch.bfloat16):
+        differs_from_plain_and_is_right()
+    work.taken()
+    assert torch.equal(draw(mine, "make it blue", **edit), plain)
+    assert work.taken() == NOTHING
 
 
 def test_adapters_on_off_scaled_and_merged_have_readings_of_their_own(mine, work):
