@@ -48,7 +48,7 @@ from_openai: false
 license: apache-2.0
 """
 # Seconds of two parts on two quiet cores, to tell how long another machine will take.
-REFERENCE = {"drawing": 8.0, "rest": 240.0}
+REFERENCE = {"drawing": 8.0, "rest": 200.0}
 # torch counts physical cores, and so leaves half of a small virtual machine idle; more than four gain nothing here.
 THREADS = min(4, os.cpu_count() or 1)
 REDRAWN = (0, 70)  # held-out prompts drawn again in a fresh process: one of text alone, one with two references

@@ -74,8 +74,8 @@ def test_the_base_sees_no_held_out_content():
     ("seconds", "words"),
     [
         (4.0, "faster than .* about 2 min"),
-        (8.0, "as fast as .* about 4 min"),
-        (16.0, "2.0x slower than .* about 8 min"),
+        (8.0, "as fast as .* about 3 min"),
+        (16.0, "2.0x slower than .* about 7 min"),
     ],
 )
 def test_how_long_it_will_take_is_told(seconds, words):
