@@ -221,7 +221,7 @@ def score_table(drawn: Drawn) -> dict[str, dict]:
 
 def summary(training: TrainingResult, before: Drawn, after: Drawn, own: Drawn, size: Size, base: Path) -> dict:
     """Everything measured, as plain values."""
-    samples = training.log[-1]["samples"]
+    samples = int(training.log[-1]["samples"])
     notes = {name: base / f"{name}.json" for name in ("base", "control")}
     return {
         **{name: json.loads(file.read_text("utf-8")) if file.is_file() else None for name, file in notes.items()},
