@@ -143,6 +143,8 @@ class AttentionCall(NamedTuple):
     mask: torch.Tensor | None = None
     causal: bool = False
     prefix: int = 0  # training: tokens of the sample's frozen prefix, seen by all of the call's
+    follows: bool = False  # training: sees what the calls before it in its sample saw, and their tokens, but for
+    hidden: bool = False  # those of calls that nothing later may see
     cache: BagelKVCache | None = None  # inference: store new keys at buffer row `write`, see rows `read`
     write: int = 0
     read: slice = slice(0, 0)
@@ -160,8 +162,13 @@ def may_attend(sequence, q_segment, q_position, k_segment, k_position):
     return own | earlier
 
 
+# Tokens of a sample from which on several small calls cost less than one that computes what its mask then hides.
+LONG_SAMPLE = 512
+
+
 def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
-    """One call per sample under its own mask, over its und tokens followed by its gen tokens.
+    """One call per sample under its own mask, over its und tokens followed by its gen tokens; long samples: one call
+    per segment.
 
     `part`: the whole sample, its "prefix" (everything before the first VAE segment) or the "rest" after it.
     """
@@ -174,6 +181,10 @@ def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
             plan.append(AttentionCall(0, 0, prefix=before))
             continue
         und, gen = slice(kept[0].und.start, kept[-1].und.stop), slice(kept[0].gen.start, kept[-1].gen.stop)
+        segments = sequence.und_segment[[span.und.start for span in kept]]
+        if und.stop - und.start + gen.stop - gen.start >= LONG_SAMPLE and len(segments.unique()) == len(kept):
+            plan += _segment_calls(kept, before, sequence.input_ids.device)
+            continue
         mask = None
         if len(kept) > 1 or kept[0].causal:
             segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
@@ -182,6 +193,20 @@ def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
             mask = nn.functional.pad(mask, (before, 0), value=True)  # (S, before + S)
         plan.append(AttentionCall(und.stop - und.start, gen.stop - gen.start, mask, prefix=before))
     return plan
+
+
+def _segment_calls(spans, before: int, device) -> list[AttentionCall]:
+    """Calls for a sample's segments (none of them joined), unmasked but for text."""
+    calls, seen = [], before
+    for span in spans:
+        und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
+        n, mask = und + gen, None
+        if span.causal:
+            mask = torch.ones(n, seen + n, dtype=torch.bool, device=device).tril(seen)
+        prefix = 0 if calls else before
+        calls.append(AttentionCall(und, gen, mask, prefix=prefix, follows=bool(calls), hidden=span.hidden))
+        seen += 0 if span.hidden else n
+    return calls
 
 
 def prefix_length(spans) -> int:
@@ -339,11 +364,14 @@ class BagelAttnProcessor:
         und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
         gen_parts = zip(*(x.split([call.gen for call in plan]) for x in gen), strict=True)
         seen = zip(*(x.split([call.prefix for call in plan]) for x in prefix)) if prefix else [None] * len(plan)
-        attended = []
+        attended, earlier = [], []
         for call, und_part, gen_part, before in zip(plan, und_parts, gen_parts, seen, strict=True):
-            query, key, value = map(_meet, und_part, gen_part)
-            if before is not None:
-                key, value = _meet(before[0], key), _meet(before[1], value)
+            query, *own = map(_meet, und_part, gen_part)
+            if not call.follows:
+                earlier = [] if before is None else [before]
+            key, value = (torch.cat(parts) if earlier else parts[0] for parts in zip(*earlier, own, strict=True))
+            if not call.hidden:
+                earlier.append(own)
             if call.cache is not None:
                 key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
             if query.shape[0] == 0:  # nothing to compute, but keys and values stay in the graph like any others
