@@ -7,6 +7,7 @@ Nothing here draws a random number: noise and times are inputs. They come from g
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,12 @@ class LossTerms(NamedTuple):
         return torch.stack([self.mse.sum(), count, (self.cross_entropy * weights).sum(), weights.sum()])
 
 
+def _behind_logits(transformer) -> Iterator[torch.nn.Parameter]:
+    """Parameters that have no gradient but through the logits."""
+    for module in (transformer.lm_head, transformer.norm_out["und"], transformer.layers[-1].und):
+        yield from module.parameters()
+
+
 def loss_terms(transformer, vision_model, sequence: PackedSequence, noised: NoisedLatents | None) -> LossTerms:
     """One forward pass in training mode; `noised` is None for a batch without VAE pictures.
 
@@ -89,14 +96,18 @@ def loss_terms(transformer, vision_model, sequence: PackedSequence, noised: Nois
         patches, lengths = torch.zeros(0, values, device=sequence.input_ids.device), [0]
     vision = vision_model(patches, sequence.patch_position_ids, lengths).embeds
     labelled = (sequence.labels != NO_LABEL).nonzero()[:, 0]
+    # Zero labels give zeros as gradients, at the price of a backward pass through the end of the und stream.
+    asks = len(labelled) > 0 or any(p.requires_grad for p in _behind_logits(transformer))
     out = transformer(
         None if noised is None else noised.hidden_states,
         None if noised is None else noised.timestep,
         sequence,
         vision,
-        logit_index=labelled,
+        logit_index=labelled if asks else None,
     )
     velocity = out.sample[sequence.gen_noised].float()  # (N, C)
     mse = (velocity if noised is None else velocity - noised.target.float()).square()
-    cross_entropy = F.cross_entropy(out.logits.float(), sequence.labels[labelled], reduction="none")
+    cross_entropy = mse.new_zeros(0)
+    if asks:
+        cross_entropy = F.cross_entropy(out.logits.float(), sequence.labels[labelled], reduction="none")
     return LossTerms(mse, cross_entropy, sequence.label_weights[labelled])

@@ -7,8 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echo4o.modeling.bagel import transformer_bagel
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack, patchify, text_segment
+from echo4o.training import objective
+from echo4o.training.model import TrainedModel, add_lora
 from echo4o.training.objective import LossTerms, add_noise, loss_terms, named_generator, shift_time
+from echo4o.training.recipe import Lora
+from echo4o.training.samples import Dropout, SampleMaker, TrainingSample, collate
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 
@@ -108,3 +113,66 @@ def test_named_draws_depend_on_their_whole_name():
     assert len({tuple(v.tolist()) for v in draws.values()}) == len(draws)
     again = torch.randn(4, generator=named_generator(0, "a", 0, "noise"))
     assert torch.equal(again, draws[0, "a", 0, "noise"])
+
+
+def training_batch(tiny_pipeline, rows):
+    maker = SampleMaker(tiny_pipeline, Dropout(0, 0, 0), seed=0)
+    asked = {"id": "q", "instruction": "what is it?", "answer": "a red square", "image": None}
+    asked |= {"reference_images": [rows[0]["image"]]}
+    special = tiny_pipeline.special_tokens
+    picture = lambda kind: image_segment(kind, (3, 2), special, torch.randn(6, 64))  # noqa: E731
+    view = image_segment("vit", (2, 2), special, torch.randn(4, 588))
+    text = text_segment([5, 6, 7], special)
+    chain = [text, view, picture("vae"), text, picture("noise"), text, picture("noise")]
+    samples = [maker.sample(row, 0) for row in maker.prepare([*rows.select(range(4)), asked])]
+    samples.append(TrainingSample("chain", chain, torch.randn(12, 64), torch.randn(2)))
+    return samples
+
+
+def losses_and_gradients(model, batch):
+    model.zero_grad()
+    terms = model(batch, 4.0)
+    mse, count, cross_entropy, labels = terms.sums()
+    (mse / count + cross_entropy / labels.clamp(min=1)).backward()
+    return terms, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=["full", "lora"])
+def model(request, tiny_pipeline):
+    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model).train()
+    if request.param == "lora":
+        model.requires_grad_(False)
+        add_lora(model.transformer, Lora(method="lora", rank=4, alpha=4), 0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_without_labels_no_gradients_of_zeros_are_computed(model, tiny_pipeline, rows, monkeypatch):
+    samples = [s for s in training_batch(tiny_pipeline, rows) if s.id != "q"]
+    batch, lora = collate(samples, 16, 16), not model.transformer.lm_head.weight.requires_grad
+    passed = []
+    for place in (0, -1):
+        model.transformer.layers[place].und.ff.register_full_backward_hook(lambda *_, at=place: passed.append(at))
+    terms, gradients = losses_and_gradients(model, batch)
+    assert passed == ([0] if lora else [-1, 0]), "what learns has a gradient on every process, if only of zeros"
+    monkeypatch.setattr(objective, "_behind_logits", lambda transformer: model.parameters())
+    whole, expected = losses_and_gradients(model, batch)
+    assert passed[-2:] == [-1, 0] and torch.equal(terms.mse, whole.mse) and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_long_samples_attend_by_segment_with_the_same_numbers(model, tiny_pipeline, rows, monkeypatch):
+    batch, found = collate(training_batch(tiny_pipeline, rows), 16, 16), []
+    for least in (10**9, 1):
+        monkeypatch.setattr(transformer_bagel, "LONG_SAMPLE", least)
+        found.append(losses_and_gradients(model, batch))
+    calls = transformer_bagel.training_plan(batch.sequence)
+    assert len(calls) == sum(map(len, batch.sequence.spans)) and sum(call.mask is None for call in calls) > 10
+    (terms, gradients), (whole, expected) = found
+    torch.testing.assert_close(terms.mse, whole.mse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(terms.cross_entropy, whole.cross_entropy, atol=1e-5, rtol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
