@@ -349,7 +349,7 @@ class PortablePipelineMixin(PlacementMixin):
 
         As `DiffusionPipeline.save_pretrained` (`push_to_hub`, `max_shard_size`, `variant`, ...); the source files
         go into the folder. Raises ValueError for `safe_serialization=False`, for components with LoRA layers still
-        injected (their weights would not load again) and for a component whose class has no file of its own.
+        injected (their weights would not load again), for weights that layerwise casting made 8 bit, and for a component whose class has no file of its own.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for pickled weights, which are not written.")
@@ -360,6 +360,12 @@ class PortablePipelineMixin(PlacementMixin):
                 "the adapter with save_lora_weights; or fuse_lora() and then unload_lora_weights() to keep its effect, "
                 "or unload_lora_weights() to drop it, and save again."
             )
+        for name, module in self._modules_by_name().items():
+            if any(p.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for p in module.parameters()):
+                raise ValueError(
+                    f"{name} was rounded to 8 bits by enable_layerwise_casting, and what it was cannot be had back: "
+                    "save a pipeline on which it was not called."
+                )
         self._codes_to_publish()
         return super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
 

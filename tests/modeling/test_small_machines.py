@@ -156,7 +156,7 @@ def test_folders_for_offloaded_weights_are_not_shared(load, tmp_path):
 WIDE = ("norm", "pos_embed", "embed_tokens", "time_embed", "proj_in", "proj_out", "lm_head")
 
 
-def test_8_bit_storage_leaves_what_it_must(load, plain, pictures):
+def test_8_bit_storage_leaves_what_it_must(load, plain, pictures, tmp_path):
     pipe = load()
     whole = pipe.placement()["transformer"]
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -168,6 +168,9 @@ def test_8_bit_storage_leaves_what_it_must(load, plain, pictures):
     assert placed.dtypes["float8_e4m3fn"] == matrices and placed.nbytes == whole.nbytes - 3 * matrices
     drawn = use(pipe, pictures["img_a"])
     assert 0 < (drawn[0] - plain[0]).abs().max() < 0.35
+    with pytest.raises(ValueError, match="transformer was rounded to 8 bits"):  # it would load, and not run
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("option", ["llm_int8_skip_modules", "modules_to_not_convert"])
