@@ -63,7 +63,7 @@ class Plan:
 
 def parse_bytes(text: str) -> float:
     """`80GB` -> 8e10, `16GiB` -> 2**34. Raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     try:
         number = float(match.group(1))
     except (AttributeError, ValueError):
@@ -71,7 +71,7 @@ def parse_bytes(text: str) -> float:
     if not number:
         raise ValueError(f"{text!r} is no GPU's memory.")
     step = 1024 if match.group(3) else 1000
-    return number * step ** " KMGT".index(match.group(2).upper() or " ")
+    return number * step ** " KMGT".index(match.group(2).upper())
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

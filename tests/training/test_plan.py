@@ -166,6 +166,8 @@ def test_sizes_are_read():
     assert parse_bytes("80GB") == 80e9 and parse_bytes("16 GiB") == 2**34 and parse_bytes("1.5t") == 1.5e12
     with pytest.raises(ValueError, match="'lots' is no amount of memory"):
         parse_bytes("lots")
+    with pytest.raises(ValueError, match="'24' is no amount of memory"):  # not 24 bytes
+        parse_bytes("24")
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tmp_path):
