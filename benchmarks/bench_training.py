@@ -1,4 +1,5 @@
-"""What a training step costs beside its own matrix products, what freezing saves, and what feeding it takes."""
+"""What a training step costs beside its own matrix products, what freezing saves, what feeding it takes, and where its
+time goes."""
 
 import statistics
 import time
@@ -41,6 +42,7 @@ def main(options: Namespace) -> None:
         print(f"  LoRA / full          {ratio(small, whole)}" + ("   target 0.75" if "2" in title else ""), flush=True)
         if "2" in title:
             feeding(samples, statistics.median(whole), repeats)
+    where_the_time_goes()
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> str:
@@ -84,6 +86,53 @@ def feeding(samples: list[TrainingSample], step_seconds: float, repeats: int) ->
         share = statistics.median(seconds) / step_seconds
         limit = "   target 2%" if name == "packing" else ""
         print(f"  {name:<22} {1000 * statistics.median(seconds):6.2f} ms, {share:.3%} of a full step{limit}")
+
+
+def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
+    """Runs of the real trainer from the quickstart's base, every row a new one: the split of their steps."""
+    import tempfile
+    from pathlib import Path
+
+    from echo4o.training.recipe import load_recipe
+    from echo4o.training.train import Trainer
+    from echo4o.training.watch import phase_shares
+
+    base = Path(__file__).parents[1] / "echo4o" / "quickstart" / "base"
+    print(f"where a step's time goes, on CPU: {steps} steps, no row twice, pictures encoded as they come")
+    with tempfile.TemporaryDirectory() as folder:
+        data = small_rows(rows)
+        for name in ("one after the other", "the next step read ahead"):
+            changes = {"model": str(base), "data.path": "given", "output_dir": f"{folder}/{name}", "max_seconds": None}
+            changes |= {"steps": steps, "batch_size": rows // steps, "optimizer.warmup_steps": 1}
+            trainer = Trainer(load_recipe("quickstart_cpu", changes), dataset=data)
+            if name == "one after the other":
+                trainer.ahead.next_step = trainer.batches.next_step
+            start = time.process_time()
+            log = trainer.run().log
+            shares = ", ".join(f"{phase} {share:.0%}" for phase, share in phase_shares(log, steps).items())
+            seconds = log[-1]["seconds"], time.process_time() - start
+            print(f"  {name:<26} {shares}; {seconds[0]:.1f} s, {seconds[1]:.1f} s of the processor", flush=True)
+
+
+def small_rows(count: int):
+    """Rows of the dataset with pictures of 64 pixels; every third has one, every third two references."""
+    import numpy as np
+    from datasets import Dataset
+    from PIL import Image
+
+    from echo4o.dataset_scripts.features import features
+
+    def picture(seed: int):
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8))
+
+    shared = {"task": "text_to_image", "category": "bench", "source": "bench", "metadata": None}
+    made = [
+        {"id": f"row-{i}", "instruction": f"picture number {i}", "image": picture(i)}
+        | {"reference_images": [picture(1000 * (r + 1) + i) for r in range(i % 3)]}
+        | shared
+        for i in range(count)
+    ]
+    return Dataset.from_list(made, features=features())
 
 
 # --- models and samples ---------------------------------------------------------------------------------------------
