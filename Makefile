@@ -15,7 +15,7 @@ TORCH_ARGS ?=
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test venv lint format parity bench tiny-base clean
+.PHONY: help quickstart test test-long venv lint format parity bench tiny-base clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
@@ -25,6 +25,9 @@ quickstart: $(STAMP) ## render a small dataset, train, generate, score; writes q
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-long: $(STAMP) ## run whole journeys too long for every change: guides, publishing, the installed wheel
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) --dist loadfile -m long $(PYTEST_ARGS)
 
 venv: $(STAMP) ## only the set-up: .venv with the package and its tools
 

@@ -155,10 +155,16 @@ PREPARED = {"echo-4o": _echo_4o, "echo-4o-image": _echo_4o_image}
 RUN_HERE = [d for d in DOCUMENTS if d.name not in RUN_ELSEWHERE and any(block.is_run for block in blocks(d))]
 
 
+def _with_its_length(document: Path):
+    """The README's examples run with every change, the guides' with `make test-long`."""
+    marks = [] if document == ROOT / "README.md" else [pytest.mark.long]
+    return pytest.param(document, id=named(document), marks=marks)
+
+
 # Processes that import torch and diffusers: on a machine busy with other work that takes minutes.
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("document", RUN_HERE, ids=named)
+@pytest.mark.parametrize("document", [_with_its_length(document) for document in RUN_HERE])
 def test_examples_run(document, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(CHECKPOINT, folder / "BAGEL-7B-MoT")

@@ -19,7 +19,7 @@ from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.quickstart import run as quickstart
 from tests.hub import Fault, LoopbackHub, run_script
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "publishing.md").read_text("utf-8")

@@ -125,6 +125,7 @@ def run(environment: Path, cwd: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_installed_command_uses_the_wheels_files(environment, tmp_path):
     code = (
         "import sys, echo4o.cli, echo4o.modeling, echo4o.training, echo4o.dataset_scripts, echo4o.model_cards;"
@@ -137,6 +138,7 @@ def test_the_installed_command_uses_the_wheels_files(environment, tmp_path):
     assert facts["echo4o"]["version"] == echo4o.__version__ and facts["libraries"]["torch"]
 
 
+@pytest.mark.long
 def test_the_installed_command_runs_the_quickstart(environment, tmp_path):
     run(environment, tmp_path, "echo4o", "quickstart", "--short")
     assert (tmp_path / "quickstart" / "report.html").stat().st_size > 10_000

@@ -83,6 +83,7 @@ def _picture(call) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_from_a_key_to_a_hundred_rows(server, tmp_path):
     recipe = load_recipe("first_hundred")

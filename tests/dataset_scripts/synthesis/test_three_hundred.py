@@ -13,6 +13,7 @@ ROWS = {"surreal_fantasy": 100, "multi_reference": 80, "instruction_following": 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_three_hundred_rows(server, recipe, tmp_path):
     out, built = tmp_path / "made", tmp_path / "built"
     count = itertools.count()
