@@ -16,6 +16,12 @@ from .running import log_of, losses_of, run, torchrun, train_here, weights_of
 SHARED = {"batch_size": 4, "steps": 4, "ema": {"decay": 0.9}}
 
 
+def check_norms(run, expected) -> None:
+    """Of the gradients: clipping and Adam hide a factor from the weights."""
+    norms = [[entry["grad_norm"] for entry in log_of(folder)] for folder in (run, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def close(a: dict, b: dict, atol: float) -> None:
     assert a.keys() == b.keys()
     # A key's bias adds the same to all of a softmax: its gradient is rounding alone, which Adam scales to full steps.
@@ -34,11 +40,13 @@ def test_one_process_two_processes_accumulation_and_sharding(recipe_file, tmp_pa
     assert train_here(file, "--set", "micro_batch_size=1", "--set", f"output_dir={tmp_path / 'single'}") == 0
     assert losses_of(tmp_path / "single") == pytest.approx(whole, abs=1e-5)
     close(weights_of(tmp_path / "single" / "pipeline"), weights, 1e-5)
+    check_norms(tmp_path / "single", tmp_path / "whole")
 
     said = run("train", file, "--set", "processes=2", "--set", f"output_dir={tmp_path / 'ddp'}")
     assert "(2 processes, multi_cpu)" in said
     assert losses_of(tmp_path / "ddp") == pytest.approx(whole, abs=1e-5)
     close(weights_of(tmp_path / "ddp" / "pipeline"), weights, 1e-5)
+    check_norms(tmp_path / "ddp", tmp_path / "whole")
 
     changes = {"model": model_folder, "data.path": rows_folder, "output_dir": tmp_path / "fsdp", "processes": 2}
     changes |= {"steps": 4, "packing": "null", "batch_size": 4, "device": "cpu", "mixed_precision": "no"}
@@ -53,6 +61,7 @@ def test_one_process_two_processes_accumulation_and_sharding(recipe_file, tmp_pa
         assert facts["share"] == pytest.approx(0.5, abs=0.02), "and each process holds half"
     assert losses_of(tmp_path / "fsdp") == pytest.approx(losses_of(tmp_path / "ddp"), abs=1e-5)
     close(weights_of(tmp_path / "fsdp" / "pipeline"), weights, 1e-5)
+    check_norms(tmp_path / "fsdp", tmp_path / "whole")
 
     # What two sharded processes saved, one process takes up.
     resumed = [*options, "--set", "processes=null", "--set", "sharding=none", "--set", "steps=6", "--resume"]
