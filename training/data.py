@@ -20,6 +20,7 @@ from echo4o.training.recipe import Data, Recipe, RecipeError
 from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
 
 UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
+BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
 COLUMNS = ("id", "instruction", "reference_images", "image")
 
 
@@ -189,6 +190,8 @@ def _open(data: Data):
     from datasets import load_dataset
 
     folder = Path(data.path)
+    if not folder.exists() and data.path.count("/") != 1 and data.path != BARE_NAME and "://" not in data.path:
+        raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             dataset = _saved(data)

@@ -135,7 +135,7 @@ def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_pat
         ({"data": {"name": "mine"}}, "data.name=mine has no effect"),
         (
             {"data": {"path": "nowhere"}},
-            "data.path=nowhere cannot be opened: there is no such folder, and on the Hub:",
+            "data.path=nowhere: there is no such folder (a Hub repository is called owner/name).",
         ),
         ({"output_dir": "{file}"}, "cannot be made: File exists"),
         ({"output_dir": "{file}/below"}, "cannot be made: Not a directory"),
