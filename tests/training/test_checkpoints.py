@@ -32,6 +32,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(recipe_file, tmp_path, rows_folder, kind):
     changes = {"steps": 6, "checkpoints": {"every": 2, "keep": 3}} | KINDS[kind]

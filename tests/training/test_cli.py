@@ -40,6 +40,7 @@ def test_a_plan_takes_80_gb_and_the_recipes_processes_unless_told():
     assert "on 4 GPUs of 141.0 GB" in plan("full_fsdp2_8gpu", "--gpu", "141GB", "--num-gpus", 4).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, gpu, count, nearest",
     [

@@ -146,6 +146,7 @@ def test_release_fits_as_the_recipes_promise():
         assert made.weights > 2 * 14.5e9 / (1 if count == 1 else 8) or name == "qlora_24gb"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_does(capsys):
     asked = load_recipe(shipped_recipe("full_fsdp2_8gpu"), {"model": "release"})
     assert not print_plan(asked, "24GB", 8)

@@ -38,6 +38,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return max(high for _, high in ImageChops.difference(a, b).getextrema())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_draws_the_same_loaded_applied_and_merged(recipe_file, tmp_path, model_folder, variant):
     pictures = {"every": 100, "steps": 3, "prompts": [PROMPT]}
@@ -80,6 +81,7 @@ def test_the_adapter_file_keeps_its_alpha(recipe_file, tmp_path):
     assert settings["transformer.lora_alpha"] == 16 and settings["transformer.use_rslora"] is True
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_bit_by_bit(recipe_file, tmp_path, model_folder):
     before = weights_of(model_folder)
     for part in ("gen", "und", "text", "vision"):
@@ -120,6 +122,7 @@ def test_an_incomplete_export_is_refused():
         check_keys("X", ["a", "b"], ["a", "c"])
 
 
+@pytest.mark.slow
 def test_export_says_what_there_is(recipe_file, tmp_path):
     assert train_here(recipe_file("run", checkpoints={"every": 2}, tune=LORA)) == 0
     (_, last) = CheckpointFolder(tmp_path / "run" / "checkpoints").complete()
