@@ -7,6 +7,7 @@ dry run on the meta device. What the CUDA context and fragments take is training
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo4o.modeling.bagel.loading_bagel import INDEX_NAME
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.modeling.bagel.weights_bagel import DTYPES, component_tensors, read_json
@@ -27,6 +29,7 @@ from echo4o.training.plan import NF4_BYTES, RELEASE_VAE, RESERVE, USABLE
 
 CLASSES = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel, "vae": AutoencoderKL}
 TEXT_TOKENS = 128  # of a prompt
+MAX_REFERENCES = inspect.signature(Echo4oPipeline.__init__).parameters["max_references"].default
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -40,6 +43,7 @@ class Stored:
     name: str
     configs: dict[str, dict]
     tensors: dict[str, Tensors]
+    max_references: int = MAX_REFERENCES
 
     def nbytes(self, component: str) -> int:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors[component].values())
@@ -62,7 +66,7 @@ def read_stored(model: str) -> Stored:
         configs = {name: read_json(folder / name / "config.json") for name in CLASSES}
         headers = {name: component_tensors(folder / name) for name in CLASSES}
         tensors = {c: {n: (DTYPES[t.dtype], t.shape) for n, t in header.items()} for c, header in headers.items()}
-        return Stored(model, configs, tensors)
+        return Stored(model, configs, tensors, _max_references(folder / INDEX_NAME))
     return _on_hub(model)
 
 
@@ -91,7 +95,11 @@ def _on_hub(repo: str) -> Stored:
         configs[name] = read_json(hf_hub_download(repo, f"{name}/config.json"))
         headers = [api.parse_safetensors_file_metadata(repo, file).tensors for file in weights]
         tensors[name] = {n: (DTYPES[t.dtype], tuple(t.shape)) for header in headers for n, t in header.items()}
-    return Stored(repo, configs, tensors)
+    return Stored(repo, configs, tensors, _max_references(hf_hub_download(repo, INDEX_NAME)))
+
+
+def _max_references(index: str | Path) -> int:
+    return read_json(index).get("max_references", MAX_REFERENCES)
 
 
 # --- what drawing needs --------------------------------------------------------------------------------------------
@@ -114,6 +122,8 @@ class Drawing:
 
 def drawing(stored: Stored, height: int | None, width: int | None, batch: int, references: int) -> Drawing:
     """Checked against the model's tables; None is the largest size. Raises ValueError."""
+    if references > stored.max_references:
+        raise ValueError(f"--references {references}: the model takes {stored.max_references} for a prompt at most")
     stride, largest = _stride(stored), _stride(stored) * stored.configs["transformer"]["max_latent_size"]
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value < stride or value % stride or value > largest):

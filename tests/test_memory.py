@@ -140,6 +140,11 @@ def test_command_prints_a_plan(folder):
     )
 
 
+def test_where_nothing_fits_the_exit_code_says_so():
+    result = run("release", "--plan", "--gpu", "4GB")
+    assert result.exit_code == 1 and "nothing fits" in result.output and "echo4o generate" not in result.output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -147,6 +152,7 @@ def test_command_prints_a_plan(folder):
         (["nowhere", "--plan", "--gpu", "24GB"], "there is no folder nowhere"),
         (["release", "--plan", "--gpu", "much"], "is no amount of memory"),
         (["release", "--plan", "--gpu", "24GB", "--height", "1000"], "multiples of 16 from 16 to 1024"),
+        (["release", "--plan", "--gpu", "24GB", "--references", "5"], "takes 4 for a prompt at most"),
         (["release"], "say --plan"),
         ([str(CHECKPOINT), "--plan", "--gpu", "24GB"], "has no model_index.json; convert"),
     ],

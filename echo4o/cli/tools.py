@@ -108,6 +108,9 @@ def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
     stored = memory.read_stored(model)
     made = memory.make_plan(stored, size, memory.drawing(stored, height, width, batch, references))
     print(memory.as_json(made) if as_json else memory.as_text(made))
+    if made.recommended is None:  # as `train --plan`: scripts see it, too
+        finish(None, "echo4o info --help")
+        raise typer.Exit(1)
     command = (
         ["generate", "a lighthouse made of glass", "--model", model] if model != "release" else ["info", "--help"]
     )
