@@ -140,6 +140,11 @@ def test_pickles_are_refused_by_name_and_by_content(how, folder, hub, api):
     refused(folder, api, hub, rf"pickles can run code.*transformer/{file.name}")
 
 
+def test_a_broken_archive_is_refused_by_name(folder, api, hub):
+    (folder / "notes.txt").write_bytes(b"PK\x03\x04 and no more")
+    refused(folder, api, hub, "notes.txt begins as a zip archive")
+
+
 def test_text_that_ends_with_a_dot_is_no_pickle(tmp_path):
     for number, text in enumerate(["It is a text.", "(a) and (b).", "I1\n.", "", ".", "c\nd."]):
         (tmp_path / f"{number}.txt").write_text(text)

@@ -99,7 +99,7 @@ class Remote:
         return Path(self.call(self.api.snapshot_download, self.repo, repo_type=self.repo_type, **options))
 
     def create(self, private: bool) -> None:
-        """Make the repository, and the branch, where they are missing."""
+        """Make the repository where it is missing."""
         sdk = {"space_sdk": "gradio"} if self.repo_type == "space" else {}
         common = {"repo_type": self.repo_type, "exist_ok": True}
         self.call(self.api.create_repo, self.repo, private=private, **common, **sdk)
