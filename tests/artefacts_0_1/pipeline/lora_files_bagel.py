@@ -1,0 +1,218 @@
+"""Adapters as they lie on disk or on the Hub: found, read and compared with the model before anything is injected.
+
+diffusers and PEFT load what fits and warn about the rest. Here an adapter fits as a whole, or loading it is an error.
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
+
+from .weights_bagel import PICKLE_SUFFIXES, nonfinite_names, read_header, read_json, refuse_pickles, shortened
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' entry in the header of a safetensors file
+_PEFT_PREFIX = "base_model.model."
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
+
+
+# --- finding -------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(
+    source: str | os.PathLike, weight_name: str | None = None, subfolder: str | None = None, **hub
+) -> Path:
+    """The adapter's safetensors file, fetched from the Hub if need be; PEFT's configuration then lies beside it.
+
+    Args:
+        source: a file, a folder, or the name of a Hub repository.
+        hub: what `hf_hub_download` takes (revision, token, cache_dir, force_download, local_files_only).
+
+    Raises:
+        ValueError: pickled weights, or several files to choose from.
+        FileNotFoundError: nothing there; huggingface_hub's errors as they are.
+    """
+    if weight_name is not None and Path(weight_name).suffix != ".safetensors":
+        raise ValueError(f"weight_name={weight_name!r}: only .safetensors files are loaded; pickles can run code.")
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: only .safetensors files are loaded; pickles can run code.")
+        return path
+    if path.is_dir():
+        return _in_folder(path / (subfolder or ""), weight_name)
+    if isinstance(source, os.PathLike) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise FileNotFoundError(f"There is no adapter {str(source)!r} (a Hub repository is called owner/name).")
+    file = _on_hub(source, weight_name, {"subfolder": subfolder, **hub})
+    if file.name != DIFFUSERS_FILE:
+        with contextlib.suppress(EntryNotFoundError):  # told by read_adapter, if it is needed
+            hf_hub_download(source, PEFT_CONFIG, subfolder=subfolder, **hub)
+    return file
+
+
+def _in_folder(folder: Path, weight_name: str | None) -> Path:
+    names = sorted(f.name for f in folder.glob("*.safetensors"))
+    if not names:
+        refuse_pickles(folder)
+    return folder / _choose(names, weight_name, str(folder))
+
+
+def _on_hub(repo: str, weight_name: str | None, hub: dict) -> Path:
+    unreachable = None
+    for name in (weight_name,) if weight_name else (DIFFUSERS_FILE, PEFT_FILE):
+        try:
+            return Path(hf_hub_download(repo, name, **hub))
+        except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+            unreachable = error
+        except EntryNotFoundError:
+            continue
+    if unreachable is not None:
+        raise LocalEntryNotFoundError(
+            f"The adapter {repo!r} is not in the local cache, and the Hub cannot be reached (or was not to be asked)."
+        ) from unreachable
+    options = {name: hub[name] for name in ("revision", "token") if hub.get(name) is not None}
+    prefix = f"{hub['subfolder']}/" if hub["subfolder"] else ""
+    inside = [n.removeprefix(prefix) for n in list_repo_files(repo, **options) if n.startswith(prefix)]
+    names = sorted(n for n in inside if "/" not in n and n.endswith(".safetensors"))
+    pickles = [n for n in inside if "/" not in n and n.endswith(PICKLE_SUFFIXES)]
+    if pickles and not names:
+        raise ValueError(f"{repo} holds pickled weights ({', '.join(pickles)}), which are not loaded.")
+    return Path(hf_hub_download(repo, _choose(names, weight_name, repo), **hub))
+
+
+def _choose(names: list[str], weight_name: str | None, where: str) -> str:
+    if weight_name is not None:
+        if weight_name not in names:
+            raise FileNotFoundError(f"{where} has no {weight_name!r}; it has {', '.join(names) or 'no safetensors'}.")
+        return weight_name
+    known = [n for n in (DIFFUSERS_FILE, PEFT_FILE) if n in names]
+    if len(known or names) != 1:
+        what = f"several adapters ({', '.join(known or names)}): name one with weight_name" if names else "no adapter"
+        raise (ValueError if names else FileNotFoundError)(f"{where} holds {what}.")
+    return (known or names)[0]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Weights named `transformer.*` and the configuration (None when the file has none), from either format.
+
+    Raises ValueError for a damaged file and for one that PEFT wrote whose configuration is missing.
+    """
+    read_header(file)
+    with safe_open(file, "pt") as stored:
+        state = {name: stored.get_tensor(name) for name in stored.keys()}
+        header = stored.metadata() or {}
+    if any(name.startswith(_PEFT_PREFIX) for name in state):
+        config_file = file.parent / PEFT_CONFIG
+        if not config_file.is_file():
+            raise ValueError(f"{file} was written by PEFT and lies without {PEFT_CONFIG}: its alpha is unknown.")
+        state = {f"transformer.{name.removeprefix(_PEFT_PREFIX)}": tensor for name, tensor in state.items()}
+        return state, read_json(config_file)
+    raw = header.get(METADATA_KEY)
+    if raw is None:
+        return state, None
+    try:
+        settings = json.loads(raw)
+        return state, {name.removeprefix("transformer."): value for name, value in settings.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} has an unreadable {METADATA_KEY!r} in its header: {error}.") from error
+
+
+def lora_config(settings):
+    """A `LoraConfig` from itself or its options as stored. Raises ValueError for anything else that PEFT knows.
+
+    Options that this PEFT does not know are dropped where they are off, and refused where they mean something.
+    """
+    from peft import LoraConfig
+
+    if isinstance(settings, LoraConfig):
+        return settings
+    if not isinstance(settings, dict) or str(settings.get("peft_type", "LORA")) not in ("LORA", "PeftType.LORA"):
+        kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+        raise ValueError(f"The adapter's configuration is of the kind {kind}; only LORA is loaded.")
+    known = LoraConfig.__dataclass_fields__
+    if foreign := [name for name, value in settings.items() if name not in known and value]:
+        raise ValueError(f"This PEFT does not know the adapter's options {', '.join(foreign)}: update peft.")
+    try:
+        return LoraConfig(**{name: value for name, value in settings.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The adapter's configuration cannot be used: {error}") from error
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+
+
+def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], config) -> None:
+    """Raise ValueError unless `state`, named as in the transformer, is all that `config` describes and fits the model."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if not state:
+        raise ValueError("The adapter is empty: it holds no weights.")
+    layers = _linear_layers(transformer)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    if any(layer.weight.dtype in _FP8 for layer in layers.values()):
+        raise ValueError("Load adapters before enable_layerwise_casting: their own weights must not become 8 bit.")
+    unknown = []
+    for name, tensor in state.items():
+        match = _PART.fullmatch(name)
+        if match is None or match[1] not in layers:
+            unknown.append(name)
+        else:
+            parts.setdefault(match[1], {})[match[2]] = tensor
+    if unknown:
+        raise ValueError(
+            f"The adapter does not belong to this model, which has no place for {shortened(unknown, ', ', 3)}."
+        )
+    wanted = {name for name in layers if check_target_module_exists(config, name)}
+    if absent := sorted(wanted - set(parts)):
+        raise ValueError(f"The adapter is incomplete: it lacks weights of {shortened(absent, ', ', 3)}.")
+    if extra := sorted(set(parts) - wanted):
+        raise ValueError(
+            f"The adapter holds weights of {shortened(extra, ', ', 3)}, which its configuration does not adapt "
+            f"(target_modules={config.target_modules!r})."
+        )
+    problems = [p for name, tensors in parts.items() for p in _misfits(name, tensors, layers[name], config)]
+    problems += [f"non-finite values in {name}" for name in nonfinite_names(state.items())]
+    if problems:
+        raise ValueError(f"The adapter cannot be used: {shortened(problems, '; ', 3)}.")
+
+
+def _linear_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The transformer's matrices by name, those under adapters as well."""
+    layers = {}
+    for name, module in transformer.named_modules():
+        module = getattr(module, "base_layer", module)
+        inside = ".base_layer" in name or ".lora_" in name
+        if isinstance(module, torch.nn.Linear) and not inside:
+            layers[name.removeprefix("_orig_mod.").replace("._orig_mod", "")] = module
+    return layers
+
+
+def _misfits(name: str, tensors: dict[str, torch.Tensor], layer: torch.nn.Linear, config) -> list[str]:
+    from peft.utils.other import get_pattern_key
+
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    shapes = {"lora_A.weight": (rank, layer.in_features), "lora_B.weight": (layer.out_features, rank)}
+    if config.lora_bias:
+        shapes["lora_B.bias"] = (layer.out_features,)
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = (layer.out_features,)
+    if set(tensors) != set(shapes):
+        return [f"{name} has {', '.join(sorted(tensors))} and must have {', '.join(sorted(shapes))}"]
+    return [
+        f"{name}.{part} is {tuple(tensors[part].shape)} and must be {shape} for this model (rank {rank})"
+        for part, shape in shapes.items()
+        if tuple(tensors[part].shape) != shape
+    ]

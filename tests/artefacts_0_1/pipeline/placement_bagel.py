@@ -1,0 +1,177 @@
+"""Where a pipeline's weights lie and where they compute."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One component's weights.
+
+    Args:
+        lies: bytes by the place where they lie now ("cuda:0", "cpu", "disk"), largest first.
+        dtypes: bytes by dtype, largest first.
+        runs_on: the device that computes with them.
+        how: "" for weights that stay where they compute, or the way in which they come there.
+    """
+
+    name: str
+    lies: dict[str, int]
+    dtypes: dict[str, int]
+    runs_on: str
+    how: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.lies.values())
+
+    def __str__(self) -> str:
+        lies = " + ".join(f"{amount(size)} on {place}" for place, size in self.lies.items())
+        comes = f", computes on {self.runs_on} ({self.how})" if self.how else ""
+        return f"{self.name} {lies} ({'+'.join(self.dtypes)}){comes}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every component is. Printed, it is one line per component; `line` is all in one."""
+
+    components: tuple[Placed, ...]
+
+    def __getitem__(self, name: str) -> Placed:
+        return next(placed for placed in self.components if placed.name == name)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.components))
+
+    @property
+    def line(self) -> str:
+        return "; ".join(map(str, self.components))
+
+
+class PlacementMixin:
+    """Put before `DiffusionPipeline`."""
+
+    def placement(self) -> Placement:
+        """Where the weights of every component lie and compute; nothing is moved."""
+        return Placement(tuple(_placed(name, module) for name, module in self._modules_by_name().items()))
+
+    def _modules_by_name(self) -> dict[str, torch.nn.Module]:
+        return {name: module for name, module in self.components.items() if isinstance(module, torch.nn.Module)}
+
+    def register_modules(self, **kwargs):
+        super().register_modules(**kwargs)
+        for name, module in kwargs.items():
+            warn_of_device_map(name, getattr(module, "hf_device_map", None))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        *args,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        """As in diffusers; `offload_to_disk_path` must be new or empty, and every component gets a folder inside.
+
+        diffusers names its files by layers alone: components would read each other's, and any that lie there.
+        """
+        onload_device = torch.device(onload_device)
+        exclude = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        if offload_to_disk_path is None:
+            super().enable_group_offload(onload_device, *args, exclude_modules=exclude, **kwargs)
+            return
+        root = Path(offload_to_disk_path)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise ValueError(f"offload_to_disk_path={str(root)!r} must be a new or an empty folder.")
+        for name, module in self._modules_by_name().items():
+            if name in exclude:
+                module.to(onload_device)
+            else:
+                module.enable_group_offload(onload_device, *args, offload_to_disk_path=str(root / name), **kwargs)
+
+
+def warn_of_device_map(name: str, device_map: dict | None) -> None:
+    """Warn of what a device map has put where it is slow: on disk, or on the CPU although there is more."""
+    places = {part: str(place) for part, place in device_map.items()} if isinstance(device_map, dict) else {}
+    faster = set(places.values()) - {"cpu", "disk"}
+    slow = {part: place for part, place in places.items() if place == "disk" or (place == "cpu" and faster)}
+    if slow:
+        parts = ", ".join(f"{part} on {place}" if part else place for part, place in list(slow.items())[:5])
+        more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
+        logger.warning(
+            f"The device map leaves parts of {name} where they are slow: {parts}{more}. `echo4o info MODEL --plan "
+            "--gpu SIZE` says which options fit without."
+        )
+
+
+def amount(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _placed(name: str, module: torch.nn.Module) -> Placed:
+    on_disk, runs_on, how = _group_offload(module) or _accelerate_hook(module) or (False, None, "")
+    lies, dtypes = Counter(), Counter()
+    for owner in module.modules():
+        for key, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is None:
+                continue
+            for part in _plain_tensors(tensor):
+                place = "disk" if on_disk else _stored_place(owner, key) if part.is_meta else str(part.device)
+                lies[place] += part.nbytes
+                dtypes[str(part.dtype).removeprefix("torch.")] += part.nbytes
+    largest = next(iter(lies), "cpu") if len(lies) < 2 else lies.most_common(1)[0][0]
+    return Placed(name, dict(lies.most_common()), dict(dtypes.most_common()), str(runs_on or largest), how)
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold a tensor's bytes; those of quantized weights keep several."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+        return
+    yield tensor
+    if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes' 4 bit
+        yield state.absmax
+
+
+def _group_offload(module: torch.nn.Module) -> tuple[bool, torch.device, str] | None:
+    for part in module.modules():
+        hook = part._diffusers_hook.get_hook("group_offloading") if hasattr(part, "_diffusers_hook") else None
+        if hook is not None:
+            settings = hook.config
+            disk = settings.offload_to_disk_path is not None
+            kind = getattr(settings.offload_type, "value", settings.offload_type)
+            return disk, settings.onload_device, f"group offload, {kind}{', from disk' if disk else ''}"
+    return None
+
+
+def _accelerate_hook(module: torch.nn.Module) -> tuple[bool, torch.device, str] | None:
+    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
+    devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+    if not devices:
+        return None
+    if type(hooks[0]).__name__ == "CpuOffload":
+        return False, devices[0], "model offload"
+    parts = getattr(module, "hf_device_map", None) or {}
+    return False, devices[0], "device map" if len(set(parts.values())) > 1 else "sequential offload"
+
+
+def _stored_place(owner: torch.nn.Module, key: str) -> str:
+    """Where accelerate keeps a tensor that is on the meta device until its module runs."""
+    hook = getattr(owner, "_hf_hook", None)
+    for inner in getattr(hook, "hooks", (hook,)):
+        weights = getattr(inner, "weights_map", None)
+        if weights is not None:
+            source = getattr(weights, "dataset", weights)
+            kept = getattr(source, "state_dict", source)
+            return "cpu" if getattr(weights, "prefix", "") + key in kept else "disk"
+    return "meta"

@@ -1,0 +1,723 @@
+"""BAGEL's mixture of transformers: two experts over one interleaved sequence (Echo-4o, arXiv 2508.09987, section 3).
+
+Tokens live in two streams. The understanding expert `und` owns text, ViT tokens and the markers around every picture;
+the generation expert `gen` owns VAE latent tokens. Projections, norms and MLPs run once per stream on dense
+(tokens, hidden) tensors; the streams meet only for attention, row by row: a row is a whole sample in training, or one
+(picture, guidance branch) with its cached context in inference.
+
+Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D head size, C channels of a latent token.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import numbers
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from safetensors import safe_open
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+@dataclass
+class BagelTransformerOutput(BaseOutput):
+    """What one pass over a packed sequence gives.
+
+    Args:
+        sample: (G, C) velocity (noise - data) at every latent token; meaningful for noised ones.
+        logits: (n, vocabulary) at the und tokens asked for with `logit_index`, else None.
+        und_states, gen_states: (U, hidden), (G, hidden) after the final norms.
+    """
+
+    sample: torch.Tensor
+    logits: torch.Tensor | None = None
+    und_states: torch.Tensor | None = None  # the defaults let accelerate rebuild an output on another device
+    gen_states: torch.Tensor | None = None
+
+
+class BagelKVCache:
+    """Keys and values of one context, written once and read by every row that continues it.
+
+    Each layer holds one buffer, laid out as `[scratch | context ...]`. Appended segments go to the end. A noised
+    picture, which nothing later may see, puts its own keys just before the context: attention without a mask does not
+    care about order, so the picture and *any prefix* of the context are one contiguous slice. Guidance branches and
+    the pictures of one prompt thus share the buffer without a copy, one after the other.
+    """
+
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self.capacity = self.scratch = 0
+        self.length = 0  # tokens of context
+        self.position = 0  # rotary position of what follows them
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+
+    def first(self, length: int) -> "Context":
+        """The first `length` tokens, as a row's context."""
+        return Context(self, length)
+
+    def whole(self) -> "Context":
+        """Everything that the cache holds, as a row's context."""
+        return Context(self, self.length)
+
+    def reserve(self, capacity: int, scratch: int = 0) -> None:
+        """Make room for a context of `capacity` tokens and a noised picture of `scratch` tokens.
+
+        Free before the first write; later it moves what is there into larger buffers.
+        """
+        capacity, scratch = max(capacity, self.capacity), max(scratch, self.scratch)
+        if (capacity, scratch) == (self.capacity, self.scratch):
+            return
+        for buffers in (self._keys, self._values):
+            for layer, buffer in enumerate(buffers):
+                if buffer is not None:
+                    buffers[layer] = buffer.new_empty(scratch + capacity, *buffer.shape[1:])
+                    held = buffer[self.scratch : self.scratch + self.length]
+                    buffers[layer][scratch : scratch + self.length] = held
+        self.capacity, self.scratch = capacity, scratch
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """The layer's keys after rotation, in order of arrival: (length, K, D)."""
+        return self._keys[layer][self.scratch : self.scratch + self.length]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """The layer's values: (length, K, D)."""
+        return self._values[layer][self.scratch : self.scratch + self.length]
+
+    def copy_from(self, start: int) -> list[torch.Tensor]:
+        """Copies of what was written after the first `start` tokens: keys and values of every layer, in turn. Empty
+        when there is nothing."""
+        layers = range(self.num_layers) if self.length > start else ()
+        return [x[start:].clone() for layer in layers for x in (self.keys(layer), self.values(layer))]
+
+    def extend(self, states: list[torch.Tensor], position: int) -> None:
+        """Append what [`copy_from`] gave; `position` is that of what follows."""
+        write = self.scratch + self.length
+        for layer in range(self.num_layers):
+            self.update(layer, *states[2 * layer : 2 * layer + 2], write, slice(0))
+        self.length, self.position = self.length + len(states[0]), position
+
+    def truncate(self, length: int, position: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        assert length <= self.length, (length, self.length)
+        self.length, self.position = length, position
+
+    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor, write: int, read: slice):
+        """Store (n, K, D) at buffer row `write`; return the keys and values of the rows `read`."""
+        if self._keys[layer] is None:
+            shape = (self.scratch + self.capacity, *key.shape[1:])
+            self._keys[layer], self._values[layer] = key.new_empty(shape), value.new_empty(shape)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[write : write + key.shape[0]] = key
+        values[write : write + value.shape[0]] = value
+        return keys[read], values[read]
+
+
+class Context(NamedTuple):
+    """What a row sees before its own tokens: the first `length` tokens of `cache`."""
+
+    cache: BagelKVCache
+    length: int
+
+
+class AttentionCall(NamedTuple):
+    """One attention call: the next `und` and `gen` tokens of the streams, and what they see."""
+
+    und: int
+    gen: int
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    prefix: int = 0  # training: tokens of the sample's frozen prefix, seen by all of the call's
+    follows: bool = False  # training: sees what the calls before it in its sample saw, and their tokens, but for
+    hidden: bool = False  # those of calls that nothing later may see
+    cache: BagelKVCache | None = None  # inference: store new keys at buffer row `write`, see rows `read`
+    write: int = 0
+    read: slice = slice(0, 0)
+
+
+def may_attend(sequence, q_segment, q_position, k_segment, k_position):
+    """BAGEL's one rule of attention, elementwise over broadcast (segment, position) pairs -> bool.
+
+    A token sees its own segment (text: up to its own position) and every earlier segment of its sample that is not
+    hidden. Hidden segments (noised pictures) are seen by themselves alone.
+    """
+    sample, causal, hidden = sequence.segment_sample, sequence.segment_causal, sequence.segment_hidden
+    own = (q_segment == k_segment) & (~causal[q_segment] | (k_position <= q_position))
+    earlier = (k_segment < q_segment) & (sample[k_segment] == sample[q_segment]) & ~hidden[k_segment]
+    return own | earlier
+
+
+# Tokens of a sample from which on several small calls cost less than one that computes what its mask then hides.
+LONG_SAMPLE = 512
+
+
+def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
+    """One call per sample under its own mask, over its und tokens followed by its gen tokens; long samples: one call
+    per segment.
+
+    `part`: the whole sample, its "prefix" (everything before the first VAE segment) or the "rest" after it.
+    """
+    plan = []
+    for spans in sequence.spans:
+        cut = prefix_length(spans)
+        kept = {"whole": spans, "prefix": spans[:cut], "rest": spans[cut:]}[part]
+        before = sum(span.und.stop - span.und.start for span in spans[:cut]) if part == "rest" else 0
+        if not kept:
+            plan.append(AttentionCall(0, 0, prefix=before))
+            continue
+        und, gen = slice(kept[0].und.start, kept[-1].und.stop), slice(kept[0].gen.start, kept[-1].gen.stop)
+        segments = sequence.und_segment[[span.und.start for span in kept]]
+        if und.stop - und.start + gen.stop - gen.start >= LONG_SAMPLE and len(segments.unique()) == len(kept):
+            plan += _segment_calls(kept, before, sequence.input_ids.device)
+            continue
+        mask = None
+        if len(kept) > 1 or kept[0].causal:
+            segment = torch.cat([sequence.und_segment[und], sequence.gen_segment[gen]])
+            position = torch.cat([sequence.und_position[und], sequence.gen_position[gen]])
+            mask = may_attend(sequence, segment[:, None], position[:, None], segment[None], position[None])  # (S, S)
+            mask = nn.functional.pad(mask, (before, 0), value=True)  # (S, before + S)
+        plan.append(AttentionCall(und.stop - und.start, gen.stop - gen.start, mask, prefix=before))
+    return plan
+
+
+def _segment_calls(spans, before: int, device) -> list[AttentionCall]:
+    """Calls for a sample's segments (none of them joined), unmasked but for text."""
+    calls, seen = [], before
+    for span in spans:
+        und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
+        n, mask = und + gen, None
+        if span.causal:
+            mask = torch.ones(n, seen + n, dtype=torch.bool, device=device).tril(seen)
+        prefix = 0 if calls else before
+        calls.append(AttentionCall(und, gen, mask, prefix=prefix, follows=bool(calls), hidden=span.hidden))
+        seen += 0 if span.hidden else n
+    return calls
+
+
+def prefix_length(spans) -> int:
+    """How many of a sample's segments precede its first VAE segment: the und expert alone computes them."""
+    return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
+
+
+class FlexPlan(NamedTuple):
+    """All samples of a training batch in one FlexAttention call, which skips what may not be attended to."""
+
+    block_mask: BlockMask
+
+
+def flex_plan(sequence, queries: list, keys: list) -> FlexPlan:
+    """Plan for query and key tokens given as lists of (segment, position) tensors, in the order they are joined."""
+    q_segment, q_position = (torch.cat(parts) for parts in zip(*queries, strict=True))
+    k_segment, k_position = (torch.cat(parts) for parts in zip(*keys, strict=True))
+
+    def mask_mod(batch, head, q, k):
+        return may_attend(sequence, q_segment[q], q_position[q], k_segment[k], k_position[k])
+
+    sizes = (len(q_segment), len(k_segment))
+    return FlexPlan(create_block_mask(mask_mod, None, None, *sizes, device=q_segment.device))
+
+
+@functools.cache
+def _flex_attention(device_type: str):
+    """FlexAttention is fast only when compiled; on CPU it serves to compare and runs as it is."""
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+
+
+class InferencePlan(NamedTuple):
+    """What all steps over the same rows have in common; made by [`BagelTransformer2DModel.plan`]."""
+
+    calls: list[AttentionCall]
+    angles: tuple  # rotary angles of the und and of the gen stream
+
+
+class FrozenPrefix(NamedTuple):
+    """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
+
+    hidden: torch.Tensor  # (P, hidden)
+    angles: tuple[torch.Tensor, torch.Tensor]
+    plan: list[AttentionCall] | FlexPlan
+
+
+def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
+    """One unmasked call per segment (text: causal) against its row's own context; clean segments extend the context."""
+    plan = []
+    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
+        assert length <= cache.length, (length, cache.length)
+        for span in spans:
+            und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
+            n = und + gen
+            if span.hidden:
+                assert n <= cache.scratch, (n, cache.scratch)
+                write, read = cache.scratch - n, slice(cache.scratch - n, cache.scratch + length)
+            else:
+                assert length + n <= cache.capacity, (length, n, cache.capacity)
+                write, read = cache.scratch + length, slice(cache.scratch, cache.scratch + length + n)
+            mask = None
+            if span.causal and n > 1 and length > 0:
+                mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
+            causal = span.causal and n > 1 and length == 0
+            plan.append(AttentionCall(und, gen, mask, causal, cache=cache, write=write, read=read))
+            length += 0 if span.hidden else n
+    return plan
+
+
+def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+    """Cosine and signed sine for [`rotate`]: each (tokens, 1, D)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angles = position.float()[:, None, None] / theta**exponent  # (tokens, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embedding of (tokens, heads, D) in the half-split convention of Qwen2."""
+    cos, signed_sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), signed_sin)
+
+
+class BagelFeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BagelExpert(nn.Module):
+    """Everything of a layer that works token by token, for one of the two streams: [`qkv`] before attention and
+    [`finish`] after it."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, eps: float):
+        super().__init__()
+        self.head_dim = head_dim = hidden_size // num_heads
+        self.norm1 = nn.RMSNorm(hidden_size, eps=eps)
+        self.to_q = nn.Linear(hidden_size, num_heads * head_dim)
+        self.to_k = nn.Linear(hidden_size, num_kv_heads * head_dim)
+        self.to_v = nn.Linear(hidden_size, num_kv_heads * head_dim)
+        self.norm_q = nn.RMSNorm(head_dim, eps=eps)
+        self.norm_k = nn.RMSNorm(head_dim, eps=eps)
+        self.to_out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.norm2 = nn.RMSNorm(hidden_size, eps=eps)
+        self.ff = BagelFeedForward(hidden_size, intermediate_size)
+
+    def qkv(self, x: torch.Tensor, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, hidden) -> queries (tokens, H, D), keys and values (tokens, K, D)."""
+        x = self.norm1(x)
+        query = rotate(self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim))), angles)
+        key = rotate(self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head_dim))), angles)
+        return query, key, self.to_v(x).unflatten(-1, (-1, self.head_dim))
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The rest of the layer after attention: (tokens, hidden), (tokens, H, D) -> (tokens, hidden)."""
+        x = x + self.to_out(attended.flatten(1))
+        return x + self.ff(self.norm2(x))
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compile both halves, which `compile_repeated_blocks` does for every expert. Attention between them runs as it
+        is: its calls differ in number and size, what is compiled differs in the number of tokens alone."""
+        self.qkv = torch.compile(type(self).qkv.__get__(self), *args, **kwargs)
+        self.finish = torch.compile(type(self).finish.__get__(self), *args, **kwargs)
+
+    def __getstate__(self):
+        """Copies are not compiled: the compiled halves are bound to this module."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("qkv", "finish")}
+
+
+def _meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    if second.shape[0] == 0 and not second.requires_grad:
+        return first
+    return torch.cat([first, second])  # (S, heads, D)
+
+
+class BagelAttnProcessor:
+    """Where the streams meet: one attention call per entry of the plan, und tokens before gen tokens."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn, und, gen, plan, prefix=None):
+        if isinstance(plan, FlexPlan):
+            return self._flex(und, gen, plan, prefix)
+        # The calls cover both streams in order. One split's backward is one concatenation; a slice for each call would
+        # fill and add a whole stream's gradient each time.
+        und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
+        gen_parts = zip(*(x.split([call.gen for call in plan]) for x in gen), strict=True)
+        seen = zip(*(x.split([call.prefix for call in plan]) for x in prefix)) if prefix else [None] * len(plan)
+        attended, earlier = [], []
+        for call, und_part, gen_part, before in zip(plan, und_parts, gen_parts, seen, strict=True):
+            query, *own = map(_meet, und_part, gen_part)
+            if not call.follows:
+                earlier = [] if before is None else [before]
+            key, value = (torch.cat(parts) if earlier else parts[0] for parts in zip(*earlier, own, strict=True))
+            if not call.hidden:
+                earlier.append(own)
+            if call.cache is not None:
+                key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
+            if query.shape[0] == 0:  # nothing to compute, but keys and values stay in the graph like any others
+                empty = query + key.sum() + value.sum()
+                attended.append((empty, empty))
+                continue
+            out = dispatch_attention_fn(
+                query[None],
+                key[None],
+                value[None],
+                attn_mask=None if call.mask is None else call.mask[None, None],
+                is_causal=call.causal,
+                enable_gqa=query.shape[1] != key.shape[1],
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )[0]  # (S, H, D)
+            attended.append(out.split([call.und, call.gen]))
+        # Also for one call: a view in place of a copy would be compiled a second time.
+        return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
+
+    @staticmethod
+    def _flex(und, gen, plan, prefix):
+        query, key, value = map(_meet, und, gen)
+        if prefix:
+            key, value = _meet(prefix[0], key), _meet(prefix[1], value)
+        heads = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, S, D)
+        attend = _flex_attention(query.device.type)
+        out = attend(*heads, block_mask=plan.block_mask, enable_gqa=query.shape[1] != key.shape[1])
+        return out[0].transpose(0, 1).split([und[0].shape[0], gen[0].shape[0]])
+
+
+class BagelAttention(nn.Module, AttentionModuleMixin):
+    """Attention over both streams. It has no weights of its own: the experts project."""
+
+    _default_processor_cls = BagelAttnProcessor
+    _available_processors = [BagelAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.set_processor(BagelAttnProcessor())
+
+    def forward(self, und, gen, plan, prefix=None):
+        return self.processor(self, und, gen, plan, prefix)
+
+
+class BagelBlock(nn.Module):
+    """One layer: the experts `und` and `gen`, and the attention in which their tokens meet."""
+
+    def __init__(self, layer_index: int, *sizes):
+        super().__init__()
+        self.und = BagelExpert(*sizes)
+        self.gen = BagelExpert(*sizes)
+        self.attn = BagelAttention(layer_index)
+
+    def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan, prefix=None):
+        """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden).
+
+        Returns both, and with a [`FrozenPrefix`] that one, one layer further.
+        """
+        # A text-only step has nothing for the gen expert; in training it still runs, on zero rows, so that every
+        # parameter takes part in every process's backward pass.
+        if hidden_states.shape[0] == 0 and not torch.is_grad_enabled():
+            return hidden_states, self._read(encoder_hidden_states, und_angles, plan)[0]
+        seen = None
+        if prefix is not None:
+            with torch.no_grad():
+                read, seen = self._read(*prefix)
+            prefix = prefix._replace(hidden=read)
+        und = self.und.qkv(encoder_hidden_states, und_angles)
+        gen = self.gen.qkv(hidden_states, gen_angles)
+        und_attended, gen_attended = self.attn(und, gen, plan, seen)
+        streams = self.gen.finish(hidden_states, gen_attended), self.und.finish(encoder_hidden_states, und_attended)
+        return streams if prefix is None else (*streams, prefix)
+
+    def _read(self, hidden, angles, plan):
+        """Tokens of the und expert alone, one layer further, and their keys and values."""
+        und = self.und.qkv(hidden, angles)
+        attended, _ = self.attn(und, tuple(x[:0] for x in und), plan)
+        return self.und.finish(hidden, attended), und[1:]
+
+
+class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
+    """BAGEL's language model, generation expert and latent in- and outputs. The defaults are the release's sizes.
+
+    Args:
+        hidden_size, intermediate_size, num_layers, num_attention_heads, num_key_value_heads: sizes of both experts.
+        vocab_size: rows of the text embedding and of the language head.
+        rms_norm_eps, rope_theta: as in Qwen2.
+        latent_channels, latent_patch_size: the VAE's channels and the side of a latent token in VAE pixels.
+        max_latent_size: side of the latent position table, in tokens.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["BagelBlock"]
+    _repeated_blocks = ["BagelExpert"]  # see BagelExpert.compile
+    # What the release's numbers do not forgive in 8 or 4 bits: what latents and time come in by, and what leaves.
+    _not_quantized = ["proj_in", "proj_out", "time_embed", "lm_head"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_not_quantized]
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int = 3584,
+        intermediate_size: int = 18944,
+        num_layers: int = 28,
+        num_attention_heads: int = 28,
+        num_key_value_heads: int = 4,
+        vocab_size: int = 152064,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1e6,
+        latent_channels: int = 16,
+        latent_patch_size: int = 2,
+        max_latent_size: int = 64,
+    ):
+        super().__init__()
+        _check_options(self)
+        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}, and that "
+                f"of num_key_value_heads={num_key_value_heads}."
+            )
+        token_channels = latent_channels * latent_patch_size**2
+        sizes = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps)
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, hidden_size)
+        self.proj_in = nn.Linear(token_channels, hidden_size)
+        table = get_2d_sincos_pos_embed(hidden_size, max_latent_size, output_type="pt").float()
+        self.register_buffer("pos_embed", table.reshape(max_latent_size**2, hidden_size))
+        self.layers = nn.ModuleList(BagelBlock(index, *sizes) for index in range(num_layers))
+        self.norm_out = nn.ModuleDict({e: nn.RMSNorm(hidden_size, eps=rms_norm_eps) for e in ("und", "gen")})
+        self.proj_out = nn.Linear(hidden_size, token_channels)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.training_attention = "auto"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise: the
+        release's 28 GB of bfloat16 would become 56 GB of float32."""
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
+        )
+
+    def _und_is_frozen(self) -> bool:
+        """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
+        frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
+        return torch.is_grad_enabled() and all(frozen)
+
+    def set_training_attention(self, backend: str) -> None:
+        """How training attends: "sdpa" (one masked call per sample), "flex" (one block-sparse call for the batch), or
+        "auto": flex on CUDA, sdpa elsewhere (FlexAttention has no backward pass on CPU)."""
+        if backend not in ("auto", "sdpa", "flex"):
+            raise ValueError(f"Training attention {backend!r} must be one of auto, sdpa, flex.")
+        self.training_attention = backend
+
+    def _training_plans(self, sequence, before, rest):
+        """Plans of a training pass, and of its frozen prefix when there is one."""
+        device = sequence.input_ids.device
+        if self.training_attention == "sdpa" or (self.training_attention == "auto" and device.type != "cuda"):
+            if before is None:
+                return training_plan(sequence), None
+            return training_plan(sequence, "rest"), training_plan(sequence, "prefix")
+        und, gen = (sequence.und_segment, sequence.und_position), (sequence.gen_segment, sequence.gen_position)
+        if before is None:
+            return flex_plan(sequence, [und, gen], [und, gen]), None
+        early, late = (tuple(x[part] for x in und) for part in (before, rest))
+        return flex_plan(sequence, [late, gen], [early, late, gen]), flex_plan(sequence, [early], [early])
+
+    def _angles(self, sequence) -> tuple:
+        """Rotary angles of the und and of the gen stream."""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        made = functools.partial(
+            rotary_angles, head_dim=head_dim, theta=self.config.rope_theta, dtype=self.embed_tokens.weight.dtype
+        )
+        return made(sequence.und_position), made(sequence.gen_position)
+
+    def plan(self, sequence, contexts: list[Context]) -> InferencePlan:
+        """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
+        return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
+
+    def enable_cache(self, config) -> None:
+        """As in diffusers, for its `TaylorSeerCacheConfig` and `FirstBlockCacheConfig`, which skip layers in updates
+        that they can guess. Off by default: it changes pictures and takes memory (docs/performance.md).
+
+        Raises ValueError for another configuration, and for one that matches no layer: it would do nothing.
+        """
+        if isinstance(config, FirstBlockCacheConfig):
+            _describe_block()
+        elif isinstance(config, TaylorSeerCacheConfig):
+            _check_taylorseer(config, [name for name, _ in self.named_modules()])
+        else:
+            raise ValueError(
+                f"{type(config).__name__} is not supported: use TaylorSeerCacheConfig or FirstBlockCacheConfig."
+            )
+        super().enable_cache(config)
+
+    def new_cache(self) -> BagelKVCache:
+        """An empty context."""
+        return BagelKVCache(self.config.num_layers)
+
+    def _embed(self, sequence, hidden_states, timestep, vision_embeds):
+        und = self.embed_tokens(sequence.input_ids)  # (U, hidden)
+        if vision_embeds is not None:
+            und = und.index_copy(0, sequence.vision_index, vision_embeds.to(und.dtype))
+        if hidden_states is None:
+            hidden_states = und.new_zeros(0, self.config.latent_channels * self.config.latent_patch_size**2)
+            timestep = und.new_zeros(0, dtype=torch.float32)
+        time = self.time_embed(self.time_proj(timestep).to(und.dtype))
+        place = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
+        return und, self.proj_in(hidden_states.to(und.dtype)) + time + place  # (U, hidden), (G, hidden)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        sequence,
+        vision_embeds: torch.Tensor | None = None,
+        contexts: list[Context] | None = None,
+        logit_index: torch.Tensor | None = None,
+        plan: InferencePlan | None = None,
+    ) -> BagelTransformerOutput:
+        """One pass over a packed sequence.
+
+        Args:
+            hidden_states: (G, C) latent tokens of the VAE segments, clean and noised, in the sequence's order.
+            timestep: (G,) time of each latent token in [0, 1], or (1,) for all: 0 is data (clean), 1 is noise.
+            sequence: the `PackedSequence` (segments_bagel.py) that says what each token is.
+            vision_embeds: (V, hidden) from the vision model.
+            contexts: inference: per row, the cache that it continues and how much of it it sees. Clean segments are
+                appended to their cache. None: training; every row is a whole sample under its mask.
+            logit_index: (n,) und tokens whose next-token logits are wanted.
+            plan: what [`plan`] made of `sequence` and `contexts`, when several steps share it.
+        """
+        und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
+        prefix = ()
+        if contexts is not None:
+            calls, angles = plan or self.plan(sequence, contexts)
+        else:
+            before = rest = None
+            if not und.requires_grad and self._und_is_frozen():
+                before, rest = _split_prefix(sequence)
+            calls, prefix_calls = self._training_plans(sequence, before, rest)
+            angles = self._angles(sequence)
+            if before is not None:
+                prefix = (FrozenPrefix(und[before], tuple(x[before] for x in angles[0]), prefix_calls),)
+                und, angles = und[rest], (tuple(x[rest] for x in angles[0]), angles[1])
+        for block in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                gen, und, *prefix = self._gradient_checkpointing_func(block, gen, und, *angles, calls, *prefix)
+            else:
+                gen, und, *prefix = block(gen, und, *angles, calls, *prefix)
+        if prefix:
+            und = torch.cat([prefix[0].hidden, und])[torch.cat([before, rest]).argsort()]
+        und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
+        if contexts is not None:
+            _advance(sequence, contexts)
+        return BagelTransformerOutput(
+            sample=self.proj_out(gen),
+            logits=None if logit_index is None else self.lm_head(und[logit_index]),
+            und_states=und,
+            gen_states=gen,
+        )
+
+
+def _describe_block() -> None:
+    """Tell diffusers' FirstBlockCache what a block returns; there is no public way to."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError as error:
+        raise ValueError(f"FirstBlockCache does not fit this version of diffusers: {error}.") from error
+    TransformerBlockRegistry.register(BagelBlock, TransformerBlockMetadata(0, 1))
+
+
+def _check_taylorseer(config, names: list[str]) -> None:
+    """ValueError for a configuration that would guess nothing, or nothing sensible, of a model with modules `names`."""
+    if config.disable_cache_before_step < 1:
+        raise ValueError(
+            f"disable_cache_before_step={config.disable_cache_before_step}: there is nothing yet to guess the first "
+            "update from; give at least 1."
+        )
+    skipped, cached = (
+        [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns or ())]
+        for patterns in (config.skip_predict_identifiers, config.cache_identifiers)
+    )
+    layers = any(name.startswith("layers.") for name in skipped + cached)
+    if config.use_lite_mode or not cached or not layers:
+        raise ValueError(
+            "TaylorSeer would skip no layer, or make up for none: give skip_predict_identifiers=[r'layers\\.\\d+'] and "
+            "cache_identifiers=['proj_out'] (what use_lite_mode and the defaults name does not exist here); got "
+            f"{config.skip_predict_identifiers} and {config.cache_identifiers}, use_lite_mode={config.use_lite_mode}."
+        )
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value, default = model.config.get(name), parameter.default
+        if default is parameter.empty:
+            continue
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _exempting(config, names: list[str]):
+    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    config = copy.copy(config)
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(config, option, names) is None:
+            setattr(config, option, list(names))
+    return config
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
+    sizes: Counter = Counter()
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
+
+
+def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Places in the und stream before the samples' first VAE segments (None: there are none), and from there on."""
+    before, rest = [], []
+    for spans in sequence.spans:
+        cut = prefix_length(spans)
+        before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
+        rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
+    before, rest = (torch.tensor(x, dtype=torch.long, device=sequence.input_ids.device) for x in (before, rest))
+    return (before if len(before) else None), rest
+
+
+def _advance(sequence, contexts: list[Context]) -> None:
+    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
+        for span in spans:
+            if not span.hidden:
+                length += (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
+                cache.length = length

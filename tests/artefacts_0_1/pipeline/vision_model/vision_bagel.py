@@ -1,0 +1,182 @@
+"""BAGEL's eyes: SigLIP over packed patches, a connector to the language model's width, and a position table.
+
+Pictures of different sizes run side by side without padding: layers that work token by token see all patches at once,
+attention runs picture by picture.
+"""
+
+import copy
+import inspect
+import math
+import numbers
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from safetensors import safe_open
+from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.activations import ACT2FN
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
+
+
+@dataclass
+class BagelVisionOutput(BaseOutput):
+    """Features of V patches.
+
+    Args:
+        embeds: (V, output_size) what the language model reads: connector output plus position.
+        last_hidden_state: (V, hidden_size) SigLIP's output after its last norm.
+        connected: (V, output_size) connector output before the position is added.
+    """
+
+    embeds: torch.Tensor
+    last_hidden_state: torch.Tensor | None = None  # the defaults let accelerate rebuild an output on another device
+    connected: torch.Tensor | None = None
+
+
+class PackedSiglipAttention(SiglipAttention):
+    """SigLIP's attention with every picture attending to itself alone."""
+
+    def forward(self, hidden_states, attention_mask=None, *, lengths: list[int], **kwargs):
+        """(1, V, hidden) -> (1, V, hidden); `lengths` are the patches of each picture, in order."""
+        projected = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)  # (1, heads, V, head_dim)
+        pictures = zip(*(x.split(lengths, dim=2) for x in heads), strict=True)
+        attended = [nn.functional.scaled_dot_product_attention(q, k, v) for q, k, v in pictures]
+        return self.out_proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2)), None
+
+
+class BagelConnector(nn.Module):
+    """Two-layer MLP from SigLIP's width to the language model's."""
+
+    def __init__(self, in_size: int, out_size: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(in_size, out_size)
+        self.activation = ACT2FN[activation]
+        self.fc2 = nn.Linear(out_size, out_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """SigLIP (without its pooling head), connector and position table. The defaults are the release's sizes.
+
+    Args:
+        num_layers: layers kept; the release drops the last of SigLIP so400m's 27.
+        max_patches_per_side: side of the two position tables (SigLIP's own and the language model's).
+        output_size: the language model's hidden size.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer"]
+    _repeated_blocks = ["SiglipEncoderLayer"]
+    _not_quantized = ["patch_embed", "connector"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", *_not_quantized]
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int = 1152,
+        intermediate_size: int = 4304,
+        num_layers: int = 26,
+        num_attention_heads: int = 16,
+        patch_size: int = 14,
+        num_channels: int = 3,
+        hidden_act: str = "gelu_pytorch_tanh",
+        layer_norm_eps: float = 1e-6,
+        max_patches_per_side: int = 70,
+        connector_act: str = "gelu_pytorch_tanh",
+        output_size: int = 3584,
+    ):
+        super().__init__()
+        _check_options(self)
+        siglip = SiglipVisionConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_attention_heads=num_attention_heads,
+            hidden_act=hidden_act,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.patch_embed = nn.Linear(patch_size**2 * num_channels, hidden_size)
+        self.position_embedding = nn.Embedding(max_patches_per_side**2, hidden_size)
+        self.layers = nn.ModuleList(SiglipEncoderLayer(siglip) for _ in range(num_layers))
+        for layer in self.layers:
+            layer.self_attn = PackedSiglipAttention(siglip)
+        self.post_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.connector = BagelConnector(hidden_size, output_size, connector_act)
+        table = get_2d_sincos_pos_embed(output_size, max_patches_per_side, output_type="pt").float()
+        self.register_buffer("pos_embed", table.reshape(max_patches_per_side**2, output_size))
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise, like
+        the transformer beside it."""
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
+        )
+
+    def forward(self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]) -> BagelVisionOutput:
+        """Encode packed pictures.
+
+        Args:
+            patches: (V, patch_size**2 * 3) pixels in [-1, 1], each patch flattened as (row, column, channel).
+            position_ids: (V,) indices in the position tables.
+            lengths: number of patches of each picture; their sum is V.
+        """
+        assert sum(lengths) == patches.shape[0], (lengths, tuple(patches.shape))
+        dtype = self.position_embedding.weight.dtype
+        x = self.patch_embed(patches.to(dtype)) + self.position_embedding(position_ids)
+        x = x[None]  # (1, V, hidden): SigLIP's layers want a batch
+        for layer in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(lambda x, layer=layer: layer(x, None, lengths=lengths), x)
+            else:
+                x = layer(x, None, lengths=lengths)
+        x = self.post_layernorm(x)[0]
+        connected = self.connector(x)
+        embeds = connected + self.pos_embed[position_ids].to(connected.dtype)
+        return BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value, default = model.config.get(name), parameter.default
+        if default is parameter.empty:
+            continue
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _exempting(config, names: list[str]):
+    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    config = copy.copy(config)
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(config, option, names) is None:
+            setattr(config, option, list(names))
+    return config
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
+    sizes: Counter = Counter()
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
