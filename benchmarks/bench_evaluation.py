@@ -6,16 +6,16 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.evaluation.conftest import even_is_correct, write_pictures, write_prompts
 from tests.evaluation.running import judge
-from tests.openai_server import KEY, OpenAIServer
 
 PICTURES, LATENCY = 280, 1.0
 
 
 def main(options: Namespace) -> None:
     """Print seconds by concurrency, beside the least that the latency allows."""
-    os.environ["OPENAI_API_KEY"] = KEY
+    os.environ["OPENAI_API_KEY"] = API_KEY
     print(f"{PICTURES} judgements, {LATENCY:g} s each; with the probe of the judge's eyes before them")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

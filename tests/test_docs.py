@@ -13,12 +13,12 @@ import typer
 from typer.core import TyperGroup
 
 from echo4o.cli import app
+from echo4o.testing.hub import LoopbackHub
+from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from echo4o.training.recipe import load_recipe, parse_changes, shipped_names
 from tests.commands import arguments_of, parse
 from tests.dataset_scripts.layout import small_release
 from tests.documents import BLOCK, CHECKPOINT, DOCUMENTS, ROOT, blocks, commands, prose, scripts, starts_with
-from tests.hub import LoopbackHub
-from tests.openai_server import KEY, OpenAIServer
 
 NEED_MARKS = ("bash", "python")
 # Guides whose marked blocks a test of their own runs, with a world of its own.
@@ -175,7 +175,7 @@ def test_examples_run(document, tmp_path):
     with OpenAIServer() as judge, LoopbackHub(user="owner") as hub:
         # The model is tiny: more threads would only wait for each other.
         environment = hub.environment(tmp_path / "home") | {"PATH": path, "OMP_NUM_THREADS": "1"}
-        environment |= {"OPENAI_BASE_URL": judge.url, "OPENAI_API_KEY": KEY}
+        environment |= {"OPENAI_BASE_URL": judge.url, "OPENAI_API_KEY": API_KEY}
         for block, script in scripts(document):
             done = subprocess.run(
                 script, cwd=folder, env=environment, capture_output=True, text=True, errors="replace"

@@ -5,7 +5,8 @@ import urllib.request
 
 import pytest
 
-from tests.hub import Fault, LoopbackHub, run_script
+from echo4o.testing.hub import HubFault, LoopbackHub
+from echo4o.testing.processes import run_script
 
 CLIENT = """
 import datasets
@@ -54,17 +55,17 @@ def test_faults_hit_as_often_as_asked(tmp_path):
             with urllib.request.urlopen(hub.url + path, timeout=10) as answer:
                 return answer.read()
 
-        hub.inject(Fault(path="a.txt", status=503, times=2))
+        hub.inject(HubFault(path="a.txt", status=503, times=2))
         for _ in range(2):
             with pytest.raises(urllib.error.HTTPError, match="503"):
                 get()
-        hub.inject(Fault(method="GET", drop=True))
+        hub.inject(HubFault(method="GET", drop=True))
         with pytest.raises(OSError):
             get()
-        hub.inject(Fault(cut=0.5))
+        hub.inject(HubFault(cut=0.5))
         with pytest.raises(Exception, match="IncompleteRead"):
             get()
-        hub.inject(Fault(path="elsewhere", status=500))
+        hub.inject(HubFault(path="elsewhere", status=500))
         assert get() == b"0123456789"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get("/ns/thing/resolve/main/b.txt")

@@ -13,7 +13,8 @@ from echo4o import Echo4oPipeline, memory
 from echo4o.cli import app
 from echo4o.memory import Drawing, PeakBytes, cache_bytes, drawing, make_plan, read_stored, step_bytes, vae_bytes
 from echo4o.modeling.bagel.convert import convert_to_diffusers
-from tests.hub import LoopbackHub, run_script
+from echo4o.testing.hub import LoopbackHub
+from echo4o.testing.processes import run_script
 
 CHECKPOINT = Path(__file__).parent / "parity/golden/checkpoint"
 

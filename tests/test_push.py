@@ -17,7 +17,7 @@ from echo4o.hub.recognise import recognise
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.run import BASE
-from tests.hub import Fault, LoopbackHub
+from echo4o.testing.hub import HubFault, LoopbackHub
 
 REPO = "ns/model"
 CHECKPOINT = Path(__file__).parent / "parity" / "golden" / "checkpoint"
@@ -242,20 +242,20 @@ def test_a_card_that_does_not_validate(folder, hub, api):
 # --- what the Hub may do ---------------------------------------------------------------------------------------------
 
 TROUBLE = [
-    Fault(path="/api/repos/create", status=500, times=2),
-    Fault(path="/preupload/", status=429, headers={"Retry-After": "0"}, times=2),
-    Fault(path="/_lfs/", drop=True, times=2),
-    Fault(path="/_lfs/", method="PUT", status=503, times=2),
-    Fault(path="/commit/", method="POST", status=429, times=2),
-    Fault(path="/commit/", method="POST", lost=True),
-    Fault(path="/tree/", cut=0.5),
-    Fault(path="/resolve/", method="GET", cut=0.5, times=3),
+    HubFault(path="/api/repos/create", status=500, times=2),
+    HubFault(path="/preupload/", status=429, headers={"Retry-After": "0"}, times=2),
+    HubFault(path="/_lfs/", drop=True, times=2),
+    HubFault(path="/_lfs/", method="PUT", status=503, times=2),
+    HubFault(path="/commit/", method="POST", status=429, times=2),
+    HubFault(path="/commit/", method="POST", lost=True),
+    HubFault(path="/tree/", cut=0.5),
+    HubFault(path="/resolve/", method="GET", cut=0.5, times=3),
 ]
 
 
 @pytest.mark.parametrize("fault", TROUBLE, ids=lambda f: f"{f.path} {f.status or 'drop lost cut'}")
 def test_trouble_that_passes_is_waited_out(folder, hub, api, fault):
-    fault = Fault(**vars(fault))
+    fault = HubFault(**vars(fault))
     hub.inject(fault)
     told = []
     done = send(folder, api, verify="/resolve/" in fault.path, tell=told.append)
@@ -264,7 +264,7 @@ def test_trouble_that_passes_is_waited_out(folder, hub, api, fault):
 
 
 def test_waiting_is_told(folder, hub, api):
-    hub.inject(Fault(path="/api/models/ns/model$", method="GET", status=500, times=20))
+    hub.inject(HubFault(path="/api/models/ns/model$", method="GET", status=500, times=20))
     told = []
     with pytest.raises(OSError, match="ns/model: .*500.*; run it again to go on"):
         send(folder, api, tell=told.append)
@@ -274,7 +274,7 @@ def test_waiting_is_told(folder, hub, api):
 def test_an_interrupted_upload_goes_on_with_what_is_missing(folder, hub, api):
     weights = sum(file.suffix == ".safetensors" for file in folder.rglob("*"))
     assert weights == 3
-    hub.inject(Fault(path="/_lfs/", method="PUT", drop=True, times=10_000, after=2))
+    hub.inject(HubFault(path="/_lfs/", method="PUT", drop=True, times=10_000, after=2))
     with pytest.raises(OSError, match="run it again to go on"):
         send(folder, api)
     repo = hub.repo(REPO)
@@ -310,7 +310,7 @@ def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
         repo.commit("theirs")
 
     (folder / "more.txt").write_text("more")
-    hub.inject(Fault(path="/commit/", method="POST", meanwhile=somebody_else))
+    hub.inject(HubFault(path="/commit/", method="POST", meanwhile=somebody_else))
     with pytest.raises(OSError, match=r"somebody else changed it meanwhile \(412\)"):
         send(folder, api)
     assert "more.txt" not in repo.files
@@ -372,7 +372,7 @@ def test_what_comes_back_altered_is_an_error(folder, hub, api):
         sha, title, files = repo.commits[-1]
         repo.commits[-1] = (sha, title, files | {"pipeline.py": hub.store("pipeline.py", b"other")})
 
-    hub.inject(Fault(path="/revision/", method="GET", meanwhile=alter))
+    hub.inject(HubFault(path="/revision/", method="GET", meanwhile=alter))
     with pytest.raises(OSError, match="is not what was sent: pipeline.py; push again"):
         send(folder, api, verify=True)
 

@@ -17,7 +17,8 @@ from echo4o.model_cards.merge import split
 from echo4o.model_cards.schema import usage_blocks, validate
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.quickstart import run as quickstart
-from tests.hub import Fault, LoopbackHub, run_script
+from echo4o.testing.hub import HubFault, LoopbackHub
+from echo4o.testing.processes import run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -232,7 +233,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     convert_to_diffusers(CHECKPOINT, tmp_path / "model")
     with LoopbackHub(user="owner") as hub:
         place = Place(tmp_path, hub)
-        hub.inject(Fault(path="/_lfs/", method="PUT", delay=60, after=1, times=100))
+        hub.inject(HubFault(path="/_lfs/", method="PUT", delay=60, after=1, times=100))
         command = ["echo4o", "push", "model", "owner/killed", "--no-verify"]
         process = subprocess.Popen(command, cwd=tmp_path, env=place.environment("home"), stderr=subprocess.DEVNULL)
         while not hub.blobs and process.poll() is None:

@@ -12,8 +12,9 @@ from echo4o.dataset_scripts import bare_name
 from echo4o.dataset_scripts.build import BuildOptions, build
 from echo4o.hub.kinds.base import Said
 from echo4o.hub.push import push
+from echo4o.testing.hub import HubFault, LoopbackHub
+from echo4o.testing.processes import offline_environment, run_script
 from tests.dataset_scripts.layout import SURREAL, picture, row, small_release, write_rows, write_tar
-from tests.hub import Fault, LoopbackHub, offline_environment, run_script
 
 REPO = "ns/echo-4o-image"
 
@@ -105,15 +106,15 @@ def test_shards_of_an_older_version_go_in_the_same_commit(folders, hub, api):
 
 
 TROUBLE = [
-    Fault(path="/api/repos/create", status=500),
-    Fault(path="/preupload/", status=429),
-    Fault(path="/info/lfs/objects/batch", status=503, times=2),
-    Fault(path="/_lfs/", status=500, times=2),
-    Fault(path="/_lfs/", drop=True),
-    Fault(path="/commit/", method="POST", status=500, times=2),
-    Fault(path="/commit/", method="POST", drop=True),
-    Fault(path="/revision/|/api/datasets/", method="GET", status=429, times=2),
-    Fault(path="/tree/", status=502),
+    HubFault(path="/api/repos/create", status=500),
+    HubFault(path="/preupload/", status=429),
+    HubFault(path="/info/lfs/objects/batch", status=503, times=2),
+    HubFault(path="/_lfs/", status=500, times=2),
+    HubFault(path="/_lfs/", drop=True),
+    HubFault(path="/commit/", method="POST", status=500, times=2),
+    HubFault(path="/commit/", method="POST", drop=True),
+    HubFault(path="/revision/|/api/datasets/", method="GET", status=429, times=2),
+    HubFault(path="/tree/", status=502),
 ]
 
 
@@ -141,7 +142,7 @@ def test_an_answer_lost_after_the_commit_is_no_second_commit(folders, hub, api, 
 def test_broken_off_it_goes_on_with_what_is_missing(folders, hub, api, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setattr("echo4o.hub.remote._AT_ONCE", 1)
-    hub.inject(Fault(path="/commit/", method="POST", status=500, times=1000))
+    hub.inject(HubFault(path="/commit/", method="POST", status=500, times=1000))
     with pytest.raises(OSError, match="run it again to go on"):
         send(folders / "echo-4o-image", api)
     repo = hub.repo(REPO, "datasets")
@@ -176,11 +177,11 @@ assert str(report) == "25 rows given, 24 accepted, 1 rejected (1 missing image)"
 @pytest.mark.slow
 def test_reading_from_the_hub_survives_its_moods(folders, hub, tmp_path):
     hub.add_folder("ns/Echo-4o-Image", folders / "Echo-4o-Image", "datasets")
-    hub.inject(Fault(path="0-3.tar.gz", method="GET", cut=0.5))
-    hub.inject(Fault(path="3-6.tar.gz", method="GET", status=500))
-    hub.inject(Fault(path="6-9.tar.gz", method="GET", status=429))
-    hub.inject(Fault(path="rows.jsonl", method="GET", drop=True))
-    hub.inject(Fault(path="1-2.tar.gz", method="GET", delay=4))
+    hub.inject(HubFault(path="0-3.tar.gz", method="GET", cut=0.5))
+    hub.inject(HubFault(path="3-6.tar.gz", method="GET", status=500))
+    hub.inject(HubFault(path="6-9.tar.gz", method="GET", status=429))
+    hub.inject(HubFault(path="rows.jsonl", method="GET", drop=True))
+    hub.inject(HubFault(path="1-2.tar.gz", method="GET", delay=4))
     run_script(READ, env=hub.environment(tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="2"))
     assert not any(fault.times for fault in hub.faults)
 

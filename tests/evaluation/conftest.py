@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.openai_server import KEY, OpenAIServer
+from echo4o.testing.openai_server import API_KEY, OpenAIServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def official(name: str) -> Path:
 @pytest.fixture(autouse=True)
 def of_its_own(monkeypatch, tmp_path):
     """A key that the loopback judge knows, a cache of the test's own, and no endpoint of the user's."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     monkeypatch.setenv("ECHO4O_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
@@ -37,7 +37,7 @@ def server():
 
 def even_is_correct(call) -> dict:
     """Pictures carry their number in their first pixel: the even ones are right."""
-    number = call.picture().getpixel((0, 0))[0]
+    number = call.open_image().getpixel((0, 0))[0]
     return {"reason": f"picture {number}", "correct": int(number % 2 == 0)}
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from echo4o.cli import app
 from echo4o.evaluation.folder import Records
+from echo4o.testing.openai_server import EndpointFault
 from tests.evaluation.conftest import ROOT, write_pictures, write_prompts
-from tests.openai_server import Fault
 
 
 def run(*arguments):
@@ -239,7 +239,7 @@ def test_a_blind_judge_is_one_line(given, server):
 
 
 def test_an_error_is_shown_and_the_rest_kept(given, server, tmp_path):
-    server.inject(Fault("refusal", times=9, match="number 2"))
+    server.inject(EndpointFault("refusal", times=9, match="number 2"))
     result = run(*given)
     assert result.exit_code == 0
     assert "no overall score: coverage is 0.8750, below --min-coverage 1 (coverage 87.5%)" in words(result.stderr)
@@ -315,7 +315,7 @@ def test_omnicontext_shows_the_references_and_asks_twice(server, pictures, tmp_p
     for call in server.judged:
         number = 4 if "put it there" in call.text else 5
         references = [1, 2] if number == 4 else [3]
-        assert [call.picture(i).getpixel((0, 0))[0] for i in range(len(call.images))] == [*references, number]
+        assert [call.open_image(i).getpixel((0, 0))[0] for i in range(len(call.images))] == [*references, number]
         assert "Picture to grade" in call.text and "Reference picture 1" in call.text
     assert len(server.judged) == 4
 
@@ -333,4 +333,4 @@ def test_imagine_bench_reads_three_grades(server, pictures, tmp_path):
     assert found["groups"]["spatiotemporal"]["score"] == pytest.approx(5.6)
     (call,) = server.judged
     assert row["note"] in call.text and row["instruction"] in call.text
-    assert call.picture().getpixel((0, 0))[0] == 7
+    assert call.open_image().getpixel((0, 0))[0] == 7

@@ -12,7 +12,7 @@ from echo4o.evaluation.judges.endpoint import OpenAIJudge, duration, wait_of
 from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import judge_folder, keep_prompts
 from echo4o.evaluation.score import score_folder
-from tests.openai_server import KEY, Fault
+from echo4o.testing.openai_server import API_KEY, EndpointFault
 
 FAST = Policy(concurrency=4, tries=3, answers=2, first_wait=0.01, longest_wait=0.05)
 # The question about picture 3 (of an odd number: incorrect) meets the fault.
@@ -34,37 +34,39 @@ def third(out) -> dict:
 
 # fault, what the record calls it, tries until there is a verdict
 OVERCOME = {
-    "429 with Retry-After": (Fault("http_429", retry_after=0.05), "http_429", 2),
-    "429 with a date": (Fault("http_429", retry_after="Mon, 01 Jan 2024 00:00:00 GMT"), "http_429", 2),
+    "429 with Retry-After": (EndpointFault("http_429", retry_after=0.05), "http_429", 2),
+    "429 with a date": (EndpointFault("http_429", retry_after="Mon, 01 Jan 2024 00:00:00 GMT"), "http_429", 2),
     "429 with rate limit headers": (
-        Fault("http_429", headers={"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "60ms"}),
+        EndpointFault(
+            "http_429", headers={"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "60ms"}
+        ),
         "http_429",
         2,
     ),
-    "500": (Fault("http_500", times=2), "http_500", 3),
-    "503": (Fault("http_503", retry_after=0.02), "http_503", 2),
-    "nothing": (Fault("nothing"), "connection", 2),
-    "no answer in time": (Fault("late", delay=1.6), "timeout", 2),
-    "empty": (Fault("empty"), "empty", 2),
-    "half a JSON": (Fault("half"), "no_json", 2),
-    "refusal": (Fault("refusal"), "refusal", 2),
-    "content filter": (Fault("filtered"), "refusal", 2),
-    "cut off": (Fault("cut"), "cut_off", 2),
-    "wrong fields": (Fault("wrong_fields"), "wrong_fields", 2),
-    "out of range": (Fault("out_of_range"), "wrong_fields", 2),
-    "two verdicts": (Fault("two_verdicts"), "wrong_fields", 1),
-    "no choices": (Fault("no_choices"), "bad_response", 2),
-    "no JSON at all": (Fault("not_json"), "bad_response", 2),
-    "late": (Fault("late", delay=0.2), None, 1),
-    "in a code fence": (Fault("fence"), None, 1),
-    "within prose": (Fault("prose"), None, 1),
+    "500": (EndpointFault("http_500", times=2), "http_500", 3),
+    "503": (EndpointFault("http_503", retry_after=0.02), "http_503", 2),
+    "nothing": (EndpointFault("nothing"), "connection", 2),
+    "no answer in time": (EndpointFault("late", delay=1.6), "timeout", 2),
+    "empty": (EndpointFault("empty"), "empty", 2),
+    "half a JSON": (EndpointFault("half"), "no_json", 2),
+    "refusal": (EndpointFault("refusal"), "refusal", 2),
+    "content filter": (EndpointFault("filtered"), "refusal", 2),
+    "cut off": (EndpointFault("cut"), "cut_off", 2),
+    "wrong fields": (EndpointFault("wrong_fields"), "wrong_fields", 2),
+    "out of range": (EndpointFault("out_of_range"), "wrong_fields", 2),
+    "two verdicts": (EndpointFault("two_verdicts"), "wrong_fields", 1),
+    "no choices": (EndpointFault("no_choices"), "bad_response", 2),
+    "no JSON at all": (EndpointFault("not_json"), "bad_response", 2),
+    "late": (EndpointFault("late", delay=0.2), None, 1),
+    "in a code fence": (EndpointFault("fence"), None, 1),
+    "within prose": (EndpointFault("prose"), None, 1),
 }
 
 
 @pytest.mark.parametrize("name", OVERCOME)
 def test_a_passing_fault_is_noted_and_overcome(name, server, prompts, pictures, tmp_path):
     fault, kind, tries = OVERCOME[name]
-    fault = Fault(**(vars(fault) | {"match": THIRD, "headers": dict(fault.headers)}))
+    fault = EndpointFault(**(vars(fault) | {"match": THIRD, "headers": dict(fault.headers)}))
     server.inject(fault)
     # Picture 3 is wrong; "two verdicts" says wrong twice, which is one verdict.
     judge(server, prompts, pictures, tmp_path / "out", timeout=1.2 if name == "no answer in time" else 5.0)
@@ -98,7 +100,7 @@ LASTING = {
 def test_a_lasting_fault_is_an_error_and_never_a_score(name, server, prompts, pictures, tmp_path):
     kind, noted, tries = LASTING[name]
     out = tmp_path / "out"
-    server.inject(Fault(kind, times=99, match=THIRD))
+    server.inject(EndpointFault(kind, times=99, match=THIRD))
     judge(server, prompts, pictures, out)
     record = third(out)
     assert (record["status"], record["scores"], record["attempts"]) == ("judge_error", None, tries)
@@ -113,7 +115,7 @@ def test_a_lasting_fault_is_an_error_and_never_a_score(name, server, prompts, pi
 
 def test_verdicts_that_differ_are_no_verdict(server, prompts, pictures, tmp_path):
     # Picture 4 is right, and the second verdict of the answer says it is wrong.
-    server.inject(Fault("two_verdicts", times=99, match="number 4"))
+    server.inject(EndpointFault("two_verdicts", times=99, match="number 4"))
     judge(server, prompts, pictures, tmp_path / "out")
     (record,) = [r for r in Records(tmp_path / "out" / "records.jsonl") if r["id"] == "4"]
     assert (record["status"], record["faults"][-1]["kind"]) == ("judge_error", "ambiguous")
@@ -121,7 +123,7 @@ def test_verdicts_that_differ_are_no_verdict(server, prompts, pictures, tmp_path
 
 def test_transport_errors_are_asked_again_by_the_next_run(server, prompts, pictures, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "cache"
-    server.inject(Fault("http_500", times=3, match=THIRD), Fault("refusal", times=2, match="number 5"))
+    server.inject(EndpointFault("http_500", times=3, match=THIRD), EndpointFault("refusal", times=2, match="number 5"))
     judge(server, prompts, pictures, out, cache=cache)
     asked = len(server.judged)
     judge(server, prompts, pictures, out, cache=cache)
@@ -134,7 +136,7 @@ def test_transport_errors_are_asked_again_by_the_next_run(server, prompts, pictu
 
 
 def test_without_structured_outputs(server, prompts, pictures, tmp_path):
-    server.inject(Fault("no_schema", times=99, probe=True))
+    server.inject(EndpointFault("no_schema", times=99, probe=True))
     judge(server, prompts, pictures, tmp_path / "out")
     assert score_folder(tmp_path / "out")["score"] == 0.5
     refused = [call for call in server.calls if "response_format" in call.body]
@@ -142,17 +144,20 @@ def test_without_structured_outputs(server, prompts, pictures, tmp_path):
 
 
 STOPS = {
-    "wrong key": (Fault("http_401", times=99, message="Incorrect API key provided: {key}", probe=True), "http_401"),
-    "no such model": (Fault("http_404", times=99, message="no model 'judge'", probe=True), "no model 'judge'"),
-    "no money": (Fault("http_429", times=99, code="insufficient_quota", probe=True), "http_429"),
-    "too long a wait": (Fault("http_429", times=99, retry_after=9999, probe=True), "http_429"),
+    "wrong key": (
+        EndpointFault("http_401", times=99, message="Incorrect API key provided: {key}", probe=True),
+        "http_401",
+    ),
+    "no such model": (EndpointFault("http_404", times=99, message="no model 'judge'", probe=True), "no model 'judge'"),
+    "no money": (EndpointFault("http_429", times=99, code="insufficient_quota", probe=True), "http_429"),
+    "too long a wait": (EndpointFault("http_429", times=99, retry_after=9999, probe=True), "http_429"),
 }
 
 
 @pytest.mark.parametrize("name", STOPS)
 def test_what_no_retry_can_help_stops_at_once(name, server, prompts, pictures, tmp_path):
     fault, message = STOPS[name]
-    server.inject(Fault(**vars(fault)))
+    server.inject(EndpointFault(**vars(fault)))
     with pytest.raises(ValueError, match=message):
         judge(server, prompts, pictures, tmp_path / "out")
     assert len(server.calls) == 1
@@ -160,7 +165,7 @@ def test_what_no_retry_can_help_stops_at_once(name, server, prompts, pictures, t
 
 
 def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pictures, tmp_path):
-    server.inject(Fault("http_401", times=1, match="number 7"))
+    server.inject(EndpointFault("http_401", times=1, match="number 7"))
     policy = Policy(concurrency=1, tries=1)
     with pytest.raises(ValueError, match="http_401"):
         judge(server, prompts, pictures, tmp_path / "out", policy)
@@ -171,7 +176,7 @@ def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pict
 
 def test_a_dead_endpoint_stops_the_run(server, prompts, pictures, tmp_path):
     policy = Policy(concurrency=2, tries=2, first_wait=0.01, longest_wait=0.02, give_up_after=3)
-    server.inject(Fault("http_502", times=999))
+    server.inject(EndpointFault("http_502", times=999))
     with pytest.raises(ValueError, match="3 judgements in a row failed.*run again to go on"):
         judge(server, prompts, pictures, tmp_path / "out", policy)
     assert len(server.judged) <= 8
@@ -196,9 +201,9 @@ def test_waits_are_read_as_servers_write_them():
 
 def test_the_key_is_nowhere(server, prompts, pictures, tmp_path, capfd):
     server.inject(
-        Fault("http_500", match=THIRD, message="your header was {key}"),
-        Fault("echo_key", match="number 5"),
-        Fault("http_400", match="number 6", message="refused: {key}"),
+        EndpointFault("http_500", match=THIRD, message="your header was {key}"),
+        EndpointFault("echo_key", match="number 5"),
+        EndpointFault("http_400", match="number 6", message="refused: {key}"),
     )
     judge(server, prompts, pictures, tmp_path / "out", cache=tmp_path / "cache")
     score_folder(tmp_path / "out")
@@ -209,10 +214,10 @@ def test_the_key_is_nowhere(server, prompts, pictures, tmp_path, capfd):
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20
     for path in written:
-        assert KEY.encode() not in path.read_bytes(), path
-    assert KEY not in printed.out + printed.err
+        assert API_KEY.encode() not in path.read_bytes(), path
+    assert API_KEY not in printed.out + printed.err
     assert "[key]" in json.dumps(list(Records(tmp_path / "out" / "records.jsonl")))
-    assert all(KEY not in json.dumps(call.body) for call in server.calls)
+    assert all(API_KEY not in json.dumps(call.body) for call in server.calls)
 
 
 def test_keys_in_urls_are_refused_or_dropped(server):

@@ -13,9 +13,9 @@ import pytest
 
 from echo4o.evaluation.folder import Records
 from echo4o.evaluation.score import score_folder
+from echo4o.testing.openai_server import OpenAIServer
 from tests.evaluation import running
 from tests.evaluation.conftest import even_is_correct, write_pictures, write_prompts
-from tests.openai_server import OpenAIServer
 
 COUNT, CONCURRENCY = 48, 4
 

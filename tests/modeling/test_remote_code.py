@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from tests.hub import Fault, LoopbackHub, offline_environment, run_script
+from echo4o.testing.hub import HubFault, LoopbackHub
+from echo4o.testing.processes import offline_environment, run_script
 
 from .test_loading import CHECKPOINT, draw, files_of, same
 
@@ -181,7 +182,7 @@ def test_hub_in_both_modes(folder, picture, tmp_path):
         pinned = hub.add_folder("ns/published", folder)
         hub.add_folder("ns/no-pipeline", tmp_path / "other")
         hub.add_folder("ns/pickled", pickled)
-        hub.inject(Fault(path="ns/published/resolve/.*diffusion_pytorch_model", method="GET", cut=0.5))
+        hub.inject(HubFault(path="ns/published/resolve/.*diffusion_pytorch_model", method="GET", cut=0.5))
         run_script(PACKAGE_HUB, tmp_path, pinned, env=hub.environment(tmp_path / "home1"))
         assert hub.faults[0].times == 0, "the broken download did not happen"
         assert not [r for r in hub.requests if r[0] == "GET" and r[1].endswith(".bin")], "pickles were fetched"

@@ -36,7 +36,7 @@ class Artist:
         self.sloppy = 0  # paraphrases that lose the structure, from now on
 
     def serve(self, server) -> "Artist":
-        server.paint, server.write, server.verdict = self.paint, self.write, self.verdict
+        server.image, server.text, server.verdict = self.paint, self.write, self.verdict
         server.models = ["writer", "painter", "editor", "judge"]
         return self
 
@@ -75,7 +75,7 @@ class Artist:
             found = sorted(thing.colour for thing in detect(_opened(call.images[-1])))
             return {"reason": f"{found} of {colours}", "correct": int(found == colours and bool(found))}
         (instruction,) = re.findall(r"made from this instruction:\n\n(.+)", call.text)
-        right, reasons = check(groups_in(instruction), detect(call.picture()))
+        right, reasons = check(groups_in(instruction), detect(call.open_image()))
         return {"reason": "; ".join(reasons) or "as asked", "correct": int(right)}
 
 

@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from echo4o.quickstart.scene import COLOURS, SHAPES
+from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.dataset_scripts.synthesis.artist import Artist, reference
-from tests.openai_server import KEY, OpenAIServer
 
 
 @pytest.fixture(autouse=True)
 def of_its_own(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 

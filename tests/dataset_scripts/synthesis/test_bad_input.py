@@ -5,22 +5,22 @@ import io
 import pytest
 from PIL import Image
 
+from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.artist import reference
 from tests.dataset_scripts.synthesis.running import accepted, lines, one_part, run
-from tests.openai_server import KEY, Fault
 
 WRONG = {
     "unknown key": ({"surreal_fantasy__colour": 1}, "surreal_fantasy.colour: unknown key"),
-    "secret in the wrong place": ({"models__image__api_key": KEY}, "models.image.api_key: unknown key"),
+    "secret in the wrong place": ({"models__image__api_key": API_KEY}, "models.image.api_key: unknown key"),
     "secret in the url": (
-        {"models__image__url": f"https://x.invalid/v1?key={KEY}"},
+        {"models__image__url": f"https://x.invalid/v1?key={API_KEY}"},
         "the key belongs into the environment variable",
     ),
     "the key instead of its variable": (
         {"models__image__key_variable": "sk-loopback-0123456789-secret"},
         "models.image.key_variable: this is the name of an environment variable",
     ),
-    "the key among the options": ({"models__image__options": {"api_key": KEY}}, "holds the key of OPENAI_API_KEY"),
+    "the key among the options": ({"models__image__options": {"api_key": API_KEY}}, "holds the key of OPENAI_API_KEY"),
     "half a price": ({"models__text__price": {"input": 1.0}}, "models.text.price: give both input and output"),
     "two prices": (
         {"models__image__price": {"picture": 1, "input": 1, "output": 1}},
@@ -45,14 +45,14 @@ WRONG = {
 def test_a_wrong_recipe(server, recipe, tmp_path, case):
     changes, message = WRONG[case]
     said = run("synthesize", recipe(**changes), "--out", tmp_path / "made", code=2)
-    assert message in " ".join(said.split()) and KEY not in said
+    assert message in " ".join(said.split()) and API_KEY not in said
     assert not server.calls and not (tmp_path / "made").exists()
 
 
 def told(server, tmp_path, file, *more) -> str:
     """The error of a run that must not have asked for anything."""
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made", *more, code=2).split())
-    assert not server.calls and "Traceback" not in said and KEY not in said
+    assert not server.calls and "Traceback" not in said and API_KEY not in said
     return said
 
 
@@ -172,7 +172,7 @@ def test_a_recipe_can_be_corrected_until_a_row_came_out_of_it(server, recipe, tm
     """The message says to change the recipe: then the same folder must take it."""
     out = tmp_path / "made"
     run("synthesize", one_part(recipe, models__image__name="gone"), "--out", out, code=2)
-    server.inject(Fault("http_400", message="size is not supported", of="generate"))
+    server.inject(EndpointFault("http_400", message="size is not supported", call_kind="generate"))
     file = one_part(recipe, models__image__size="128x64", rate__concurrency=1)
     assert "size is not supported" in run("synthesize", file, "--out", out, code=2)
     run("synthesize", one_part(recipe), "--out", out)
@@ -197,7 +197,7 @@ def test_a_key_that_was_copied_with_something_else(server, recipe, tmp_path, mon
 
 
 def test_a_key_that_a_server_quotes_across_the_cut(server, recipe, tmp_path):
-    server.inject(Fault("http_400", message="x" * 285 + " {key}", times=99, of="generate"))
+    server.inject(EndpointFault("http_400", message="x" * 285 + " {key}", times=99, call_kind="generate"))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
     assert "does not take our request" in said and "sk-" not in said
 
@@ -216,6 +216,6 @@ def test_benchmark_prompts_that_cannot_be_had(server, recipe, tmp_path, monkeypa
 
 
 def test_an_answer_that_is_a_link(server, recipe, tmp_path):
-    server.inject(Fault("link", of="generate", times=99))
+    server.inject(EndpointFault("link", call_kind="generate", times=99))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
     assert "set response_format: b64_json" in said

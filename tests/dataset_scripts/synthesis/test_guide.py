@@ -20,8 +20,8 @@ from echo4o.dataset_scripts.synthesis.plan import make_plan
 from echo4o.dataset_scripts.synthesis.recipe import load_recipe
 from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
 from echo4o.quickstart.shapes import png
+from echo4o.testing.openai_server import API_KEY
 from tests.dataset_scripts.synthesis.artist import reference
-from tests.openai_server import KEY
 from tests.test_readme import BLOCK, EXAMPLE
 
 ROOT = Path(__file__).parents[3]
@@ -88,7 +88,7 @@ def _picture(call) -> bytes:
 def test_from_a_key_to_a_hundred_rows(server, tmp_path):
     recipe = load_recipe("first_hundred")
     server.models = [recipe.models.text.name, recipe.models.image.name]
-    server.paint, server.verdict = _picture, lambda call: {"reason": "as asked", "correct": 1}
+    server.image, server.verdict = _picture, lambda call: {"reason": "as asked", "correct": 1}
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "echo4o").write_text(ECHO4O)
     (tmp_path / "bin" / "echo4o").chmod(stat.S_IRWXU)
@@ -103,7 +103,7 @@ def test_from_a_key_to_a_hundred_rows(server, tmp_path):
         for number in range(3):
             (tmp_path / "my_pictures" / kind / f"{number}.png").write_bytes(reference("star", "red", number))
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
+    environment = os.environ | {"PATH": path, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": API_KEY}
     said = []
     for number, (_, script) in enumerate(EXAMPLE.findall(GUIDE)):
         given = {name: value for name, value in environment.items() if number or not name.startswith("OPENAI")}
@@ -121,4 +121,4 @@ def test_from_a_key_to_a_hundred_rows(server, tmp_path):
     stated = float(re.findall(r"about ([\d.]+) USD if every answer passes at once", GUIDE)[0])
     assert spent == pytest.approx(stated, rel=0.15), "the loopback server bills about what the plan expects"
     every = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()) + "".join(said).encode()
-    assert KEY.encode() not in every and b"Bearer" not in every
+    assert API_KEY.encode() not in every and b"Bearer" not in every

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from echo4o.evaluation.folder import Records
+from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
-from tests.openai_server import KEY, Fault
 
 ROOT = Path(__file__).parents[3]
 FAULTS = [
-    Fault("http_429", retry_after=0.05, times=2, of="generate"),
-    Fault("http_500", times=2, of="chat"),
-    Fault("nothing", times=2),
-    Fault("no_picture", of="generate"),
-    Fault("not_json", of="chat"),
-    Fault("late", delay=0.1, times=2),
-    Fault("no_choices", of="chat"),
-    Fault("cut", match="Say this instruction"),
-    Fault("http_503", times=1, of="edit"),
+    EndpointFault("http_429", retry_after=0.05, times=2, call_kind="generate"),
+    EndpointFault("http_500", times=2, call_kind="chat"),
+    EndpointFault("nothing", times=2),
+    EndpointFault("no_image", call_kind="generate"),
+    EndpointFault("not_json", call_kind="chat"),
+    EndpointFault("late", delay=0.1, times=2),
+    EndpointFault("no_choices", call_kind="chat"),
+    EndpointFault("cut", match="Say this instruction"),
+    EndpointFault("http_503", times=1, call_kind="edit"),
 ]
 
 
@@ -38,7 +38,7 @@ def test_faults_are_overcome(server, recipe, tmp_path):
 
 
 def test_what_is_not_answered_stays_open_until_it_is(server, recipe, tmp_path):
-    server.inject(Fault("http_500", times=6, of="generate"))
+    server.inject(EndpointFault("http_500", times=6, call_kind="generate"))
     out = tmp_path / "made"
     said = run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out, code=1)
     left = 3 - len(ends(out))
@@ -48,14 +48,14 @@ def test_what_is_not_answered_stays_open_until_it_is(server, recipe, tmp_path):
 
 
 def test_a_server_that_only_fails_stops_the_run(server, recipe, tmp_path):
-    server.inject(Fault("http_500", times=10_000, of="generate"))
+    server.inject(EndpointFault("http_500", times=10_000, call_kind="generate"))
     file = one_part(recipe, rows=60, rate__give_up_after=3, rate__tries=1)
     said = run("synthesize", file, "--out", tmp_path / "made", code=2)
     assert "judgements in a row failed" in said and not ends(tmp_path / "made")
 
 
 def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):
-    server.inject(Fault("half_picture", of="generate"))
+    server.inject(EndpointFault("half_image", call_kind="generate"))
     out = tmp_path / "made"
     run("synthesize", one_part(recipe), "--out", out)
     assert len(accepted(out)) == 3
@@ -64,7 +64,7 @@ def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):
 
 
 def test_a_request_that_is_never_taken_stops_the_run(server, recipe, tmp_path):
-    server.inject(Fault("http_400", message="size 64x64 is not supported", times=99, of="generate"))
+    server.inject(EndpointFault("http_400", message="size 64x64 is not supported", times=99, call_kind="generate"))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
     assert "models.image: openai:painter does not take our request: size 64x64 is not supported" in said
     assert not ends(tmp_path / "made")
@@ -102,7 +102,7 @@ def command(file, out, *more, limits=()) -> subprocess.Popen:
     ]
     return subprocess.Popen(
         list(map(str, arguments)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OPENAI_API_KEY": KEY}, preexec_fn=limit if limits else None,
+        env=os.environ | {"OPENAI_API_KEY": API_KEY}, preexec_fn=limit if limits else None,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_killed_again_and_again(server, recipe, tmp_path):
     """kill -9 at random points until a run comes through."""
     server.latency = 0.01
     out, file = tmp_path / "made", recipe(rate__concurrency=4, surreal_fantasy__rows=20)
-    server.inject(Fault("moderation", times=2, of="generate"))
+    server.inject(EndpointFault("moderation", times=2, call_kind="generate"))
     chance, kills = random.Random(5), 0
     while len(ends(out)) < 31:
         child, goal = command(file, out), len(server.calls) + chance.randint(1, 30)
@@ -193,8 +193,8 @@ def test_two_processes_do_not_share_a_folder(server, recipe, tmp_path):
 
 
 def test_calls_keep_to_the_rate(server, recipe, tmp_path):
-    times, paint = [], server.paint
-    server.paint = lambda call: times.append(time.monotonic()) or paint(call)
+    times, paint = [], server.image
+    server.image = lambda call: times.append(time.monotonic()) or paint(call)
     run("synthesize", one_part(recipe, rate__per_minute=300, rows=6), "--out", tmp_path / "made", "--no-probe")
     assert len(times) == 6 and max(times) - min(times) >= 4 * 0.2
     assert server.peak <= 3 * 4, "concurrency holds for each of three models"

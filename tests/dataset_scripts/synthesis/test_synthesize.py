@@ -6,8 +6,8 @@ import pytest
 
 from echo4o.dataset_scripts.synthesis.recipe import Image
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
+from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
-from tests.openai_server import KEY, Fault
 
 
 def test_three_recipes_end_to_end(server, recipe, tmp_path):
@@ -24,7 +24,7 @@ def test_three_recipes_end_to_end(server, recipe, tmp_path):
     card = (built / "README.md").read_text()
     assert "drawn by `painter` and `editor`" in card and "GPT-4o" not in card and "OpenAI" not in card
     every = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert KEY.encode() not in every and b"Bearer" not in every
+    assert API_KEY.encode() not in every and b"Bearer" not in every
 
 
 def test_rows_say_where_they_come_from(server, recipe, tmp_path):
@@ -179,11 +179,11 @@ def test_gates_reject_with_their_reason(server, recipe, tmp_path, changes, reaso
 
 
 def test_duplicate_instructions_are_drawn_once(server, recipe, tmp_path):
-    write = server.write
+    write = server.text
     everything = (
         "A heart, star, triangle, cross, circle, square and ring as cube, ball, spiral, pyramid, cone or ribbon"
     )
-    server.write = lambda call: everything if "The break" in call.text else write(call)
+    server.text = lambda call: everything if "The break" in call.text else write(call)
     changes = {"surreal_fantasy__breaks": ["shape"], "surreal_fantasy__rows": 4}
     file = recipe(multi_reference=None, instruction_following=None, gates__verify=False, **changes)
     out = tmp_path / "made"
@@ -197,7 +197,7 @@ def test_duplicate_instructions_are_drawn_once(server, recipe, tmp_path):
 def test_a_request_that_one_row_cannot_make_is_told(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe)
     run("synthesize", file, "--out", out, "--preview", 1)
-    server.inject(Fault("http_400", message="the prompt is odd", of="generate"))
+    server.inject(EndpointFault("http_400", message="the prompt is odd", call_kind="generate"))
     assert "2 accepted, 1 rejected (1 request not accepted)" in run("synthesize", file, "--out", out)
     (row,) = lines(out / "rejected.jsonl")
     assert row["detail"] == "image: the prompt is odd (http_400)"
@@ -218,7 +218,7 @@ def test_benchmark_prompts_are_refused_by_default(server, recipe, tmp_path):
 
 
 def test_refusals_are_recorded_as_such(server, recipe, tmp_path):
-    server.inject(Fault("moderation", of="generate"), Fault("refusal", of="chat"))
+    server.inject(EndpointFault("moderation", call_kind="generate"), EndpointFault("refusal", call_kind="chat"))
     out = tmp_path / "made"
     said = run("synthesize", one_part(recipe), "--out", out, "--no-probe")
     reasons = {row["reason"]: row["detail"] for row in lines(out / "rejected.jsonl")}

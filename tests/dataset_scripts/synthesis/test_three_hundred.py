@@ -6,8 +6,8 @@ import json
 import pytest
 import yaml
 
+from echo4o.testing.openai_server import EndpointFault
 from tests.dataset_scripts.synthesis.running import accepted, ends, planned, run
-from tests.openai_server import Fault
 
 ROWS = {"surreal_fantasy": 100, "multi_reference": 80, "instruction_following": 120}
 
@@ -17,9 +17,13 @@ ROWS = {"surreal_fantasy": 100, "multi_reference": 80, "instruction_following": 
 def test_three_hundred_rows(server, recipe, tmp_path):
     out, built = tmp_path / "made", tmp_path / "built"
     count = itertools.count()
-    paint = server.paint
-    server.paint = lambda call: b"no picture" if next(count) % 40 == 39 else paint(call)
-    server.inject(Fault("moderation", times=5, of="generate"), Fault("http_500", times=10), Fault("nothing", times=3))
+    paint = server.image
+    server.image = lambda call: b"no picture" if next(count) % 40 == 39 else paint(call)
+    server.inject(
+        EndpointFault("moderation", times=5, call_kind="generate"),
+        EndpointFault("http_500", times=10),
+        EndpointFault("nothing", times=3),
+    )
     file = recipe(**{f"{part}__rows": rows for part, rows in ROWS.items()})
     run("synthesize", file, "--out", out, "--budget", 1.5, code=2)
     some = len(ends(out))

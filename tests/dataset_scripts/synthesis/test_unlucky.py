@@ -6,23 +6,23 @@ import time
 
 import pytest
 
-import tests.openai_server
+import echo4o.testing.openai_server
 from echo4o.evaluation.folder import Records
+from echo4o.testing.openai_server import EndpointFault
 from tests.dataset_scripts.synthesis.running import accepted, ends, lines, one_part, run
 from tests.dataset_scripts.synthesis.test_resume import command
-from tests.openai_server import Fault
 
 
 def answering(monkeypatch, name: str, change) -> None:
-    """The server's answers of one kind (`drawn` or `completion`), changed before they are sent."""
-    real = getattr(tests.openai_server, name)
+    """The server's answers of one kind (`image_response` or `chat_response`), changed before they are sent."""
+    real = getattr(echo4o.testing.openai_server, name)
 
     def odd(*arguments, **options):
         value = real(*arguments, **options)
         change(value)
         return value
 
-    monkeypatch.setattr(tests.openai_server, name, odd)
+    monkeypatch.setattr(echo4o.testing.openai_server, name, odd)
 
 
 def _first(change):
@@ -41,15 +41,15 @@ ODD_PICTURES = {
 
 @pytest.mark.parametrize("case", ODD_PICTURES)
 def test_odd_answers_that_hold_a_picture(server, recipe, tmp_path, monkeypatch, case):
-    answering(monkeypatch, "drawn", ODD_PICTURES[case])
+    answering(monkeypatch, "image_response", ODD_PICTURES[case])
     assert "3 accepted, 0 rejected" in run("synthesize", one_part(recipe), "--out", tmp_path / "made")
     assert sum(call.kind == "generate" for call in server.calls) == 3
 
 
 def test_odd_answers_in_words(server, recipe, tmp_path, monkeypatch):
-    answering(monkeypatch, "completion", lambda value: value.update(usage={"prompt_tokens": None}))
-    write = server.write
-    server.write = lambda call: f"{write(call)[:-1]} \ud83d."  # half a surrogate pair
+    answering(monkeypatch, "chat_response", lambda value: value.update(usage={"prompt_tokens": None}))
+    write = server.text
+    server.text = lambda call: f"{write(call)[:-1]} \ud83d."  # half a surrogate pair
     out = tmp_path / "made"
     assert "3 accepted, 0 rejected" in run("synthesize", one_part(recipe), "--out", out)
     assert all(row["instruction"].endswith(" ?.") for row in accepted(out))
@@ -62,7 +62,7 @@ def test_odd_answers_in_words(server, recipe, tmp_path, monkeypatch):
 )
 def test_pictures_that_are_none_are_paid_for_and_counted(server, recipe, tmp_path, monkeypatch, change):
     """They cost what pictures cost: asked for as often as the gates say, and within the budget."""
-    answering(monkeypatch, "drawn", change)
+    answering(monkeypatch, "image_response", change)
     out = tmp_path / "made"
     said = run("synthesize", one_part(recipe, rows=2), "--out", out, "--budget", 1)
     assert "2 undecodable picture" in said and {row["detail"] for row in lines(out / "rejected.jsonl")} == {
@@ -78,7 +78,7 @@ def test_what_never_works_is_not_paid_for_row_after_row(server, recipe, tmp_path
         changes = {"models__image__size": "128x64"}
     else:
         changes = {}
-        server.inject(Fault("wrong_fields", times=999, match="made from this instruction"))
+        server.inject(EndpointFault("wrong_fields", times=999, match="made from this instruction"))
     file = one_part(recipe, rows=40, rate__give_up_after=5, **changes)
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made", code=2).split())
     assert "the last 5 pictures were all of no use; why this one: " in said and "change the models" in said
@@ -90,18 +90,21 @@ def test_what_never_works_is_not_paid_for_row_after_row(server, recipe, tmp_path
 @pytest.mark.parametrize(
     "fault, message",
     [
-        (Fault("http_400", message="The model painter has been deprecated"), "has no model 'painter'"),
-        (Fault("http_400", message="Unknown", code="model_not_found"), "has no model 'painter'"),
-        (Fault("http_403", message="No access to model painter", code="model_not_found"), "has no model 'painter'"),
-        (Fault("http_400", message="Hard limit", code="billing_hard_limit_reached"), "Hard limit (http_400)"),
-        (Fault("http_429", message="Quota", code="insufficient_quota"), "Quota (http_429)"),
+        (EndpointFault("http_400", message="The model painter has been deprecated"), "has no model 'painter'"),
+        (EndpointFault("http_400", message="Unknown", code="model_not_found"), "has no model 'painter'"),
+        (
+            EndpointFault("http_403", message="No access to model painter", code="model_not_found"),
+            "has no model 'painter'",
+        ),
+        (EndpointFault("http_400", message="Hard limit", code="billing_hard_limit_reached"), "Hard limit (http_400)"),
+        (EndpointFault("http_429", message="Quota", code="insufficient_quota"), "Quota (http_429)"),
     ],
     ids=["deprecated", "code", "no access", "billing", "quota"],
 )
 def test_models_and_money_that_go_away_on_the_way_reject_no_row(server, recipe, tmp_path, fault, message):
     out, file = tmp_path / "made", one_part(recipe, rows=12)
     run("synthesize", file, "--out", out, "--preview", 2)
-    fault.times, fault.of = 999, "generate"
+    fault.times, fault.call_kind = 999, "generate"
     server.inject(fault)
     assert message in " ".join(run("synthesize", file, "--out", out, code=2).split())
     assert len(accepted(out)) == 2 and not lines(out / "rejected.jsonl")
@@ -112,26 +115,26 @@ def test_models_and_money_that_go_away_on_the_way_reject_no_row(server, recipe, 
 def test_requests_that_are_not_taken_any_more_stop_the_run(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe, rows=30, rate__give_up_after=4)
     run("synthesize", file, "--out", out, "--preview", 2)
-    server.inject(Fault("http_400", message="odd", times=999, of="generate"))
+    server.inject(EndpointFault("http_400", message="odd", times=999, call_kind="generate"))
     assert "does not take our request: odd" in run("synthesize", file, "--out", out, code=2)
     assert len(lines(out / "rejected.jsonl")) == 3
 
 
 def test_a_refusal_of_words_that_only_its_code_tells(server, recipe, tmp_path):
-    server.inject(Fault("http_400", message="No.", code="content_filter", of="chat"))
+    server.inject(EndpointFault("http_400", message="No.", code="content_filter", call_kind="chat"))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", "--no-probe")
     assert "2 accepted, 1 rejected (1 refused by the text model)" in said
 
 
 @pytest.mark.timeout(60)
 def test_one_call_that_is_told_to_wait_a_day_does_not_hold_up_the_others(server, recipe, tmp_path):
-    server.inject(Fault("http_429", retry_after=86_400, of="generate"))
+    server.inject(EndpointFault("http_429", retry_after=86_400, call_kind="generate"))
     said = run("synthesize", one_part(recipe, rows=12), "--out", tmp_path / "made", code=1)
     assert "11 accepted" in said and "1 not made yet" in said
 
 
 def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, recipe, tmp_path, monkeypatch):
-    answering(monkeypatch, "drawn", lambda value: value["usage"].update(output_tokens=20_000))
+    answering(monkeypatch, "image_response", lambda value: value["usage"].update(output_tokens=20_000))
     server.latency, out = 0.05, tmp_path / "made"
     price = {"input": 0.0, "output": 10.0}
     file = one_part(recipe, rows=20, rate__concurrency=8, models__image__price=price)
@@ -164,7 +167,7 @@ def test_models_that_take_no_temperature(server, recipe, tmp_path):
 
 
 def test_a_preview_with_open_rows_is_not_finished(server, recipe, tmp_path):
-    server.inject(Fault("http_500", times=6, of="generate"))
+    server.inject(EndpointFault("http_500", times=6, call_kind="generate"))
     file = one_part(recipe)
     assert "2 not made yet" in run("synthesize", file, "--out", tmp_path / "made", "--preview", 2, code=1)
     assert (tmp_path / "made" / "preview.png").is_file()
@@ -173,14 +176,14 @@ def test_a_preview_with_open_rows_is_not_finished(server, recipe, tmp_path):
 def test_plurals_of_blocked_words_are_blocked(server, recipe, tmp_path):
     file = one_part(recipe, gates__blocked=["front", "knife|knives"])
     assert "3 blocked content" in run("synthesize", file, "--out", tmp_path / "made")
-    write = server.write
-    server.write = lambda call: write(call).replace("front", "knives")
+    write = server.text
+    server.text = lambda call: write(call).replace("front", "knives")
     assert "3 blocked content" in run("synthesize", file, "--out", tmp_path / "second")
 
 
 def test_an_endless_answer_is_no_instruction(server, recipe, tmp_path):
-    write = server.write
-    server.write = lambda call: f"{write(call)[:-1]} {'x' * 2000}"
+    write = server.text
+    server.text = lambda call: f"{write(call)[:-1]} {'x' * 2000}"
     strict = one_part(recipe, instruction_following__otherwise="reject")
     out = tmp_path / "made"
     assert "3 no usable instruction" in run("synthesize", strict, "--out", out)

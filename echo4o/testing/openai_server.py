@@ -1,15 +1,19 @@
-"""An OpenAI-compatible judge on the loopback interface, for tests: it sees pictures, and goes wrong on request.
+"""An OpenAI-compatible server on 127.0.0.1, for tests of judges, image endpoints and synthesis recipes.
 
+    from echo4o.testing.openai_server import API_KEY, EndpointFault, OpenAIServer
+
+    os.environ["OPENAI_API_KEY"] = API_KEY                      # any other key is refused
     with OpenAIServer() as server:
         server.verdict = lambda call: {"reason": "two cups", "correct": 1}
-        server.inject(Fault("http_429", retry_after=0.1, times=3))
-        judge = OpenAIJudge("judge", url=server.url)
+        server.inject(EndpointFault("http_429", retry_after=0.1, times=3))
+        evaluate_images("genevalpp", images, OpenAIJudge("judge", url=server.url), out, rows=rows)
+        assert len(server.judged) == 4
 
-It draws, too: `server.paint` answers images/generations and images/edits, `server.write` chats without pictures, and
-`server.models` is what it offers.
+`server.verdict` answers chat requests with images, `server.text` chat requests without images, `server.image`
+images/generations and images/edits; `server.models` is the list of models.
 
-It bills as endpoints do that know the header `Idempotency-Key`: an answer is paid for once per key, when it has been
-handed to a client that is still there.
+Billing follows endpoints that honour `Idempotency-Key`: an answer is paid for once per key, when it has been delivered
+to a client that is still connected.
 """
 
 import base64
@@ -24,51 +28,70 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-KEY = "sk-loopback-0123456789-secret"
-_NAMED = {(29, 62, 214): "blue", (255, 217, 15): "yellow"}
+API_KEY = "sk-loopback-0123456789-secret"
+_PROBE_COLOURS = {(29, 62, 214): "blue", (255, 217, 15): "yellow"}
 
 
 @dataclass(frozen=True)
-class Call:
-    """One request, read."""
+class RecordedCall:
+    """One request that the server received.
+
+    Attributes:
+        text: all text of the messages, or the prompt of an image request.
+        images: the image files of the request, in order.
+        kind: "chat", "generate" or "edit".
+    """
 
     model: str
     text: str
     images: tuple[bytes, ...]
     body: dict[str, Any]
     headers: dict[str, str]
-    kind: str = "chat"  # or "generate", "edit"
+    kind: str = "chat"
 
     @property
     def key(self) -> str:
+        """The `Idempotency-Key`, or an empty string."""
         return self.headers.get("idempotency-key", "")
 
     @property
     def is_probe(self) -> bool:
+        """Whether this is the vision probe that comes before judging."""
         return "test picture" in self.text
 
-    def picture(self, index: int = -1) -> Image.Image:
+    def open_image(self, index: int = -1) -> "Image":
+        """One image of the request, decoded; by default the last one."""
+        from PIL import Image
+
         return Image.open(io.BytesIO(self.images[index])).convert("RGB")
 
 
 @dataclass
-class Fault:
-    """What goes wrong with the next `times` matching calls (probes are spared unless `probe`).
+class EndpointFault:
+    """A fault for the next `times` matching calls.
 
-    Kinds: http_NNN (with `retry_after` or `headers`), late (by `delay` seconds), nothing (the connection closes),
-    empty, half (of a JSON object), fence, prose, refusal, filtered, cut, wrong_fields, out_of_range, two_verdicts,
-    no_choices, not_json (the body), no_schema (400 if structured outputs are asked for), echo_key. Of pictures:
-    moderation (400 with its code), no_picture, half_picture, link.
+    Args:
+        kind: for all calls: http_NNN (with `retry_after` or `headers`), late (by `delay` seconds), nothing (the
+            connection closes), not_json. For chat: empty, half (of a JSON object), fence, prose, refusal, filtered, cut,
+            wrong_fields, out_of_range, two_verdicts, no_choices, no_schema (400 if structured outputs are requested),
+            echo_key. For images: moderation (400 with its code), no_image, half_image, link.
+        match: only calls whose text contains this.
+        call_kind: only calls of this kind: "chat", "generate" or "edit".
+        retry_after: value of the header Retry-After.
+        delay: seconds to wait before the answer.
+        message, code: of the error.
+        probe: whether the vision probe is affected, too.
     """
 
     kind: str
     times: int = 1
-    match: str = ""  # in the text of the question
-    of: str = ""  # only this kind of call
+    match: str = ""
+    call_kind: str = ""
     retry_after: float | str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
@@ -78,18 +101,31 @@ class Fault:
 
 
 class OpenAIServer:
-    """See the module's docstring. `calls` holds every request, `paid` counts billed answers by key."""
+    """The server; it runs inside a `with` block.
+
+    Args:
+        latency: seconds before every answer.
+        vision: whether the model sees images (False: the vision probe fails).
+
+    Attributes:
+        url: the address, for OPENAI_BASE_URL.
+        verdict, text, image: functions that answer a [`RecordedCall`]; assign your own.
+        models: names that the server offers; None: it has no list of models and accepts every name.
+        calls: every request; `judged` leaves out the vision probes.
+        paid: number of billed answers by key.
+        open, peak: calls that are open now, and most calls that were open at once.
+    """
 
     def __init__(self, latency: float = 0.0, vision: bool = True):
         self.latency, self.vision = latency, vision
-        self.verdict: Callable[[Call], dict] = lambda call: {"reason": "as asked", "correct": 1}
-        self.write: Callable[[Call], str] | None = None
-        self.paint: Callable[[Call], bytes] = lambda call: _plain_picture()
-        self.models: list[str] | None = None  # None: the server has no list of them
-        self.calls: list[Call] = []
+        self.verdict: Callable[[RecordedCall], dict] = lambda call: {"reason": "as asked", "correct": 1}
+        self.text: Callable[[RecordedCall], str] | None = None
+        self.image: Callable[[RecordedCall], bytes] = lambda call: _plain_image()
+        self.models: list[str] | None = None
+        self.calls: list[RecordedCall] = []
         self.paid: Counter[str] = Counter()
         self.open = self.peak = 0
-        self._faults: list[Fault] = []
+        self._faults: list[EndpointFault] = []
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -102,47 +138,50 @@ class OpenAIServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def inject(self, *faults: Fault) -> None:
+    def inject(self, *faults: EndpointFault) -> None:
+        """Make matching calls fail as the faults describe."""
         self._faults += faults
 
     @property
-    def judged(self) -> list[Call]:
-        """The calls that were no probes."""
+    def judged(self) -> list[RecordedCall]:
+        """The calls that are not vision probes."""
         return [call for call in self.calls if not call.is_probe]
 
-    def take_fault(self, call: Call) -> Fault | None:
+    def take_fault(self, call: RecordedCall) -> EndpointFault | None:
         with self._lock:
             for fault in self._faults:
-                matches = fault.match in call.text and fault.of in ("", call.kind)
+                matches = fault.match in call.text and fault.call_kind in ("", call.kind)
                 if fault.times > 0 and matches and (fault.probe or not call.is_probe):
                     fault.times -= 1
                     return fault
         return None
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: RecordedCall) -> None:
         with self._lock:
             self.calls.append(call)
             self.open += 1
             self.peak = max(self.peak, self.open)
 
-    def end(self, call: Call, delivered: bool) -> None:
+    def end(self, call: RecordedCall, delivered: bool) -> None:
         with self._lock:
             self.open -= 1
             if delivered:
                 self.paid[call.key] = 1 if call.key else self.paid[call.key] + 1
 
-    def say(self, call: Call) -> dict[str, Any]:
-        """What an honest judge answers."""
+    def judge_answer(self, call: RecordedCall) -> dict[str, Any]:
+        """The answer of a judge without faults."""
         if not call.is_probe:
             return self.verdict(call)
         if not self.vision:
             return {"reason": "I believe it is", "left": "red", "right": "green"}
-        picture = call.picture()
-        left, right = (_NAMED.get(picture.getpixel((x, 8)), "unknown") for x in (8, picture.width - 8))
+        image = call.open_image()
+        left, right = (_PROBE_COLOURS.get(image.getpixel((x, 8)), "unknown") for x in (8, image.width - 8))
         return {"reason": "two halves", "left": left, "right": right}
 
 
-def _plain_picture() -> bytes:
+def _plain_image() -> bytes:
+    from PIL import Image
+
     data = io.BytesIO()
     Image.new("RGB", (64, 64), "#f4f4f4").save(data, "PNG")
     return data.getvalue()
@@ -153,10 +192,11 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is no event."""
+        """Print nothing when a client has closed the connection."""
 
 
-def read_call(body: dict, headers) -> Call:
+def read_chat_request(body: dict, headers) -> RecordedCall:
+    """A request to chat/completions."""
     texts, images = [], []
     for message in body["messages"]:
         content = message["content"]
@@ -169,15 +209,15 @@ def read_call(body: dict, headers) -> Call:
             else:
                 images.append(base64.b64decode(part["image_url"]["url"].partition("base64,")[2]))
     lower = {name.lower(): value for name, value in headers.items()}
-    return Call(body["model"], "\n".join(texts), tuple(images), body, lower)
+    return RecordedCall(body["model"], "\n".join(texts), tuple(images), body, lower)
 
 
-def read_image_call(path: str, data: bytes, headers) -> Call:
-    """A request to draw: JSON, or a form with the reference pictures."""
+def read_image_request(path: str, data: bytes, headers) -> RecordedCall:
+    """A request to images/generations (JSON) or images/edits (a form with the reference images)."""
     lower = {name.lower(): value for name, value in headers.items()}
     if path.endswith("/images/generations"):
         body = json.loads(data)
-        return Call(body["model"], body["prompt"], (), body, lower, "generate")
+        return RecordedCall(body["model"], body["prompt"], (), body, lower, "generate")
     form = email.message_from_bytes(f"Content-Type: {lower['content-type']}\r\n\r\n".encode() + data)
     body, images = {}, []
     for part in form.get_payload():
@@ -187,18 +227,19 @@ def read_image_call(path: str, data: bytes, headers) -> Call:
             images.append(content)
         else:
             body[name] = content.decode()
-    return Call(body["model"], body["prompt"], tuple(images), body, lower, "edit")
+    return RecordedCall(body["model"], body["prompt"], tuple(images), body, lower, "edit")
 
 
-def drawn(picture: bytes | None) -> dict:
-    """The answer of the images endpoints."""
-    data = [] if picture is None else [{"b64_json": base64.b64encode(picture).decode()}]
+def image_response(image: bytes | None) -> dict:
+    """The answer of images/generations and images/edits."""
+    data = [] if image is None else [{"b64_json": base64.b64encode(image).decode()}]
     usage = {"input_tokens": 50, "output_tokens": 1000, "total_tokens": 1050}
     usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 50}
     return {"created": 0, "data": data, "usage": usage}
 
 
-def completion(call: Call, content: str | None, refusal: str | None = None, finish: str = "stop") -> dict:
+def chat_response(call: RecordedCall, content: str | None, refusal: str | None = None, finish: str = "stop") -> dict:
+    """The answer of chat/completions."""
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -215,39 +256,39 @@ def completion(call: Call, content: str | None, refusal: str | None = None, fini
     }
 
 
-def _spoiled(fault: Fault, call: Call, said: dict) -> dict:
-    """The completion that a fault makes of what would have been said."""
-    good = json.dumps(said)
-    numbers = {name: value for name, value in said.items() if name != "reason"}
+def _faulty_completion(fault: EndpointFault, call: RecordedCall, answer: dict) -> dict:
+    """The completion with the fault instead of the right answer."""
+    good = json.dumps(answer)
+    numbers = {name: value for name, value in answer.items() if name != "reason"}
     contents = {
         "late": good,
         "empty": "",
         "half": good[: len(good) // 2],
-        "fence": f"Here is my verdict:\n```json\n{json.dumps(said, indent=2)}\n```\n",
+        "fence": f"Here is my verdict:\n```json\n{json.dumps(answer, indent=2)}\n```\n",
         "prose": f"After a close look {{as asked}} I would say {good}, all in all.",
         "wrong_fields": json.dumps({"explanation": "other fields", "verdict": "yes"}),
         "out_of_range": json.dumps({"reason": "too good"} | dict.fromkeys(numbers, 11)),
         "two_verdicts": good + "\n" + json.dumps({"reason": "or not"} | dict.fromkeys(numbers, 0)),
-        "echo_key": json.dumps(said | {"reason": f"you sent {call.headers.get('authorization')}"}),
+        "echo_key": json.dumps(answer | {"reason": f"you sent {call.headers.get('authorization')}"}),
         "no_schema": good,
     }
     if fault.kind == "refusal":
-        return completion(call, None, refusal="I cannot help with that.")
+        return chat_response(call, None, refusal="I cannot help with that.")
     if fault.kind == "filtered":
-        return completion(call, None, finish="content_filter")
+        return chat_response(call, None, finish="content_filter")
     if fault.kind == "cut":
-        return completion(call, good[: len(good) // 2], finish="length")
+        return chat_response(call, good[: len(good) // 2], finish="length")
     if fault.kind == "no_choices":
-        return completion(call, good) | {"choices": []}
-    return completion(call, contents[fault.kind])
+        return chat_response(call, good) | {"choices": []}
+    return chat_response(call, contents[fault.kind])
 
 
-def _spoiled_picture(fault: Fault, picture: bytes) -> dict:
+def _faulty_image(fault: EndpointFault, image: bytes) -> dict:
     answers = {
-        "late": drawn(picture),
-        "no_picture": drawn(None),
-        "half_picture": drawn(picture[: len(picture) // 2]),
-        "link": drawn(None) | {"data": [{"url": "https://pictures.invalid/1.png"}]},
+        "late": image_response(image),
+        "no_image": image_response(None),
+        "half_image": image_response(image[: len(image) // 2]),
+        "link": image_response(None) | {"data": [{"url": "https://images.invalid/1.png"}]},
     }
     return answers[fault.kind]
 
@@ -264,10 +305,10 @@ def _handler(server: OpenAIServer):
         def do_POST(self) -> None:
             data = self.rfile.read(int(self.headers["Content-Length"]))
             if "/images/" in self.path:
-                call = read_image_call(self.path, data, self.headers)
+                call = read_image_request(self.path, data, self.headers)
             else:
-                call = read_call(json.loads(data), self.headers)
-            if self.headers.get("Authorization") != f"Bearer {KEY}":
+                call = read_chat_request(json.loads(data), self.headers)
+            if self.headers.get("Authorization") != f"Bearer {API_KEY}":
                 self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
                 return
             server.begin(call)
@@ -278,15 +319,15 @@ def _handler(server: OpenAIServer):
                 server.end(call, delivered)
 
         def do_GET(self) -> None:
-            if self.headers.get("Authorization") != f"Bearer {KEY}":
+            if self.headers.get("Authorization") != f"Bearer {API_KEY}":
                 self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
             elif not self.path.endswith("/models") or server.models is None:
-                self._fail(404, "there is no such page", {})
+                self._fail(404, "not found", {})
             else:
                 data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in server.models]
                 self._send(200, {"object": "list", "data": data})
 
-        def _answer(self, call: Call) -> bool:
+        def _answer(self, call: RecordedCall) -> bool:
             fault = server.take_fault(call)
             time.sleep(server.latency + (fault.delay if fault else 0.0))
             if self._client_is_gone():
@@ -314,17 +355,17 @@ def _handler(server: OpenAIServer):
             if fault.kind == "moderation":
                 return self._fail(400, "Your request was not accepted.", {}, "moderation_blocked")
             if call.kind != "chat":
-                return self._send(200, _spoiled_picture(fault, server.paint(call)))
-            if server.write is not None and not call.images:
-                return self._send(200, _spoiled(fault, call, {"said": server.write(call)}))
-            return self._send(200, _spoiled(fault, call, server.say(call)))
+                return self._send(200, _faulty_image(fault, server.image(call)))
+            if server.text is not None and not call.images:
+                return self._send(200, _faulty_completion(fault, call, {"said": server.text(call)}))
+            return self._send(200, _faulty_completion(fault, call, server.judge_answer(call)))
 
-        def _good(self, call: Call) -> dict:
+        def _good(self, call: RecordedCall) -> dict:
             if call.kind != "chat":
-                return drawn(server.paint(call))
-            if server.write is not None and not call.images:
-                return completion(call, server.write(call))
-            return completion(call, json.dumps(server.say(call)))
+                return image_response(server.image(call))
+            if server.text is not None and not call.images:
+                return chat_response(call, server.text(call))
+            return chat_response(call, json.dumps(server.judge_answer(call)))
 
         def _client_is_gone(self) -> bool:
             try:

@@ -1,33 +1,32 @@
-"""A Hugging Face Hub on the loopback interface, for tests: models, datasets and spaces, up and down, nothing leaves.
+"""A Hugging Face Hub on 127.0.0.1, for tests of uploads and downloads of models, datasets and spaces.
+
+    from echo4o.testing.hub import HubFault, LoopbackHub
+    from echo4o.testing.processes import run_script
 
     with LoopbackHub() as hub:
-        hub.add_folder("ns/model", folder)
-        run_script("...", env=hub.environment(tmp_path))
+        hub.add_folder("owner/model", folder)                          # stored without HTTP
+        hub.inject(HubFault(path="model.safetensors", status=503))     # the next matching request fails
+        run_script("...", env=hub.environment(tmp_path))               # code that uploads or downloads
+        assert hub.repo("owner/model").files
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so that whatever talks to the hub runs in a process of its own,
-started with `hub.environment(...)`; `run_script` starts one. Speaks the LFS protocol (HF_HUB_DISABLE_XET=1), serves
-ranges, keeps commits, branches and tags, knows tokens and who may write where, and refuses a commit on top of another
-head than the one it names. `hub.inject(Fault(...))` makes requests fail, stall or break off.
+The server speaks the LFS protocol (HF_HUB_DISABLE_XET=1) and serves ranges. It keeps commits, branches and tags, checks
+tokens and write access, and refuses a commit whose parent is not the branch's head.
 """
 
 import base64
 import hashlib
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable
 from pathlib import Path
 
-from tests.hub_store import Fault, Repo, StoredFile
+from echo4o.testing.hub_store import HubFault, Repo, StoredFile
+from echo4o.testing.processes import offline_environment
 
-__all__ = ["Fault", "LoopbackHub", "Repo", "StoredFile", "offline_environment", "run_script"]
+__all__ = ["HubFault", "LoopbackHub", "Repo", "StoredFile"]
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png", ".jpg", ".jpeg", ".tar", ".gz", ".arrow", ".zip", ".pt")
 LFS_BYTES = 10_000_000
@@ -37,9 +36,18 @@ _REPO = r"([^/]+/[^/]+)"
 
 
 class LoopbackHub:
-    """The server with what it stores. `requests` lists (method, path, body bytes, user agent) of all it was asked.
+    """The server and everything that it stores.
 
-    `tokens` gives each token's role, "write" or "read"; `owners` are the names under which `user` may write.
+    Args:
+        token: a token with the role "write".
+        user: the name that the token belongs to.
+
+    Attributes:
+        url: the address, for HF_ENDPOINT.
+        tokens: the role of each token, "write" or "read".
+        owners: the namespaces in which `user` may write.
+        repos: the repositories by (kind, name); kinds are "models", "datasets" and "spaces".
+        requests: (method, path, bytes of the body, user agent) of every request.
     """
 
     def __init__(self, token: str = "hf_test", user: str = "ns"):
@@ -48,7 +56,7 @@ class LoopbackHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int, str]] = []
-        self.faults: list[Fault] = []
+        self.faults: list[HubFault] = []
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -66,7 +74,7 @@ class LoopbackHub:
         self.thread.join()
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """Environment of a process that uses this hub only, with its caches under `home`."""
+        """The environment of a process that uses only this Hub, with its caches under `home`."""
         return offline_environment(home) | {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
@@ -74,21 +82,24 @@ class LoopbackHub:
             **more,
         }
 
-    def inject(self, fault: Fault) -> None:
+    def inject(self, fault: HubFault) -> None:
+        """Make matching requests fail as `fault` describes."""
         with self.lock:
             self.faults.append(fault)
 
     def repo(self, name: str, kind: str = "models") -> Repo:
+        """The repository of a name, such as "owner/model"."""
         return self.repos[(kind, name)]
 
     def create(self, name: str, kind: str = "models") -> Repo:
+        """Create an empty repository, without HTTP."""
         with self.lock:
             repo = self.repos[(kind, name)] = Repo(kind, name)
             repo.commit("initial commit")
             return repo
 
     def add_folder(self, name: str, folder: Path, kind: str = "models", title: str = "Upload folder") -> str:
-        """Store a folder's files as one commit, without HTTP; the commit's sha."""
+        """Store the files of a folder as one commit, without HTTP; returns the sha of the commit."""
         with self.lock:
             repo = self.repos.get((kind, name)) or self.create(name, kind)
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -96,6 +107,7 @@ class LoopbackHub:
             return repo.commit(title)
 
     def store(self, name: str, data: bytes) -> StoredFile:
+        """A file as the Hub keeps it: as an LFS object where its name or size asks for one."""
         if self.is_lfs(name, len(data)):
             digest = hashlib.sha256(data).hexdigest()
             self.blobs[digest] = data
@@ -111,7 +123,7 @@ class LoopbackHub:
     def is_lfs(name: str, size: int) -> bool:
         return size > LFS_BYTES or name.endswith(LFS_SUFFIXES)
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
+    def take_fault(self, method: str, path: str) -> HubFault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.fullmatch(fault.method, method) and re.search(fault.path, path):
@@ -129,7 +141,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     cut: float | None = None
     lost = False
 
-    # --- the wire ---
+    # --- requests and responses ---
 
     def log_message(self, *args) -> None:
         pass
@@ -198,7 +210,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     # --- accounts and repositories ---
 
     def refusal(self, path: str, body: bytes) -> tuple[int, str] | None:
-        """Why a request is refused before it is looked at: no token, an unknown one, or one without the right."""
+        """The status and error code for a missing, unknown or insufficient token; None where the request is allowed."""
         role = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         if self.headers.get("Authorization") and role is None:
             return 401, "InvalidCredentials"
@@ -259,7 +271,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if repo is None:
             self.fail(404, "RepoNotFound")
             return
-        getattr(self, f"do_{verb.replace('-', '_')}")(repo, rest or "", body, query)
+        _VERBS[verb](self, repo, rest or "", body, query)
 
     # --- uploads ---
 
@@ -411,7 +423,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send(206, file.data[first : last + 1], headers, "application/octet-stream")
 
 
-_VERBS = "preupload|commit|tree|paths-info|refs|revision|commits|branch|tag"
+_VERBS = {
+    "preupload": _Handler.do_preupload,
+    "commit": _Handler.do_commit,
+    "tree": _Handler.do_tree,
+    "paths-info": _Handler.do_paths_info,
+    "refs": _Handler.do_refs,
+    "revision": _Handler.do_revision,
+    "commits": _Handler.do_commits,
+    "branch": _Handler.do_branch,
+    "tag": _Handler.do_tag,
+}
 _ROUTES = [
     (r"/api/whoami-v2", _Handler.whoami),
     (r"/api/validate-yaml", _Handler.validate_yaml),
@@ -420,45 +442,7 @@ _ROUTES = [
     (rf"/(?:(datasets|spaces|models)/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"/_lfs/(\w+)", _Handler.lfs_put),
     (r"/_verify", _Handler.lfs_verify),
-    (rf"/api/({'|'.join(KINDS)})/{_REPO}/({_VERBS})(?:/(.*))?", _Handler.verb),
+    (rf"/api/({'|'.join(KINDS)})/{_REPO}/({'|'.join(_VERBS)})(?:/(.*))?", _Handler.verb),
     (rf"/api/({'|'.join(KINDS)})/{_REPO}", _Handler.info),
     (rf"/(?:(datasets|spaces)/)?{_REPO}/(?:resolve|raw)/([^/]+)/(.+)", _Handler.resolve),
 ]
-
-
-# --- processes -----------------------------------------------------------------------------------------------------
-
-_HIDE = """
-import sys
-class _Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {hidden!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden by the test)", name=name)
-sys.meta_path.insert(0, _Hidden())
-"""
-
-
-def offline_environment(home: Path) -> dict[str, str]:
-    """The environment without anything of the Hub's, with all its caches under `home` and no way out."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_"))}
-    return kept | {
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
-def run_script(
-    code: str, *args: str | Path, env: dict[str, str], hide: Iterable[str] = (), timeout: float = 240
-) -> subprocess.CompletedProcess:
-    """Run Python code in a process of its own, outside any working directory, with the packages `hide` unimportable.
-
-    `sys.argv[1:]` are `args`. Raises AssertionError with the process's output when it fails.
-    """
-    script = (_HIDE.format(hidden=set(hide)) if hide else "") + textwrap.dedent(code)
-    command = [sys.executable, "-I", "-c", script, *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=env["HF_HOME"])
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
