@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.artefacts_0_1.make import JUDGE_URL, RUNS, SAVED, STEPS, contents, draw, tree
-from tests.openai_server import KEY, OpenAIServer
 
 ARTEFACTS = Path(__file__).parent / "artefacts_0_1"
 FACTS = json.loads((ARTEFACTS / "facts.json").read_text())
@@ -45,7 +45,7 @@ def server(monkeypatch, tmp_path):
     """The endpoint that the artefacts name, as a proxy on the loopback."""
     for name in ("NO_PROXY", "no_proxy", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     monkeypatch.setenv("ECHO4O_CACHE", str(tmp_path / "cache"))
     with OpenAIServer() as server:
         for name in ("HTTP_PROXY", "http_proxy"):
@@ -169,7 +169,7 @@ def evaluate_pictures(out: str) -> None:
 
 
 def even_is_correct(call) -> dict:
-    number = call.picture().getpixel((0, 0))[0]
+    number = call.open_image().getpixel((0, 0))[0]
     return {"reason": f"picture {number}", "correct": int(number % 2 == 0)}
 
 
