@@ -15,7 +15,7 @@ TORCH_ARGS ?=
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long venv lint format parity bench tiny-base clean
+.PHONY: help quickstart test test-long venv lint types format parity bench tiny-base clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
@@ -34,6 +34,10 @@ venv: $(STAMP) ## only the set-up: .venv with the package and its tools
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## check types; make types ROOM=training for one room
+	$(BIN)/python .ci/link_rooms.py
+	$(BIN)/basedpyright $(if $(ROOM),build/rooms/echo4o/$(ROOM))
 
 format: $(STAMP) ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
@@ -62,4 +66,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) $(TORCH_ARGS) -c constraints.txt $(TORCH)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python .ci/link_rooms.py
 	@touch $@

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -116,3 +117,15 @@ def test_constraints_satisfy_the_bounds():
     for text in PROJECT["project"]["dependencies"] + extras["dev"]:
         requirement = Requirement(text)
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_tools_find_every_module_behind_a_link(tmp_path):
+    spec = importlib.util.spec_from_file_location("link_rooms", ROOT / ".ci" / "link_rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.link_rooms(tmp_path / "rooms")
+    for name, folder in ROOMS.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            link = tmp_path / "rooms" / Path(*name.split(".")) / file.relative_to(ROOT / folder)
+            assert link.resolve() == file.resolve()
+    assert (ROOT / "echo4o" / "py.typed").is_file()
