@@ -15,18 +15,20 @@ from safetensors.torch import load_file, save_file
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack
 
 from .parity.__main__ import main
-from .parity.c_prefill import Chain, chain_of
-from .parity.g_packing import latent_grids
-from .parity.golden import GoldenSet, Record
-from .parity.recorder import build_pipeline
+from .parity.bagel.c_prefill import Chain, chain_of
+from .parity.bagel.g_packing import latent_grids
+from .parity.bagel.golden_set import GoldenSet
+from .parity.bagel.recorder import build_pipeline
+from .parity.forms import FORMS, Form, UnknownForm, form_of
+from .parity.golden import Record
 from .parity.report import EXACT, SINGLE, Report, Row, distance
-from .parity.run import FILES, REST, run
+from .parity.run import REST, run
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "parity" / "golden"
 
 
-@pytest.mark.parametrize("letter", [*FILES, REST])
+@pytest.mark.parametrize("letter", [*FORMS["bagel"].checks, REST])
 def test_golden_set(letter):
     report = run(GOLDEN, only=letter, quiet=True)
     assert [str(row) for row in report.failures] == []
@@ -311,7 +313,43 @@ def test_exit_status_says_whether_all_passed(copy, capsys):
 def test_it_runs_as_a_module_and_refuses_a_folder_of_another_kind(tmp_path):
     command = [sys.executable, "-m", "tests.parity", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2 and "no golden directory" in done.stderr
+    assert done.returncode == 2 and "is not a golden directory of a known form" in done.stderr
+
+
+# --- forms ---
+
+
+def test_a_directory_is_recognised_by_its_manifest():
+    assert form_of(GOLDEN) == "bagel"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", '{"special_tokens": {}}', "no json"])
+def test_a_directory_of_an_unknown_form_is_an_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "a_vit.json").write_text("{}")
+    with pytest.raises(UnknownForm):
+        form_of(tmp_path)
+    with pytest.raises(UnknownForm):
+        run(tmp_path, quiet=True)
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path)])
+    assert end.value.code == 2
+
+
+def test_a_directory_of_two_forms_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, "by file", Form(checks={"x": "x"}, files=frozenset({"x_golden.json"})))
+    (tmp_path / "x_golden.json").write_text("{}")
+    assert form_of(tmp_path) == "by file"
+    (tmp_path / "manifest.json").write_text(json.dumps(dict.fromkeys(FORMS["bagel"].manifest)))
+    with pytest.raises(UnknownForm, match="has several forms"):
+        form_of(tmp_path)
+
+
+def test_kinds_are_letters_or_words_with_commas(copy):
+    assert main([str(copy), "--only", "am"]) == main([str(copy), "--only", "a,m"]) == 0
+    with pytest.raises(SystemExit):
+        main([str(copy), "--only", "ax"])
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_mask
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack, text_segment
 from echo4o.modeling.bagel.transformer_bagel import may_attend, training_plan
 
-from ..parity.sequences import attend_mask, golden_order, plan_mask, sample_lengths, segments_and_positions
+from ..parity.bagel.sequences import attend_mask, golden_order, plan_mask, sample_lengths, segments_and_positions
 
 TOKENS = SpecialTokens(1, 2, 3, 4)
 

@@ -9,8 +9,9 @@ from PIL import Image
 
 from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_pixels, to_rgb
 
-from .golden import GoldenFile, GoldenSet
-from .report import SINGLE, Check
+from ..golden import GoldenFile
+from ..report import SINGLE, Check
+from .golden_set import GoldenSet
 
 
 def make_image(w: int, h: int, s: int) -> Image.Image:

@@ -8,9 +8,10 @@ import torch
 
 from echo4o.modeling.bagel.image_processor_bagel import to_pixels, to_rgb
 
+from ..golden import GoldenFile
+from ..report import SINGLE, Check
 from .a_vit import limits
-from .golden import GoldenFile, GoldenSet
-from .report import SINGLE, Check
+from .golden_set import GoldenSet
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ import torch
 from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_patches, to_pixels, to_rgb
 from echo4o.modeling.bagel.segments_bagel import grid_position_ids
 
-from .golden import GoldenFile, GoldenSet, Record
-from .report import SINGLE, Check
+from ..golden import GoldenFile, Record
+from ..report import SINGLE, Check
+from .golden_set import GoldenSet
 
 
 def limits(transforms: Record, name: str) -> ImageLimits:

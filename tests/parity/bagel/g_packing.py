@@ -20,8 +20,9 @@ from echo4o.modeling.bagel.segments_bagel import (
 )
 from echo4o.modeling.bagel.transformer_bagel import may_attend, training_plan
 
-from .golden import GoldenFile, GoldenSet, Record
-from .report import SINGLE, Check
+from ..golden import GoldenFile, Record
+from ..report import SINGLE, Check
+from .golden_set import GoldenSet
 from .sequences import (
     Draws,
     Strides,

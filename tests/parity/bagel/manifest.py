@@ -8,10 +8,11 @@ from echo4o.modeling.bagel.options_bagel import THINK_PROMPTS
 from echo4o.modeling.bagel.original_configs import read_original_jsons
 from echo4o.modeling.bagel.weights_bagel import read_json
 
+from ..golden import GoldenFile
+from ..report import Check
 from .f_transforms import make_image
 from .g_packing import special_tokens
-from .golden import GoldenFile, GoldenSet
-from .report import Check
+from .golden_set import GoldenSet
 
 
 def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:

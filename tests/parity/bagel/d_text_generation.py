@@ -9,9 +9,10 @@ import torch
 from echo4o.modeling.bagel.image_processor_bagel import to_rgb
 from echo4o.modeling.bagel.text_generation_bagel import generate_text
 
-from .golden import GoldenFile, GoldenSet, Record, Tensors
+from ..golden import GoldenFile, Record, Tensors
+from ..report import SINGLE, Check
+from .golden_set import GoldenSet
 from .recorder import Recorder, build_pipeline, check_prefills
-from .report import SINGLE, Check
 
 
 def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:

@@ -7,9 +7,10 @@ import torch
 
 from echo4o.modeling.bagel.segments_bagel import patchify, unpatchify
 
-from .golden import GoldenSet, Record, Tensors
+from ..golden import Record, Tensors
+from ..report import EXACT, PICTURE, SINGLE, TRAJECTORY, Check
+from .golden_set import GoldenSet
 from .recorder import Recorder, build_pipeline, check_prefills
-from .report import EXACT, PICTURE, SINGLE, TRAJECTORY, Check
 from .sequences import golden_order
 
 

@@ -8,10 +8,11 @@ from echo4o.modeling.bagel.convert import read_original
 from echo4o.modeling.bagel.segments_bagel import NO_LABEL, pack, patchify
 from echo4o.training.objective import add_noise, loss_terms
 
+from ..golden import GoldenFile
+from ..report import SINGLE, Check
 from .e_vae import encode
 from .g_packing import check_masks, check_packed
-from .golden import GoldenFile, GoldenSet
-from .report import SINGLE, Check
+from .golden_set import GoldenSet
 from .sequences import Strides, in_golden_order, sample_segments
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..golden import GoldenFile
+from ..report import Check
 from . import c_prefill, c_trajectories
-from .golden import GoldenFile, GoldenSet
-from .report import Check
+from .golden_set import GoldenSet
 
 
 def check(golden: GoldenSet, file: GoldenFile, check: Check) -> None:

@@ -11,8 +11,9 @@ import torch
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.segments_bagel import PackedSequence, Segment
 
-from .golden import GoldenSet, Record
-from .report import Check
+from ..golden import Record
+from ..report import Check
+from .golden_set import GoldenSet
 from .sequences import segments_and_positions
 
 

@@ -17,7 +17,7 @@ from echo4o.modeling.bagel.segments_bagel import (
 )
 from echo4o.modeling.bagel.transformer_bagel import may_attend
 
-from .golden import Record
+from ..golden import Record
 
 
 class Strides(NamedTuple):

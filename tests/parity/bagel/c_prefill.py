@@ -11,9 +11,10 @@ from echo4o.modeling.bagel.image_processor_bagel import to_pixels, to_rgb
 from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, predict_velocity
 from echo4o.modeling.bagel.segments_bagel import Segment, unpatchify
 
-from .golden import GoldenFile, GoldenSet
+from ..golden import GoldenFile
+from ..report import SINGLE, Check
+from .golden_set import GoldenSet
 from .recorder import build_pipeline
-from .report import SINGLE, Check
 from .sequences import in_golden_order, segments_and_positions
 
 OFF = Guidance(scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global")

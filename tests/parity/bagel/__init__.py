@@ -1,0 +1,1 @@
+"""Checks of golden directories of BAGEL."""
