@@ -94,8 +94,8 @@ def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
     from pathlib import Path
 
     from echo4o.training.recipe import load_recipe
+    from echo4o.training.run_log import phase_shares
     from echo4o.training.train import Trainer
-    from echo4o.training.watch import phase_shares
 
     base = Path(__file__).parents[1] / "echo4o" / "quickstart" / "base"
     print(f"where a step's time goes, on CPU: {steps} steps, no row twice, pictures encoded as they come")

@@ -6,6 +6,7 @@ shard and ends with the same bytes.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -16,7 +17,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from echo4o.dataset_scripts import files
+from echo4o.common import files
+from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.dataset_scripts.card import write_card
 from echo4o.dataset_scripts.findings import Report
 from echo4o.dataset_scripts.manifest import MANIFEST, make_manifest, read_manifest, versions
@@ -87,7 +89,7 @@ def _terms(source: Source, options: BuildOptions, reading: ReadOptions) -> dict:
     row_files = {}
     for file in (file for part in parts for file in part.rows):
         with source.open(file.path) as stream:
-            row_files[file.path] = files.hashlib.file_digest(stream, "sha256").hexdigest()
+            row_files[file.path] = hashlib.file_digest(stream, "sha256").hexdigest()
     plan = {
         folder: {"configuration": p.configuration, "map": p.map and p.map.to_dict()}
         for folder, p in sorted(reading.plan.items())
@@ -142,7 +144,7 @@ def _prepare(out: Path, terms: dict) -> None:
     if others:
         raise FileExistsError(f"{out} is not empty (it holds {others[0]}): choose a new folder")
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    files.write_file(begun, files.to_json(terms))
+    files.write_json(begun, terms)
 
 
 @contextlib.contextmanager
@@ -172,9 +174,9 @@ class _Work:
         self.report = _report(last)
         self.rejected = self.remarks = self.journal = None
         if not self.complete:
-            self.rejected = files.Lines(self.folder / REJECTED, last.get("rejected_bytes", 0))
-            self.remarks = files.Lines(self.folder / REMARKS, last.get("remarks_bytes", 0))
-            self.journal = files.Lines(self.folder / JOURNAL, last.get("journal_bytes", 0))
+            self.rejected = JsonLinesWriter(self.folder / REJECTED, last.get("rejected_bytes", 0))
+            self.remarks = JsonLinesWriter(self.folder / REMARKS, last.get("remarks_bytes", 0))
+            self.journal = JsonLinesWriter(self.folder / JOURNAL, last.get("journal_bytes", 0))
         self.shard: ShardWriter | None = None
         self.shard_name = self.configuration = ""
         self.numbers: list[tuple[int, int]] = []  # of rows done since the last entry
@@ -182,7 +184,7 @@ class _Work:
     def _read_journal(self) -> list[dict]:
         """The entries up to the first whose shard is not there as it was written."""
         path, entries = self.folder / JOURNAL, []
-        for entry, end in files.read_lines(path) if path.exists() else ():
+        for entry, end in JsonLines(path).with_ends():
             if shard := entry.get("shard"):
                 there = _size(self.folder / shard["file"]) or _size(self.out / shard["file"])
                 if there != shard["bytes"]:
@@ -198,7 +200,7 @@ class _Work:
 
     def run(self, reading: ReadOptions, progress: Callable[[int, Report], object]) -> None:
         done = {tuple(number) for entry in self.entries for number in entry["numbers"]}
-        remarks = [r for r, _ in files.read_lines(self.folder / REMARKS) if r["part"] == self.place.part]
+        remarks = [r for r in JsonLines(self.folder / REMARKS) if r["part"] == self.place.part]
         events = read_events(
             self.source,
             self.options.configuration,
@@ -296,7 +298,7 @@ class _Work:
         for name in (REJECTED, REMARKS):
             if (self.folder / name).exists():
                 files.rename(self.folder / name, self.out / name)
-        files.write_file(self.out / MANIFEST, files.to_json(manifest))
+        files.write_json(self.out / MANIFEST, manifest)
         write_card(self.out / CARD, manifest)
         if (self.folder / "data").exists():
             files.rename(self.folder / "data", self.out / "data")

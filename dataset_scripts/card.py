@@ -7,8 +7,8 @@ from datasets.splits import SplitDict, SplitInfo
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
+from echo4o.common.files import write_text
 from echo4o.dataset_scripts.features import features
-from echo4o.dataset_scripts.files import write_file
 from echo4o.dataset_scripts.names import ALL, PARTS, SPLIT
 from echo4o.model_cards.cards import dataset_card
 from echo4o.model_cards.facts import About
@@ -16,7 +16,7 @@ from echo4o.model_cards.facts import About
 
 def write_card(path: Path, manifest: dict) -> None:
     """Write README.md of a dataset with this manifest."""
-    write_file(path, make_card(manifest))
+    write_text(path, make_card(manifest))
 
 
 def make_card(manifest: dict, repo: str = "echo-4o-image") -> str:

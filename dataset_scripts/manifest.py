@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from echo4o.dataset_scripts.files import sha256_of
+from echo4o.common.files import sha256_of
 from echo4o.dataset_scripts.findings import Report
 from echo4o.dataset_scripts.names import PARTS
 

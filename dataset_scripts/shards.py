@@ -1,5 +1,6 @@
 """Writes rows as one Parquet shard: pages cut by content, a page index, row groups that a stream can take one by one."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from echo4o.common import files
 from echo4o.dataset_scripts.features import features
-from echo4o.dataset_scripts.files import HashingFile
 
 ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 1000
@@ -108,3 +109,46 @@ def _images(pictures: list[dict]) -> pa.StructArray:
     data = pa.array([p["bytes"] for p in pictures], pa.binary())
     paths = pa.array([p["path"] for p in pictures], pa.string())
     return pa.StructArray.from_arrays([data, paths], fields=list(_IMAGE))
+
+
+class HashingFile:
+    """A file opened for writing under a temporary name. `finish` gives it its name; `digest` is of what was written."""
+
+    def __init__(self, path: Path):
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.stream = open(self.partial, "wb")
+        self.digest, self.size = hashlib.sha256(), 0
+        self.closed = False
+
+    def write(self, data) -> int:
+        files.write(self.stream, data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Called by pyarrow; the file stays open until it is finished or given up."""
+
+    def finish(self) -> None:
+        files.sync(self.stream)
+        self.stream.close()
+        files.rename(self.partial, self.path)
+
+    def give_up(self) -> None:
+        self.stream.close()
+        self.partial.unlink(missing_ok=True)

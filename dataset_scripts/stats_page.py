@@ -1,15 +1,13 @@
 """The statistics of a dataset as one HTML page, with plots and a gallery; nothing is fetched from elsewhere."""
 
-import base64
-import io
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from jinja2 import Environment
-from PIL import Image
 
-from echo4o.dataset_scripts.files import write_file
+from echo4o.common.files import write_text
+from echo4o.common.thumbnails import figure_uri, thumbnail_uri
 from echo4o.dataset_scripts.loading import open_file
 from echo4o.dataset_scripts.stats import Numbers, Sample, Stats
 
@@ -34,7 +32,7 @@ def write_page(path: Path, stats: Stats, title: str) -> None:
         more=max(0, len(stats.matches) - _MATCHES),
         checked=sum(stats.prompts.values()),
     )
-    write_file(path, text)
+    write_text(path, text)
 
 
 def _card(sample: Sample) -> dict:
@@ -43,19 +41,9 @@ def _card(sample: Sample) -> dict:
     stored = table.slice(sample.index, 1).to_pylist()[0]
     return {
         "row": sample.row,
-        "image": _thumbnail(stored["image"]["bytes"]),
-        "references": [_thumbnail(r["bytes"]) for r in stored["reference_images"] or []],
+        "image": thumbnail_uri(stored["image"]["bytes"], _THUMBNAIL),
+        "references": [thumbnail_uri(r["bytes"], _THUMBNAIL) for r in stored["reference_images"] or []],
     }
-
-
-def _thumbnail(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
-        small = image.convert("RGB")
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
-    return _inline("image/jpeg", stream.getvalue())
 
 
 def _plots(numbers: Numbers) -> str:
@@ -69,16 +57,10 @@ def _plots(numbers: Numbers) -> str:
     _bars(categories, numbers.categories, "categories")
     _bars(sizes, Counter({f"{w} x {h}": n for (w, h), n in numbers.sizes.items()}), "image sizes")
     _bars(references, Counter({str(n): rows for n, rows in numbers.references.items()}), "reference images")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=80)
-    return _inline("image/png", stream.getvalue())
+    return figure_uri(figure, dpi=80)
 
 
 def _bars(axes, counts: Counter, title: str) -> None:
     shown = counts.most_common(12)[::-1]
     axes.barh([name[:24] for name, _ in shown], [count for _, count in shown], color="#4c78a8")
     axes.set_title(title + (f" (12 of {len(counts)})" if len(counts) > 12 else ""))
-
-
-def _inline(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

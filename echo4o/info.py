@@ -53,7 +53,7 @@ def gpu_bytes(text: str | None) -> float:
     """`24GB` or `16GiB` in bytes; None is the memory of this machine's first GPU. Raises ValueError."""
     import torch
 
-    from echo4o.training.plan import parse_bytes
+    from echo4o.common.sizes import parse_bytes
 
     if text is not None:
         return parse_bytes(text)

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from echo4o.common.hub_names import is_repository_name
 from echo4o.modeling.bagel.loading_bagel import INDEX_NAME
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
@@ -81,8 +82,8 @@ def _release() -> Stored:
 def _on_hub(repo: str) -> Stored:
     from huggingface_hub import HfApi, hf_hub_download
 
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        raise FileNotFoundError(f"there is no folder {repo}, and it is no Hub repository (owner/name)")
+    if not is_repository_name(repo):
+        raise FileNotFoundError(f"there is no folder {repo}, and it is not a Hub repository (owner/name)")
     api = HfApi()
     files = api.list_repo_files(repo)
     if INDEX_NAME not in files:

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from echo4o.common.configuration import StrictModel
 
 ABOUT = "about.yaml"  # in the root of a release; without it, the release is Echo-4o-Image's
 
 
-class About(BaseModel):
+class About(StrictModel):
     """A dataset in a few words. The defaults are the published Echo-4o-Image's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str = Field("Echo-4o-Image", min_length=1)
     pictures: str = Field(

@@ -3,18 +3,20 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
+from echo4o.common.configuration import StrictModel
+from echo4o.common.hub_names import require_repository_name
 from echo4o.model_cards.merge import BEGIN, END, split
 
-RepoName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+RepoName = Annotated[str, AfterValidator(require_repository_name)]
 License = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+class _Strict(StrictModel):
+    model_config = ConfigDict(strict=True, populate_by_name=True)  # YAML's own types, not what converts to them
 
 
 class _Common(_Strict):

@@ -1,6 +1,5 @@
 """The package as it is installed: its packages, its imports, its versions."""
 
-import ast
 import importlib
 import importlib.util
 import json
@@ -83,30 +82,6 @@ def test_public_names_resolve():
         assert name in dir(echo4o)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = echo4o.no_such_name
-
-
-# Arrows point one way; the rooms themselves never ask the front of the house.
-MAY_IMPORT = {
-    "echo4o.modeling": {"echo4o.modeling"},
-    "echo4o.model_cards": {"echo4o.model_cards"},
-    "echo4o.dataset_scripts": {"echo4o.dataset_scripts", "echo4o.modeling", "echo4o.model_cards"},
-    "echo4o.training": {"echo4o.training", "echo4o.modeling"},
-}
-
-
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_rooms_import_in_one_direction(room):
-    for file in (ROOT / ROOMS[room]).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [f"{node.module}.{a.name}" if node.module == "echo4o" else node.module for a in node.names]
-            for name in names:
-                if name.split(".")[0] == "echo4o":
-                    target = ".".join(name.split(".")[:2])
-                    assert target in MAY_IMPORT[room], f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
 
 
 def test_constraints_satisfy_the_bounds():

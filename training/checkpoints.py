@@ -13,7 +13,6 @@ A checkpoint is written into a hidden folder, brought to the disk (fsync) and re
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import warnings
@@ -29,6 +28,8 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.checkpoint.api import CheckpointException
+
+from echo4o.common import files
 
 MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "weights"
 
@@ -92,7 +93,7 @@ class CheckpointFolder:
 
     def _remove_old(self) -> None:
         for old in [f for f in sorted(self.folder.glob("step-*")) if missing_from(f) is None][: -self.keep]:
-            os.rename(old, old.with_name(f".{old.name}.tmp"))  # a kill while deleting leaves no half checkpoint
+            files.rename(old, old.with_name(f".{old.name}.tmp"))  # a kill while deleting leaves no half checkpoint
         for left in self.folder.glob(".step-*.tmp"):  # these, and those of runs that were killed while saving
             shutil.rmtree(left, ignore_errors=True)
 
@@ -146,7 +147,7 @@ def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
         )
     with open(work / f"rank-{accelerator.process_index:05d}.pt", "wb") as file:
         torch.save(random_states(), file)
-        _to_disk(file)
+        files.sync(file)
 
 
 @contextmanager
@@ -158,34 +159,14 @@ def quiet() -> Iterator[None]:
 
 
 def _finish(work: Path, final: Path, state: dict) -> None:
-    _write_json(work / STATE, state)
+    files.write_json(work / STATE, state)
     sizes = {str(f.relative_to(work)): f.stat().st_size for f in sorted(work.rglob("*")) if f.is_file()}
-    _write_json(work / MANIFEST, sizes)
+    files.write_json(work / MANIFEST, sizes)
     for folder in (work / WEIGHTS, work):
-        _sync_folder(folder)
+        files.sync_folder(folder)
     if final.exists():  # an incomplete one of the same step
         shutil.rmtree(final)
-    os.replace(work, final)
-    _sync_folder(final.parent)
-
-
-def _write_json(file: Path, value: dict) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=1) + "\n")
-        _to_disk(stream)
-
-
-def _to_disk(stream) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.rename(work, final)
 
 
 def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> None:

@@ -7,10 +7,8 @@ part is ever whole in memory.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from echo4o.common.files import replacing_folder
 from echo4o.modeling.bagel.loading_bagel import component_tensors
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
@@ -33,24 +32,6 @@ CLASSES = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionMo
 
 class ExportError(RuntimeError):
     """What was trained does not make a complete model."""
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into; it takes the place of `folder` at the end, or goes away after an error."""
-    work, old = folder.parent / f".{folder.name}.tmp", folder.parent / f".{folder.name}.old"
-    for left in (work, old):
-        shutil.rmtree(left, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
@@ -81,7 +62,7 @@ def write_adapter(folder: Path, transformer, tune: Lora, values: dict[str, torch
     layers = {f"transformer.{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in layers.items()}
     settings = {f"transformer.{k}": v for k, v in _plain(lora_config(tune).to_dict()).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
-    with replaced_folder(folder) as work:
+    with replacing_folder(folder) as work:
         save_file(layers, work / LORA_FILE, metadata=metadata)
     return folder
 
@@ -105,7 +86,7 @@ def write_pipeline(
         names: of the trained tensors, as "component.name".
     """
     expected = set()
-    with replaced_folder(folder) as work:
+    with replacing_folder(folder) as work:
         shutil.copytree(base, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".cache", ".git"))
         for component, cls in CLASSES.items():
             for old in [*(work / component).glob("*.safetensors"), *(work / component).glob("*.index.json")]:
@@ -219,6 +200,6 @@ def merge_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> Pa
     pipeline.transformer.unload_lora()
     for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
         torch.nn.Module.to(module, dtype)
-    with replaced_folder(out) as work:
+    with replacing_folder(out) as work:
         pipeline.save_pretrained(work)
     return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from echo4o.common.hub_names import is_repository_name
+from echo4o.common.sizes import parse_bytes
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.training import costs
@@ -59,19 +60,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.total <= USABLE * self.gpu
-
-
-def parse_bytes(text: str) -> float:
-    """`80GB` -> 8e10, `16GiB` -> 2**34. Raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match.group(1))
-    except (AttributeError, ValueError):
-        raise ValueError(f"{text!r} is no amount of memory: write 80GB or 16GiB.") from None
-    if not number:
-        raise ValueError(f"{text!r} is no GPU's memory.")
-    step = 1024 if match.group(3) else 1000
-    return number * step ** " KMGT".index(match.group(2).upper())
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -127,7 +115,7 @@ def _config(cls, model: str, component: str) -> dict:
     if model == "release":  # BAGEL's sizes are the defaults of our classes
         return RELEASE_VAE if component == "vae" else {}
     try:
-        if not Path(model).is_dir() and model.count("/") != 1:
+        if not Path(model).is_dir() and not is_repository_name(model):
             raise OSError("there is no such folder, and a Hub repository is called owner/name")
         return dict(cls.load_config(model, subfolder=component))
     except (OSError, ValueError) as error:

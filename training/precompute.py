@@ -29,6 +29,7 @@ from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from echo4o.common import files
 from echo4o.modeling.bagel.image_processor_bagel import to_rgb
 from echo4o.training.data import open_sources
 from echo4o.training.model import load_pipeline
@@ -149,7 +150,7 @@ def precompute(
         check_settings(out, read_about(out), about)
     elif rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / ABOUT, lambda file: file.write_text(json.dumps(about, indent=1) + "\n", "utf-8"))
+        files.write_json(out / ABOUT, about)
     wait()
     if rank == 0:
         for left in out.glob(".*.tmp"):  # of runs that were killed
@@ -194,7 +195,8 @@ def write_rows(path: Path, rows: Sequence[dict], maker: SampleMaker) -> None:
             grids.append(grid)
         entry = {"id": row["id"], "digest": digest_of(row), "grids": grids}
         index.append(entry | {"target": made.moments is not None, "references": len(made.reference_moments)})
-    _write(path, lambda file: save_file(tensors, file, metadata={"rows": json.dumps(index)}))
+    with files.replacing(path, shared=True) as file:
+        save_file(tensors, file, metadata={"rows": json.dumps(index)})
 
 
 def to_bytes(patches: torch.Tensor) -> torch.Tensor:
@@ -207,22 +209,6 @@ def to_bytes(patches: torch.Tensor) -> torch.Tensor:
 def from_bytes(stored: torch.Tensor) -> torch.Tensor:
     """uint8 -> pixels in [-1, 1], by the arithmetic of `image_processor_bagel.to_pixels`."""
     return (stored.float() / 255 - 0.5) / 0.5
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(work)
-        with open(work, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from echo4o.common.files import write_text
+from echo4o.common.thumbnails import data_uri, figure_uri
 from echo4o.training.recipe import Recipe, dump_recipe
-from echo4o.training.watch import PHASES, phase_shares
+from echo4o.training.run_log import PHASES, phase_shares
 
 CURVES = {
     "loss": "loss",
@@ -28,7 +28,10 @@ def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int
     """Write `run.html` into the run's folder and return its path."""
     folder = recipe.output_dir
     rows = [
-        (step.name.removeprefix("step-").lstrip("0") or "0", [_embedded(f.read_bytes()) for f in _by_number(step)])
+        (
+            step.name.removeprefix("step-").lstrip("0") or "0",
+            [data_uri(f.read_bytes(), "png") for f in _by_number(step)],
+        )
         for step in sorted((folder / "pictures").glob("step-*"))
     ]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -43,16 +46,12 @@ def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int
         rows=rows,
         recipe=dump_recipe(recipe),
     )
-    (folder / "run.html").write_text(text, "utf-8")
+    write_text(folder / "run.html", text)
     return folder / "run.html"
 
 
 def _by_number(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"), key=lambda f: int(f.stem))
-
-
-def _embedded(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _curves(log: list[dict]) -> str:
@@ -73,6 +72,4 @@ def _curves(log: list[dict]) -> str:
     axes.legend(fontsize=7)
     axes.set_title("seconds of a step", fontsize=9)
     axes.tick_params(labelsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return _embedded(buffer.getvalue())
+    return figure_uri(figure, dpi=110)

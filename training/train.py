@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from echo4o.common.files import replacing_folder, write_text
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training import checkpoints, export
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
@@ -37,8 +38,9 @@ from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
 from echo4o.training.precompute import CachedSampleMaker, undecoded
 from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import Lora, Objective, Recipe, RecipeError, dump_recipe, load_recipe, parse_changes
+from echo4o.training.run_log import PHASES
 from echo4o.training.samples import Dropout, SampleMaker, TrainingBatch
-from echo4o.training.watch import PHASES, Watch
+from echo4o.training.watch import Watch
 
 # Settings that may change between the parts of one run: they decide nothing about what is computed in a step.
 FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "pictures", "trackers", "processes", "cache_mb"}
@@ -363,7 +365,7 @@ class Trainer:
                     for name, parameter in trainable(self.model) if self.average else ():
                         parameter.copy_(values[name])
                 cast(self.pipeline, dtype)
-                with export.replaced_folder(folder) as work:
+                with replacing_folder(folder) as work:
                     self.pipeline.save_pretrained(work)
         accelerator.wait_for_everyone()
         return folder
@@ -424,7 +426,7 @@ def train(recipe: Recipe) -> TrainingResult:
     """A whole run, as the command line does it."""
     trainer = Trainer(recipe)
     if trainer.accelerator.is_main_process:
-        (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
+        write_text(recipe.output_dir / "recipe.yaml", dump_recipe(recipe))
     return trainer.run(catch_signals=True)
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from echo4o.common import files
+from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.training.engine import memory_gb
 from echo4o.training.flops import Arithmetic, matrix_rate
 from echo4o.training.model import part_of, summary, trainable
 from echo4o.training.recipe import Recipe
+from echo4o.training.report import write_report
+from echo4o.training.run_log import LOG_FILE, phase_shares, rounded, smoothed, to_lines
 from echo4o.training.samples import TrainingBatch
-
-# Of a step, one after the other: waiting for its batches (and, of several processes, for the slowest one's), forward
-# and backward passes, the update with the exchange of the gradient's norm.
-PHASES = ("data", "compute", "optimizer")
 
 
 class Watch:
@@ -53,13 +51,12 @@ class Watch:
     def resume(self, step: int, seconds: float) -> None:
         """Take up the log of a run that has done `step` steps in `seconds`."""
         self._earlier, self._start = seconds, time.monotonic()
-        if not self.quiet and self._log_file.is_file():
-            entries = map(json.loads, self._log_file.read_text("utf-8").splitlines())
-            self.log = [entry for entry in entries if entry["step"] < step]
+        if not self.quiet:
+            self.log = [entry for entry in JsonLines(self._log_file) if entry["step"] < step]
 
     @property
     def _log_file(self) -> Path:
-        return self.recipe.output_dir / "train_log.jsonl"
+        return self.recipe.output_dir / LOG_FILE
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -78,11 +75,9 @@ class Watch:
             where = f"{count} processes, {kind}" if count > 1 else "1 process"
             tqdm.write(f"learning: {learning} ({where})")
         with (
-            open(os.devnull if self.quiet else self._log_file, "w", encoding="utf-8") as self._file,
+            self._open_log() as self._lines,
             tqdm(total=recipe.steps, initial=step, desc="training", unit="step", disable=self.quiet) as self._bar,
         ):
-            for entry in self.log:
-                self._write(entry)
             try:
                 yield
             except BaseException:
@@ -93,11 +88,12 @@ class Watch:
         if self.recipe.trackers:
             self.accelerator.end_training()
 
-    def _write(self, entry: dict) -> None:
-        if not self.quiet:
-            rounded = {k: v if k == "step" else float(f"{v:.9g}") for k, v in entry.items()}
-            self._file.write(json.dumps(rounded) + "\n")
-            self._file.flush()
+    def _open_log(self):
+        """The log's file; it begins with the entries of the steps before."""
+        if self.quiet:
+            return nullcontext()
+        files.write_text(self._log_file, to_lines(self.log))
+        return closing(JsonLinesWriter(self._log_file))
 
     def amounts(self, batches: list[TrainingBatch]) -> list[float]:
         """Samples, tokens and floating point operations in the batches."""
@@ -113,7 +109,8 @@ class Watch:
         memory = memory_gb(self.accelerator.device)
         entry |= {"seconds": now, "samples": total} | speed | {"memory_gb": memory} | facts
         self.log.append(entry)
-        self._write(entry)
+        if self._lines:
+            self._lines.append(rounded(entry))
         if self.recipe.trackers:
             self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=step)
         self._bar.update()
@@ -125,10 +122,9 @@ class Watch:
 
     def too_long(self, sample: str, tokens: int) -> None:
         """A sample does not fit into a pack: said once, and written down every time."""
-        self.recipe.output_dir.mkdir(parents=True, exist_ok=True)
         file = self.recipe.output_dir / f"too_long_{self.accelerator.process_index}.jsonl"
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"id": sample, "tokens": tokens}) + "\n")
+        with closing(JsonLinesWriter(file)) as lines:
+            lines.append({"id": sample, "tokens": tokens})
         if sample not in self._reported:
             self._reported.add(sample)
             if len(self._reported) <= 10:
@@ -163,22 +159,8 @@ class Watch:
         """After the last step: the last pictures, `run.html`, and the trackers' ends."""
         draw()
         if not self.quiet and self.log:
-            from echo4o.training.report import write_report
-
             write_report(self.recipe, self.log, self.parts)
         self._end_trackers()
-
-
-def smoothed(log: list[dict], window: int = 50) -> float:
-    """Mean loss of the last steps."""
-    recent = log[-window:]
-    return sum(entry["loss"] for entry in recent) / len(recent)
-
-
-def phase_shares(log: list[dict], window: int = 50) -> dict[str, float]:
-    """What part of the last steps' time went into each of their phases: the trace of a bottleneck."""
-    sums = {phase: sum(entry[f"{phase}_seconds"] for entry in log[-window:]) for phase in PHASES}
-    return {phase: seconds / (sum(sums.values()) or 1) for phase, seconds in sums.items()}
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -19,7 +19,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from echo4o.dataset_scripts import files
+from echo4o.common import files
+from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.dataset_scripts.synthesis.gates import look
 from echo4o.model_cards.facts import ABOUT, About
 
@@ -44,7 +45,7 @@ class Folder:
         self.rejected: dict[str, dict] = {}
         self._steps: set[tuple] = set()
         self._looks: dict[str, str] = {}  # row -> how its last picture looks
-        self._lines: dict[Path, files.Lines] = {}
+        self._lines: dict[Path, JsonLinesWriter] = {}
         self._lock = FileLock(self.path / ".lock")
 
     def __enter__(self) -> "Folder":
@@ -90,9 +91,9 @@ class Folder:
         elif self._steps and path.is_file() and _differences(_read_run(path)["decides"], run["decides"]):
             (self.path / STEPS).unlink()
             self._steps.clear()
-        files.write_file(path, files.to_json(run))
+        files.write_json(path, run)
         (self.path / DATASET).mkdir(exist_ok=True)
-        files.write_file(self.path / DATASET / ABOUT, yaml.safe_dump(about.model_dump(), sort_keys=False))
+        files.write_text(self.path / DATASET / ABOUT, yaml.safe_dump(about.model_dump(), sort_keys=False))
 
     def is_decided(self, row: str) -> bool:
         return row in self.accepted or row in self.rejected
@@ -114,7 +115,7 @@ class Folder:
         root, names = self.path / DATASET / FOLDERS[part], []
         for name, data in pictures.items():
             names.append(f"images/{shard:05d}/{name}")
-            _write_bytes(root / names[-1], data)
+            files.write_bytes(root / names[-1], data)
         places = {"output_image": names[0]} | ({"input_images": names[1:]} if names[1:] else {})
         line = row | places
         self._append(root / f"rows-{shard:05d}.jsonl", line, sync=True)
@@ -122,7 +123,7 @@ class Folder:
 
     def reject(self, row: dict, picture: bytes | None) -> None:
         if picture:
-            _write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(picture)}", picture)
+            files.write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(picture)}", picture)
         self._append(self.path / REJECTED, row, sync=True)
         self.rejected[row["row"]] = row
 
@@ -137,14 +138,10 @@ class Folder:
 
     def _append(self, path: Path, value: dict, sync: bool = False) -> None:
         if path not in self._lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = max((end for _, end in files.read_lines(path)), default=0) if path.exists() else 0
-            self._lines[path] = files.Lines(path, whole)
+            self._lines[path] = JsonLinesWriter(path)
         self._lines[path].append(value)
         if sync:
             self._lines[path].sync()
-        else:
-            self._lines[path].stream.flush()
 
 
 def suffix_of(data: bytes) -> str:
@@ -157,18 +154,11 @@ def _step_key(step: dict) -> tuple:
 
 
 def _read(path: Path) -> Iterator[dict]:
-    """The whole lines of a file, if it is there; ValueError where one of them is none of ours."""
-    if not path.exists():
-        return
-    number = 1
-    try:
-        for value, _ in files.read_lines(path):
-            if "row" not in value:
-                raise ValueError("it names no row")
-            yield value
-            number += 1
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}, line {number}: this is no record of ours ({error}); delete the line") from None
+    """The records of a file, if there is one. Raises ValueError if one of them does not name its row."""
+    for number, value in enumerate(JsonLines(path), start=1):
+        if not isinstance(value, dict) or "row" not in value:
+            raise ValueError(f"{path}, line {number} is not a record of a synthesis; delete the line")
+        yield value
 
 
 def _read_run(path: Path) -> dict:
@@ -191,12 +181,3 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
         elif old != new:
             names.append(f"{prefix}{key}")
     return names
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as stream:
-        files.write(stream, data)
-        files.sync(stream)
-    files.rename(partial, path)

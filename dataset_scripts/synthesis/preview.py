@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from echo4o.common.thumbnails import thumbnail
 from echo4o.dataset_scripts.synthesis.folder import PREVIEW, Folder
 from echo4o.dataset_scripts.synthesis.rows import Task
 
@@ -26,9 +27,7 @@ def contact_sheet(folder: Folder, tasks: Sequence[Task]) -> Path:
     for place, task in enumerate(tasks):
         x, y = place % _COLUMNS * _CELL, place // _COLUMNS * (_CELL + _TEXT)
         if task.id in folder.accepted:
-            with Image.open(folder.picture_of(task.id)) as picture:
-                small = picture.convert("RGB")
-                small.thumbnail((_CELL - 8, _CELL - 8))
+            small = thumbnail(folder.picture_of(task.id), _CELL - 8)
             sheet.paste(small, (x + (_CELL - small.width) // 2, y + 4))
             text = folder.accepted[task.id]["instruction"]
         else:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from echo4o.common.configuration import StrictModel, describe
 from echo4o.model_cards.facts import About
 
 BREAKS = ("colour", "shape", "size", "material", "combination", "time", "environment", "several")
@@ -28,16 +29,12 @@ TAGS = (
 TYPES = ("person", "object", "scene", "animal")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Price(_Strict):
+class Price(StrictModel):
     """What you pay, in USD: of a picture, or of a million tokens asked with and answered."""
 
-    picture: float | None = Field(None, ge=0, allow_inf_nan=False)
-    input: float | None = Field(None, ge=0, allow_inf_nan=False)
-    output: float | None = Field(None, ge=0, allow_inf_nan=False)
+    picture: float | None = Field(None, ge=0)
+    input: float | None = Field(None, ge=0)
+    output: float | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _check(self):
@@ -58,7 +55,7 @@ class Price(_Strict):
         return (input_tokens * (self.input or 0.0) + output_tokens * (self.output or 0.0)) / 1e6
 
 
-class Endpoint(_Strict):
+class Endpoint(StrictModel):
     """A model, as configuration: models are retired, recipes stay."""
 
     name: str = Field(min_length=1)
@@ -136,7 +133,7 @@ class Judge(Text):
         return self.name == "pixels" or self.name.startswith("hf:")
 
 
-class Models(_Strict):
+class Models(StrictModel):
     text: Text
     image: Image
     edit: Image | None = None  # draws from references; None: `image`
@@ -147,7 +144,7 @@ class Models(_Strict):
         return [model for model in (self.text, self.image, self.edit, self.judge) if model is not None]
 
 
-class Rate(_Strict):
+class Rate(StrictModel):
     concurrency: int = Field(8, gt=0)  # calls of each model that are open at once
     per_minute: int | None = Field(None, gt=0)  # calls of each model
     tries: int = Field(6, gt=0)  # of one call, before its failure is accepted
@@ -155,14 +152,14 @@ class Rate(_Strict):
     give_up_after: int = Field(8, gt=0)  # failures in a row that stop the run
 
 
-class SurrealFantasy(_Strict):
+class SurrealFantasy(StrictModel):
     rows: int = Field(ge=0)
     objects: Path | None = None
     colours: Path | None = None
     breaks: tuple[Literal[BREAKS], ...] = Field(BREAKS, min_length=1)
 
 
-class References(_Strict):
+class References(StrictModel):
     """Where reference pictures come from: a built dataset (or a Hub repository), or a folder with one folder per type."""
 
     path: str
@@ -172,7 +169,7 @@ class References(_Strict):
     types: dict[Literal[TYPES], tuple[str, ...]] = Field({t: (t,) for t in TYPES}, min_length=1)  # type -> its values
 
 
-class MultiReference(_Strict):
+class MultiReference(StrictModel):
     rows: int = Field(ge=0)
     references: References
     least: int = Field(2, ge=2, le=4)
@@ -187,7 +184,7 @@ class MultiReference(_Strict):
         return self
 
 
-class InstructionFollowing(_Strict):
+class InstructionFollowing(StrictModel):
     rows: int = Field(ge=0)
     objects: Path | None = None
     colours: Path | None = None
@@ -197,7 +194,7 @@ class InstructionFollowing(_Strict):
     otherwise: Literal["template", "reject"] = "template"  # when no paraphrase keeps the structure
 
 
-class Contamination(_Strict):
+class Contamination(StrictModel):
     benchmarks: tuple[str, ...] = ("genevalpp", "imagine_bench")
     prompts: tuple[Path, ...] = ()  # files of more prompts, or of these where they cannot be downloaded
     overlap: float = Field(0.5, gt=0, le=1)
@@ -210,7 +207,7 @@ class Contamination(_Strict):
         return self
 
 
-class Gates(_Strict):
+class Gates(StrictModel):
     verify: bool = True  # by `models.judge`
     pictures: int = Field(3, gt=0)  # drawn for one row at most, until one passes
     answers: int = Field(3, gt=0)  # asked for at most, until one can be used
@@ -222,7 +219,7 @@ class Gates(_Strict):
     contamination: Contamination | None = Contamination()
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """A run of `echo4o dataset synthesize RECIPE.yaml`."""
 
     version: str  # yours; it goes into every row
@@ -307,20 +304,8 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n{_describe(error)}") from error
+        raise RecipeError(f"{path}:\n{describe(error)}") from error
     for variable in {model.key_variable for model in recipe.models.all()}:
         if len(key := os.environ.get(variable, "")) >= 6 and key in text:
             raise RecipeError(f"{path} holds the key of {variable}: remove it, recipes are copied into what they make")
     return recipe
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "recipe"
-        # What stands under an unknown key is not repeated: it may be a secret in the wrong place.
-        silent = item["type"] in ("missing", "value_error", "extra_forbidden")
-        given = "" if silent else f" (given: {item['input']!r})"
-        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        lines.append(f"  {key}: {message}{given}")
-    return "\n".join(lines)

@@ -12,8 +12,7 @@ from typer.core import TyperCommand
 
 from echo4o.cli import push, synthesize
 from echo4o.cli.frame import finish, say
-
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from echo4o.common.hub_names import is_repository_name
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -241,8 +240,8 @@ def stats(
     from echo4o.dataset_scripts.stats import collect
     from echo4o.dataset_scripts.stats_page import write_page
 
-    if not Path(target).is_dir() and not _REPO_ID.fullmatch(target):
-        raise FileNotFoundError(f"{target}: there is no such folder, and it is no Hub repository (owner/name)")
+    if not Path(target).is_dir() and not is_repository_name(target):
+        raise FileNotFoundError(f"{target}: there is no such folder, and it is not a Hub repository (owner/name)")
     listed = [pair for file in prompts or [] for pair in read_prompts(file)]
     listed += _benchmark_prompts(benchmark, quiet=bool(prompts))
     with _Progress("counting") as progress:

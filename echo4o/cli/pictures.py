@@ -1,6 +1,5 @@
 """``echo4o generate`` and ``chat``: a pipeline from the command line."""
 
-import re
 import secrets
 import shlex
 import tempfile
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from echo4o.cli.frame import finish, say
+from echo4o.common.hub_names import is_repository_name
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SEED = 2**63 - 1
 # namespace/name, as the Hub allows them
-_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Dtype(StrEnum):
@@ -194,8 +193,10 @@ def check_model(model: str) -> None:
             raise ValueError(f"--model {model}: the folder holds neither model_index.json nor an original checkpoint")
     elif folder.exists():
         raise NotADirectoryError(f"--model {model} is a file, a folder or a Hub repository is needed")
-    elif not _REPO_ID.fullmatch(model):
-        raise FileNotFoundError(f"--model {model}: there is no such folder, and it is no Hub repository (owner/name)")
+    elif not is_repository_name(model):
+        raise FileNotFoundError(
+            f"--model {model}: there is no such folder, and it is not a Hub repository (owner/name)"
+        )
 
 
 def is_original(folder: Path) -> bool:

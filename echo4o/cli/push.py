@@ -48,11 +48,11 @@ def push(
     Example: [bold]echo4o push runs/lora owner/my-lora --base-model owner/echo-4o --dry-run[/bold]
     A metric: [bold]echo4o push genevalpp owner/genevalpp --public[/bold]
     """
+    from echo4o.common.hub_names import require_repository_name
     from echo4o.hub.kinds.base import Said
-    from echo4o.hub.remote import check_name
 
     for name in [*([base_model] if base_model else []), *(dataset or [])]:
-        check_name(name)
+        require_repository_name(name)
     said = Said(base_model, tuple(dataset or ()), tuple(results or ()))
     send(folder, repo, said, public, dry_run, branch=branch, message=message, overwrite=overwrite, verify=verify)
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 
-from echo4o.evaluation.folder import Records, write_atomically
+from echo4o.common.files import write_text
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question
 
 # USD per million tokens, as listed when the model came out (April 2025). Say `--price IN,OUT` for what you pay.
@@ -155,7 +156,7 @@ class Ledger:
     _known: set[str] = field(default_factory=set)
 
     def __post_init__(self):
-        for line in Records(self.path):
+        for line in JsonLines(self.path):
             self._count(line["key"], line["input_tokens"], line["output_tokens"])
 
     def _count(self, key: str, input_tokens: int, output_tokens: int) -> None:
@@ -239,7 +240,7 @@ class AnswerCache:
 
     def put(self, key: str, answer: Answer, run: str) -> None:
         data = json.dumps({"answer": asdict(answer), "run": run})  # ASCII: escapes keep what is no valid Unicode, too
-        write_atomically(self._path(key), data.encode())
+        write_text(self._path(key), data, shared=True)
 
 
 @dataclass

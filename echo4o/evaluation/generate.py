@@ -8,8 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from echo4o.common.files import read_json, write_bytes, write_json
 from echo4o.evaluation.benchmarks.base import Prompt
-from echo4o.evaluation.folder import GENERATION, IMAGES, read_json, write_atomically, write_json
+from echo4o.evaluation.folder import GENERATION, IMAGES
 from echo4o.evaluation.pictures import picture_name, why_unreadable
 
 
@@ -89,7 +90,7 @@ def generate_pictures(
             if path in _missing(folder, settings, batch):
                 data = io.BytesIO()
                 picture.save(data, "PNG")
-                write_atomically(path, data.getvalue())
+                write_bytes(path, data.getvalue())
             drawn += 1
             on_progress(drawn, total)
     if pipe is not None and state.is_main_process:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from echo4o.common.files import read_json, write_json
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Prompt
 from echo4o.evaluation.calls import (
     AnswerCache,
@@ -22,7 +24,7 @@ from echo4o.evaluation.calls import (
     Stop,
     Stopped,
 )
-from echo4o.evaluation.folder import JUDGE, RECORDS, SPENDING, Records, read_json, write_json
+from echo4o.evaluation.folder import JUDGE, RECORDS, SPENDING
 from echo4o.evaluation.judges.base import Judge, JudgeFault, Question
 from echo4o.evaluation.judges.reading import Unreadable, read_verdict
 from echo4o.evaluation.pictures import Found, picture_name
@@ -139,13 +141,13 @@ def judge_pictures(
     """
     options = options or Options()
     items = list(_items(setup, prompts, found))
-    with Records(out / RECORDS).appending() as append, Records(out / SPENDING).appending() as append_cost:
+    with JsonLines(out / RECORDS).appending() as append, JsonLines(out / SPENDING).appending() as append_cost:
         run = _write_setup(out, setup, found)
         outcome = Outcome(Ledger(out / SPENDING, options.price, options.budget))
-        waiting = _open_items(items, Records(out / RECORDS), options.retry_errors)
+        waiting = _open_items(items, JsonLines(out / RECORDS), options.retry_errors)
         kept = AnswerCache(options.cache) if options.cache is not None and judge.paid else None
         guess = _require_room(waiting, kept, outcome.ledger, options) if judge.paid else 0.0
-        _record_missing(setup, prompts, found, Records(out / RECORDS), append)
+        _record_missing(setup, prompts, found, JsonLines(out / RECORDS), append)
         if not waiting:
             return outcome
         judge.prepare()
@@ -216,7 +218,7 @@ def _write_setup(out: Path, setup: Setup, found: Found) -> str:
     return value["run"]
 
 
-def _open_items(items: list[Item], records: Records, retry_errors: bool) -> list[Item]:
+def _open_items(items: list[Item], records: JsonLines, retry_errors: bool) -> list[Item]:
     latest = {record["key"]: record for record in records if record.get("key")}
     waiting = []
     for item in items:
@@ -235,7 +237,7 @@ def _is_open(record: dict | None, retry_errors: bool) -> bool:
     return retry_errors or last.startswith(RETRIED_LATER)
 
 
-def _record_missing(setup: Setup, prompts: Sequence[Prompt], found: Found, records: Records, append) -> None:
+def _record_missing(setup: Setup, prompts: Sequence[Prompt], found: Found, records: JsonLines, append) -> None:
     """Write down which pictures are missing, unless the last word about them says so already."""
     latest = {(r["id"], r["picture"]): r for r in records}
     of = {prompt.id: prompt for prompt in prompts}

@@ -66,9 +66,9 @@ def content(row: dict) -> frozenset:
 
 
 def write_prompts(rows: Sequence[dict], path: Path) -> None:
-    from echo4o.evaluation.folder import write_atomically
+    from echo4o.common.files import write_text
 
-    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _draw(tag: str, plan: list[dict], rng: np.random.Generator, taken: set) -> dict:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from echo4o.common.files import write_bytes
 from echo4o.evaluation.benchmarks.base import Benchmark, Prompt, Source
-from echo4o.evaluation.folder import write_atomically
 
 # An id names files: no separators, no leading dot.
 _ID = re.compile(r"[^./\\\0][^/\\\0]*")
@@ -144,5 +144,5 @@ def fetch(source: Source, name: str, cache: Path) -> Path:
             f"{source.address} has the SHA-256 {digest}, expected is {source.sha256}; if you trust another file, give "
             "it with --prompts FILE"
         )
-    write_atomically(target, data)
+    write_bytes(target, data, shared=True)
     return target

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.calls import BudgetReached, Gate
-from echo4o.evaluation.folder import Records
 from echo4o.evaluation.judges.base import Answer
 
 
@@ -21,7 +21,7 @@ class Purse:
     _known: set[str] = field(default_factory=set)
 
     def __post_init__(self):
-        for line in Records(self.path):
+        for line in JsonLines(self.path):
             self._count(line)
 
     def _count(self, line: dict) -> None:

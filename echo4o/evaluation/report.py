@@ -1,11 +1,11 @@
 """report.html: the scores beside published ones, and every picture with what the judge said about it."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluation.folder import REPORT, RESULT, read_json, write_atomically
+from echo4o.common.files import read_json, write_text
+from echo4o.common.thumbnails import thumbnail_uri
+from echo4o.evaluation.folder import REPORT, RESULT
 from echo4o.evaluation.pictures import picture_name
 from echo4o.evaluation.score import Evaluation, Sample, read_evaluation
 
@@ -34,7 +34,7 @@ def write_report(out: Path) -> Path:
         types=list(dict.fromkeys(prompt.type or prompt.group for prompt in evaluation.prompts)),
         outcomes=_outcomes(evaluation),
     )
-    write_atomically(out / REPORT, page.encode())
+    write_text(out / REPORT, page)
     return out / REPORT
 
 
@@ -134,14 +134,7 @@ def _link(file: Path, out: Path) -> str | None:
 
 
 def _thumbnail(path: Path) -> str | None:
-    from PIL import Image
-
     try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        return thumbnail_uri(path, _THUMBNAIL)
     except OSError:
         return None
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=82)
-    return base64.b64encode(data.getvalue()).decode()

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echo4o.common.files import write_bytes, write_text
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.base import Benchmark, Prompt
-from echo4o.evaluation.folder import IMAGES, PROMPTS, Records, write_atomically
+from echo4o.evaluation.folder import IMAGES, PROMPTS
 from echo4o.evaluation.judge import Options, Outcome, Setup, judge_pictures
 from echo4o.evaluation.judges import Judge, make_judge
 from echo4o.evaluation.pictures import find_pictures, require_all
@@ -27,7 +29,7 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
         "official": prompts.official,
         "part": prompts.part,
     }
-    known = next(iter(Records(out / PROMPTS)), None)
+    known = next(iter(JsonLines(out / PROMPTS)), None)
     if known == header:
         return
     if known is not None:
@@ -35,12 +37,12 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
         raise ValueError(f"{out} holds an evaluation of other prompts ({changed} differs): use another --out")
     lines = [header, *(to_row(prompt) for prompt in prompts.prompts)]
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    write_atomically(out / PROMPTS, text.encode())
+    write_text(out / PROMPTS, text)
 
 
 def kept_prompts(out: Path) -> tuple[Benchmark, PromptSet]:
     """The prompts that an earlier step wrote into a folder."""
-    rows = list(Records(out / PROMPTS))
+    rows = list(JsonLines(out / PROMPTS))
     if not rows:
         raise ValueError(f"{out}: there is no evaluation in this folder")
     header = rows[0]
@@ -99,7 +101,7 @@ def evaluate_images(
     if rows is not None:
         prompts = out / "rows.jsonl"
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        write_atomically(prompts, text.encode())
+        write_text(prompts, text)
     of_file = load_prompts(chosen, prompts and Path(prompts))
     keep_prompts(chosen, of_file, out)
     _keep_images(images_by_id, out / IMAGES, {prompt.id for prompt in of_file.prompts})
@@ -124,7 +126,7 @@ def _keep_images(images: Mapping[str, Any], folder: Path, ids: set[str]) -> None
             image.save(buffer, "PNG")
             target, data = folder / f"{name}.png", buffer.getvalue()
         if not target.is_file() or _hash(target.read_bytes()) != _hash(data):
-            write_atomically(target, data)
+            write_bytes(target, data)
 
 
 def _hash(data: bytes) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from echo4o.common.files import read_json, write_json
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.base import Benchmark, Prompt
-from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT, Records, read_json, write_json
+from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
 from echo4o.evaluation.pictures import picture_name
 from echo4o.evaluation.prompt_files import from_row
 
@@ -64,14 +66,14 @@ class Evaluation:
 
 def read_evaluation(out: Path) -> Evaluation:
     """Read a folder in which pictures were judged."""
-    rows = list(Records(out / PROMPTS))
+    rows = list(JsonLines(out / PROMPTS))
     judge = read_json(out / JUDGE)
     if not rows or judge is None:
         raise ValueError(f"{out}: nothing was judged here yet; run echo4o evaluate judge first")
     header, prompts = rows[0], [from_row(row) for row in rows[1:]]
     benchmark = get_benchmark(header["benchmark"])
     _require_unchanged(judge)
-    samples = list(_samples(benchmark, prompts, judge, Records(out / RECORDS)))
+    samples = list(_samples(benchmark, prompts, judge, JsonLines(out / RECORDS)))
     return Evaluation(benchmark, prompts, header, judge, read_json(out / GENERATION) or {}, samples, out)
 
 
@@ -87,7 +89,7 @@ def _require_unchanged(judge: dict) -> None:
         )
 
 
-def _samples(benchmark: Benchmark, prompts: Sequence[Prompt], judge: dict, records: Records):
+def _samples(benchmark: Benchmark, prompts: Sequence[Prompt], judge: dict, records: JsonLines):
     latest = {}
     for record in records:
         if record["judge"] == judge["fingerprint"]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from echo4o.common.files import write_bytes
+from echo4o.common.json_lines import JsonLines
 from echo4o.dataset_scripts.synthesis.calls import Check, Ended, Refused, Unanswered, Unreadable, Verdict
 from echo4o.dataset_scripts.synthesis.folder import ANSWERS, SPENDING
 from echo4o.dataset_scripts.synthesis.plan import guess
@@ -17,7 +19,6 @@ from echo4o.dataset_scripts.synthesis.recipe import Endpoint, Image, Recipe
 from echo4o.evaluation.benchmarks.base import PROMPTS, Aspect, Benchmark, Prompt
 from echo4o.evaluation.benchmarks.genevalpp import Correct, GenEvalPP
 from echo4o.evaluation.calls import AnswerCache, BudgetReached, Caller, Gate, Interrupts, Policy, Stop, Stopped
-from echo4o.evaluation.folder import Records
 from echo4o.evaluation.image_endpoint import Drawing, ImageModel, is_moderation, missing_models, picture_bytes
 from echo4o.evaluation.judge import digest
 from echo4o.evaluation.judges import Answer, Judge, JudgeFault, Question, make_judge
@@ -122,7 +123,7 @@ class RobustCalls:
         self._closing = ExitStack()
         try:
             self._shown = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
-            append = self._closing.enter_context(Records(self.out / SPENDING).appending())
+            append = self._closing.enter_context(JsonLines(self.out / SPENDING).appending())
             self._closing.enter_context(Interrupts(self.stop))
             rate = self.recipe.rate
             policy = Policy(rate.concurrency, rate.tries, 1, rate.first_wait, give_up_after=rate.give_up_after)
@@ -212,7 +213,7 @@ class RobustCalls:
         suffix = ".jpg" if data.startswith(b"\xff\xd8") else ".webp" if data.startswith(b"RIFF") else ".png"
         path = self._shown / (digest_ + suffix)
         if not path.exists():
-            path.write_bytes(data)
+            write_bytes(path, data)
         return Picture(path, digest_)
 
     def _identity(self, role: str) -> dict[str, Any]:

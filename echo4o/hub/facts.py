@@ -1,15 +1,17 @@
 """Reads what a card says about a model from the files that say it: recipe, log, results, pictures."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from echo4o.common.files import read_json
+from echo4o.common.hub_names import is_repository_name
+from echo4o.common.json_lines import JsonLines
 from echo4o.dataset_scripts.manifest import MANIFEST
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT, Records, read_json
+from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT
 from echo4o.model_cards.facts import About, Dataset, Result, Training
 from echo4o.training.recipe import Lora, Recipe, load_recipe
 
@@ -75,7 +77,7 @@ def _without_place(path: str) -> str:
 
 def is_repository(name: str) -> bool:
     """Whether this is a Hub repository rather than a folder."""
-    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return not Path(name).exists() and is_repository_name(name)
 
 
 def read_results(places: tuple[Path, ...], model: Path, repo: str, what: str = "model") -> tuple[Result, ...]:
@@ -118,7 +120,7 @@ def read_pictures(run: Path | None, places: tuple[Path, ...]) -> list[tuple[str,
             return list(zip(settings.prompts, files))[:SHOWN]
     for place in places:
         folder = place if place.is_dir() else place.parent
-        rows = [row for row in list(Records(folder / PROMPTS))[1:] if not row["references"]]
+        rows = [row for row in list(JsonLines(folder / PROMPTS))[1:] if not row["references"]]
         files = [(row["text"], picture_of(folder, row["id"])) for row in rows]
         if found := [(text, file) for text, file in files if file]:
             return found[:SHOWN]

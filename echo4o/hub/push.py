@@ -11,9 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from echo4o.common.hub_names import require_repository_name
 from echo4o.hub.kinds.base import CARD, SMALL_BYTES, Kind, Read, Said
 from echo4o.hub.recognise import Found, kind_of, recognise
-from echo4o.hub.remote import Hub, Remote, Source, addition, check_name, same
+from echo4o.hub.remote import Hub, Remote, Source, addition, same
 from echo4o.hub.safety import left_out, list_files, require_safe
 from echo4o.model_cards.merge import merged, own_words
 from echo4o.model_cards.schema import validate
@@ -91,7 +92,7 @@ def push(
         ValueError: a folder, a name, or a card that must not be published; nothing was sent.
         OSError: the Hub refuses or does not answer; the same call goes on later.
     """
-    check_name(repo)
+    require_repository_name(repo)
     found = recognise(target)
     tell(found.told)
     with tempfile.TemporaryDirectory() as cache:

@@ -14,26 +14,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+
+from echo4o.common.hub_names import require_repository_name
 
 _TRIES, _AT_ONCE = 6, 10
 _SETTINGS = "https://huggingface.co/settings/tokens"
 Source = Path | bytes
-
-
-def check_name(repo: str) -> None:
-    """Raise ValueError unless `repo` is owner/name as the Hub allows it."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"{repo!r} is no repository's name: {error}") from error
-    if repo.count("/") != 1:
-        raise ValueError(f"{repo!r} is no repository: write owner/name")
 
 
 class Remote:
@@ -53,7 +43,7 @@ class Remote:
         pause: float = 1.0,
         tell: Callable[[str], object] = lambda text: None,
     ):
-        check_name(repo)
+        require_repository_name(repo)
         self.api, self.repo, self.repo_type, self.branch = api, repo, repo_type, branch
         self.pause, self.tell = pause, tell
 

@@ -60,9 +60,9 @@ def draw_and_score(
 
 def judge(prompts: Sequence[Prompt], pictures: Sequence[Image.Image], out: Path | None = None) -> list[list[str]]:
     """Why each picture is wrong, in the words of the judge `pixels`; empty where it is right."""
+    from echo4o.common.json_lines import JsonLines
     from echo4o.evaluation import evaluate_images
     from echo4o.evaluation.benchmarks.shapes4o import rows_of
-    from echo4o.evaluation.folder import Records
     from echo4o.evaluation.judge import Options
 
     if out is None:
@@ -71,6 +71,6 @@ def judge(prompts: Sequence[Prompt], pictures: Sequence[Image.Image], out: Path 
     shutil.rmtree(out, ignore_errors=True)
     named = {str(number): picture for number, picture in enumerate(pictures, start=1)}
     evaluate_images("shapes4o", named, "pixels", out, rows=rows_of(prompts), options=Options(probe=False))
-    records = {record["id"]: record for record in Records(out / "records.jsonl")}
+    records = {record["id"]: record for record in JsonLines(out / "records.jsonl")}
     found = [records[name] for name in named]
     return [[] if of["scores"]["correct"] else of["reason"].split("; ") for of in found]

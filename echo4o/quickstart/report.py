@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from PIL import Image
 
+from echo4o.common.files import write_text
+from echo4o.common.thumbnails import png_uri
 from echo4o.quickstart.drawing import Drawn, reference_pictures
 
 
@@ -27,9 +27,9 @@ def write_report(path: Path, result: dict, before: Drawn, after: Drawn, log: lis
     for index, prompt in enumerate(after.prompts):
         item = {
             "text": prompt.text,
-            "references": [data_url(picture) for picture in reference_pictures(prompt)],
-            "before": data_url(before.pictures[index]),
-            "after": data_url(after.pictures[index]),
+            "references": [png_uri(picture) for picture in reference_pictures(prompt)],
+            "before": png_uri(before.pictures[index]),
+            "after": png_uri(after.pictures[index]),
             "why_before": before.reasons[index],
             "why_after": after.reasons[index],
         }
@@ -41,14 +41,7 @@ def write_report(path: Path, result: dict, before: Drawn, after: Drawn, log: lis
         curve=Markup(loss_curve(log)),
         pictures=pictures,
     )
-    path.write_text(html, "utf-8")
-
-
-def data_url(picture: Image.Image) -> str:
-    """The picture inside a link."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    write_text(path, html)
 
 
 def loss_curve(log: list[dict], window: int = 25) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from echo4o.common.files import write_json
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.detector import Score
@@ -149,7 +150,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     with stages("writing the report"):
         result["stages"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
         result["seconds"] = round(time.monotonic() - start, 1)
-        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        write_json(out / "result.json", result)
         write_report(out / "report.html", result, before, after, training.log)
     print_ending(out, before, after, result)
     return result

@@ -6,14 +6,13 @@ the base model. None of it sees held-out content; the VAE sees pictures only.
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from transformers import Qwen2Tokenizer
 
+from echo4o.common.files import replacing_folder
 from echo4o.quickstart.tiny_tokenizer import train_tokenizer
 from echo4o.quickstart.tiny_vae import VaeTraining, train_vae
 
@@ -53,13 +52,10 @@ def _existing(folder: Path) -> Path:
 
 
 def _replace(folder: Path, save) -> None:
-    """Saves into a folder beside, then renames: an interrupted run leaves the old one whole."""
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    save(beside)
-    _forget_paths(beside / "config.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    """Saves into the folder; an interrupted run leaves the old one as it was."""
+    with replacing_folder(folder) as work:
+        save(work)
+        _forget_paths(work / "config.json")
 
 
 def _forget_paths(config: Path) -> None:

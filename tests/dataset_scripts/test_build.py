@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from echo4o.dataset_scripts import files
+from echo4o.common import files
 from echo4o.dataset_scripts.build import WORK, BuildOptions, build
 from echo4o.dataset_scripts.features import features
 from echo4o.dataset_scripts.manifest import check_shards, read_manifest
+from echo4o.dataset_scripts.shards import HashingFile
 from echo4o.dataset_scripts.upstream import ReadOptions
 from tests.dataset_scripts.layout import REFERENCE, SURREAL, member, picture, row, small_release, write_rows, write_tar
 
@@ -179,10 +180,10 @@ def test_broken_off_at_every_write_and_rename(tmp_path, shard_bytes, every, erro
 def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         steps = break_off(patch, -1, None)
-        file = files.HashingFile(tmp_path / "a")
+        file = HashingFile(tmp_path / "a")
         file.write(b"x")
         file.finish()
-        files.write_file(tmp_path / "b", "y")
+        files.write_text(tmp_path / "b", "y")
     assert steps == ["write", "sync", "rename"] * 2
 
 
@@ -244,7 +245,7 @@ def test_an_altered_shard_is_built_again(release, built, tmp_path):
 
 SLOW_BUILD = """
 import sys, time
-from echo4o.dataset_scripts import files
+from echo4o.common import files
 from echo4o.dataset_scripts.build import BuildOptions, build
 original = files.write
 def write(stream, data):

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks.genevalpp import Correct
 from echo4o.evaluation.calls import AnswerCache, BudgetReached, Caller, Gate, Ledger, Policy, Stop, Stopped
-from echo4o.evaluation.folder import Records
 from echo4o.evaluation.judges.base import Answer, Judge, Question
 
 QUESTION = Question("", "is it?", (), Correct)
@@ -85,7 +85,7 @@ def test_a_stop_ends_every_wait():
 def ask(judge, ledger, cache, run, key="k"):
     async def main():
         stop = Stop()
-        with Records(ledger.path).appending() as append:
+        with JsonLines(ledger.path).appending() as append:
             caller = Caller(judge, Policy(), Gate(1, stop), stop, ledger, append, cache, run)
             return await caller.ask(QUESTION, key, [])
 
@@ -101,7 +101,7 @@ def test_an_answer_is_paid_once_and_accounted_once(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     ledger = Ledger(tmp_path / "a.jsonl", price=(10.0, 10.0))
     ask(judge, ledger, cache, "a")
-    assert judge.asked == 1 and ledger.calls == 1 and len(list(Records(tmp_path / "a.jsonl"))) == 1
+    assert judge.asked == 1 and ledger.calls == 1 and len(list(JsonLines(tmp_path / "a.jsonl"))) == 1
     # Another folder takes the answer for nothing.
     other = Ledger(tmp_path / "b.jsonl", price=(10.0, 10.0))
     ask(judge, other, cache, "b")

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from echo4o.cli import app
-from echo4o.evaluation.folder import Records
+from echo4o.common.json_lines import JsonLines
 from echo4o.testing.openai_server import EndpointFault
 from tests.evaluation.conftest import ROOT, write_pictures, write_prompts
 
@@ -57,7 +57,7 @@ def test_judge_pictures_of_any_model(given, server, tmp_path):
         assert name in found
     assert found["prompts"] == {"count": 8, "official": False, "part": None}
     assert found["prompt_hashes"]["correct"] and found["judge"]["endpoint"] == server.url
-    record = next(iter(Records(out / "records.jsonl")))
+    record = next(iter(JsonLines(out / "records.jsonl")))
     assert {"id", "group", "status", "scores", "reason", "attempts"} <= set(record)
 
 
@@ -129,7 +129,7 @@ def test_the_budget_is_a_limit(given, server, tmp_path):
     stopped = run(*given, "--price", "10,10", "--budget", 0.068, "--concurrency", 2)
     assert stopped.exit_code == 2 and "the budget of 0.07 USD is reached" in words(stopped.stderr)
     assert sum(server.paid.values()) * 0.011 <= 0.068
-    kept = len(list(Records(tmp_path / "out" / "records.jsonl")))
+    kept = len(list(JsonLines(tmp_path / "out" / "records.jsonl")))
     assert kept == len(server.judged) > 0
     assert run(*given, "--price", "10,10", "--budget", 1).exit_code == 0
     assert len(server.judged) == 8
@@ -158,7 +158,9 @@ def test_missing_pictures_have_to_be_allowed(given, server, pictures, tmp_path):
     assert run(*given, "--allow-missing").exit_code == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert found["score"] is None and found["statuses"]["missing_image"] == 2
-    missing = [record for record in Records(tmp_path / "out" / "records.jsonl") if record["status"] == "missing_image"]
+    missing = [
+        record for record in JsonLines(tmp_path / "out" / "records.jsonl") if record["status"] == "missing_image"
+    ]
     assert [record["id"] for record in missing] == ["3", "5"] and all(record["reason"] for record in missing)
     assert run("score", "--out", tmp_path / "out", "--min-coverage", 0.7).exit_code == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text())["score"] == 0.5

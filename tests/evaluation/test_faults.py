@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.calls import Policy
-from echo4o.evaluation.folder import Records
 from echo4o.evaluation.judge import Options
 from echo4o.evaluation.judges.endpoint import OpenAIJudge, duration, wait_of
 from echo4o.evaluation.prompt_files import load_prompts
@@ -28,7 +28,7 @@ def judge(server, prompts, pictures, out, policy=FAST, timeout=5.0, url=None, **
 
 
 def third(out) -> dict:
-    (record,) = [record for record in Records(out / "records.jsonl") if record["id"] == "3"]
+    (record,) = [record for record in JsonLines(out / "records.jsonl") if record["id"] == "3"]
     return record
 
 
@@ -117,7 +117,7 @@ def test_verdicts_that_differ_are_no_verdict(server, prompts, pictures, tmp_path
     # Picture 4 is right, and the second verdict of the answer says it is wrong.
     server.inject(EndpointFault("two_verdicts", times=99, match="number 4"))
     judge(server, prompts, pictures, tmp_path / "out")
-    (record,) = [r for r in Records(tmp_path / "out" / "records.jsonl") if r["id"] == "4"]
+    (record,) = [r for r in JsonLines(tmp_path / "out" / "records.jsonl") if r["id"] == "4"]
     assert (record["status"], record["faults"][-1]["kind"]) == ("judge_error", "ambiguous")
 
 
@@ -161,7 +161,7 @@ def test_what_no_retry_can_help_stops_at_once(name, server, prompts, pictures, t
     with pytest.raises(ValueError, match=message):
         judge(server, prompts, pictures, tmp_path / "out")
     assert len(server.calls) == 1
-    assert list(Records(tmp_path / "out" / "records.jsonl")) == []
+    assert list(JsonLines(tmp_path / "out" / "records.jsonl")) == []
 
 
 def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pictures, tmp_path):
@@ -169,7 +169,7 @@ def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pict
     policy = Policy(concurrency=1, tries=1)
     with pytest.raises(ValueError, match="http_401"):
         judge(server, prompts, pictures, tmp_path / "out", policy)
-    assert [record["id"] for record in Records(tmp_path / "out" / "records.jsonl")] == ["1", "2", "3", "4", "5", "6"]
+    assert [record["id"] for record in JsonLines(tmp_path / "out" / "records.jsonl")] == ["1", "2", "3", "4", "5", "6"]
     judge(server, prompts, pictures, tmp_path / "out", policy)
     assert score_folder(tmp_path / "out")["coverage"] == 1.0
 
@@ -216,7 +216,7 @@ def test_the_key_is_nowhere(server, prompts, pictures, tmp_path, capfd):
     for path in written:
         assert API_KEY.encode() not in path.read_bytes(), path
     assert API_KEY not in printed.out + printed.err
-    assert "[key]" in json.dumps(list(Records(tmp_path / "out" / "records.jsonl")))
+    assert "[key]" in json.dumps(list(JsonLines(tmp_path / "out" / "records.jsonl")))
     assert all(API_KEY not in json.dumps(call.body) for call in server.calls)
 
 

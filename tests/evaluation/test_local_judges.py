@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from echo4o.evaluation.folder import Records
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.judge import Options
 from echo4o.evaluation.judges import make_judge
 from echo4o.evaluation.run import evaluate_images
@@ -59,7 +59,7 @@ def test_pixels(tmp_path):
     scores = {group: of["score"] for group, of in result["groups"].items()}
     assert scores == {"colour": 1.0, "count": 0.0, "colour/pos": 0.0, "pos/size": 1.0}
     assert result["score"] == 0.5 and result["judge"]["judge"] == "pixels"
-    reasons = {record["id"]: record["reason"] for record in Records(tmp_path / "records.jsonl")}
+    reasons = {record["id"]: record["reason"] for record in JsonLines(tmp_path / "records.jsonl")}
     assert reasons["2"] == "2 x heart, asked for 3"
     assert reasons["1"] == "exactly the objects that were asked for"
     assert evaluate_images("shapes4o", pictures, "pixels", tmp_path, rows=rows, options=NO_PROBE) == result
@@ -108,7 +108,7 @@ def test_the_pipeline_judges_itself(tmp_path):
     judge = make_judge("self", "golden", load, max_tokens=4)
     result = evaluate_images("genevalpp", pictures, judge, tmp_path, rows=rows, options=NO_PROBE)
     assert result["score"] is None and result["statuses"]["judge_error"] == 1
-    (record,) = Records(tmp_path / "records.jsonl")
+    (record,) = JsonLines(tmp_path / "records.jsonl")
     assert record["faults"][0]["kind"] in ("no_json", "empty")
 
 
@@ -175,7 +175,7 @@ def test_a_transformers_model_is_asked(tiny_llava, tmp_path):
     judge = make_judge(f"hf:{tiny_llava}", device="cpu", max_tokens=4)
     result = evaluate_images("genevalpp", pictures, judge, tmp_path, rows=rows, options=NO_PROBE)
     assert result["judge"]["dtype"] == "float32" and result["statuses"]["judge_error"] == 1
-    (record,) = Records(tmp_path / "records.jsonl")
+    (record,) = JsonLines(tmp_path / "records.jsonl")
     assert record["faults"][0]["kind"] in ("no_json", "empty")
     # The probe finds out before anything is judged.
     judge = make_judge(f"hf:{tiny_llava}", device="cpu", max_tokens=4)

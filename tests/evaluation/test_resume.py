@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from echo4o.evaluation.folder import Records
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.score import score_folder
 from echo4o.testing.openai_server import OpenAIServer
 from tests.evaluation import running
@@ -52,7 +52,7 @@ def begin(processes, server, arguments, target=running.judge):
 
 def answered(out, cache) -> set[str]:
     """The calls whose answers are on disk."""
-    return {path.stem for path in cache.rglob("*.json")} | {line["key"] for line in Records(out / "spending.jsonl")}
+    return {path.stem for path in cache.rglob("*.json")} | {line["key"] for line in JsonLines(out / "spending.jsonl")}
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -73,13 +73,13 @@ def test_kill_9_at_random_points(seed, processes, slow_server, set_up, tmp_path)
     # A crash of the machine can also tear the last line.
     with (out / "records.jsonl").open("ab") as file:
         file.write(b'{"id": "7", "status": "sco')
-    records = len(list(Records(out / "records.jsonl")))
+    records = len(list(JsonLines(out / "records.jsonl")))
     assert 0 < records < COUNT
     running.judge(*arguments)
 
     assert sum(server.paid.values()) == COUNT + 1  # every judgement and the probe, once
     assert len(server.calls) <= COUNT + 1 + kills * CONCURRENCY
-    spending = list(Records(out / "spending.jsonl"))
+    spending = list(JsonLines(out / "spending.jsonl"))
     assert len({line["key"] for line in spending}) == len(spending) == COUNT + 1
     calm = tmp_path / "calm"
     running.judge(server.url, *set_up, calm, None, CONCURRENCY)
@@ -97,7 +97,7 @@ def test_interrupt_keeps_every_call_that_is_open(processes, slow_server, set_up,
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == 130
-    records = list(Records(out / "records.jsonl"))
+    records = list(JsonLines(out / "records.jsonl"))
     assert len(records) == len(server.judged) == sum(server.paid.values()) - 1 < COUNT
     running.judge(*arguments)
     assert len(server.judged) == COUNT  # not one call more
@@ -123,13 +123,13 @@ def test_another_folder_is_served_from_the_cache(slow_server, set_up, tmp_path):
     running.judge(slow_server.url, *set_up, tmp_path / "b", cache, 16)
     assert len(slow_server.calls) == calls
     assert score_folder(tmp_path / "a") == score_folder(tmp_path / "b")
-    assert list(Records(tmp_path / "b" / "spending.jsonl")) == []
+    assert list(JsonLines(tmp_path / "b" / "spending.jsonl")) == []
 
 
 def test_two_processes_do_not_judge_into_one_folder(set_up, slow_server, tmp_path):
     out = tmp_path / "out"
-    with Records(out / "records.jsonl").appending():
-        with pytest.raises(ValueError, match="another process is judging into this folder"):
+    with JsonLines(out / "records.jsonl").appending():
+        with pytest.raises(ValueError, match="another process is writing to this file"):
             running.judge(slow_server.url, *set_up, out, None)
 
 

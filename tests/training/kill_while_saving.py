@@ -3,9 +3,9 @@
 import os
 import signal
 
-from echo4o.training import checkpoints
+from echo4o.common import files
 
-_write = checkpoints._write_json
+_write = files.write_json
 
 
 def _killing(file, value):
@@ -14,7 +14,7 @@ def _killing(file, value):
     _write(file, value)
 
 
-checkpoints._write_json = _killing
+files.write_json = _killing
 
 if __name__ == "__main__":
     from echo4o.cli import main

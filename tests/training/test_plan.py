@@ -5,6 +5,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.state import AcceleratorState
 
+from echo4o.common.sizes import parse_bytes
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack, text_segment
 from echo4o.training import costs
 from echo4o.training.model import TrainedModel, load_pipeline, set_up
@@ -12,7 +13,6 @@ from echo4o.training.plan import (
     _share,
     activation_bytes,
     nearest,
-    parse_bytes,
     plan,
     print_plan,
     recomputed_bytes,
@@ -165,9 +165,9 @@ def test_checkpointing_is_the_first_advice():
 
 def test_sizes_are_read():
     assert parse_bytes("80GB") == 80e9 and parse_bytes("16 GiB") == 2**34 and parse_bytes("1.5t") == 1.5e12
-    with pytest.raises(ValueError, match="'lots' is no amount of memory"):
+    with pytest.raises(ValueError, match="'lots' is not an amount of memory"):
         parse_bytes("lots")
-    with pytest.raises(ValueError, match="'24' is no amount of memory"):  # not 24 bytes
+    with pytest.raises(ValueError, match="'24' is not an amount of memory"):  # not 24 bytes
         parse_bytes("24")
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import RecipeError, load_recipe
+from echo4o.training.run_log import PHASES, phase_shares
 from echo4o.training.train import Trainer
-from echo4o.training.watch import PHASES, phase_shares
 
 from .conftest import make_rows
 from .running import log_of, train_here

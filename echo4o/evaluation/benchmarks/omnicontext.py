@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from echo4o.common.files import write_text
 from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Grade, Prompt, Verdict, known_field, text_field
 from echo4o.evaluation.metrics.omnicontext import formula
 
@@ -86,7 +87,5 @@ def download(revision: str | None, cache: Path) -> Path:
             picture.convert("RGB").save(target / name)
         keep = {name: sample[name] for name in ("key", "task_type", "instruction")}
         rows.append(json.dumps(keep | {"input_images": names}, ensure_ascii=False))
-    part = done.with_suffix(".part")
-    part.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    part.replace(done)
+    write_text(done, "\n".join(rows) + "\n", shared=True)
     return done

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import load_dataset
 
+from echo4o.common.files import to_json
 from echo4o.dataset_scripts.card import make_card
 from echo4o.dataset_scripts.features import features
-from echo4o.dataset_scripts.files import to_json
 from echo4o.dataset_scripts.manifest import MANIFEST, check_shards, listed_shards, read_manifest
 from echo4o.dataset_scripts.names import SPLIT
 from echo4o.hub.kinds.base import Kind, Read

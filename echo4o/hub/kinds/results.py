@@ -8,8 +8,9 @@ from pathlib import Path
 
 from datasets import load_dataset
 
+from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.folder import IMAGES, PROMPTS, RECORDS, RESULT, Records
+from echo4o.evaluation.folder import IMAGES, PROMPTS, RECORDS, RESULT
 from echo4o.hub.facts import is_repository, result_values
 from echo4o.hub.kinds.base import Kind, Read
 from echo4o.hub.remote import Source
@@ -34,9 +35,9 @@ class Results(Kind):
     @cached_property
     def rows(self) -> list[dict]:
         """One per picture, the last judgement of each aspect counting."""
-        prompts = {row["id"]: row for row in list(Records(self.folder / PROMPTS))[1:]}
+        prompts = {row["id"]: row for row in list(JsonLines(self.folder / PROMPTS))[1:]}
         by_picture: dict[str, dict[str, dict]] = defaultdict(dict)
-        for record in Records(self.folder / RECORDS):
+        for record in JsonLines(self.folder / RECORDS):
             if record.get("image") and (self.folder / IMAGES / record["image"]).is_file():
                 by_picture[record["image"]][f"{record['repeat']} {record['aspect']}"] = record
         rows = []

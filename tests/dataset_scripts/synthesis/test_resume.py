@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from echo4o.evaluation.folder import Records
+from echo4o.common.json_lines import JsonLines
 from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
 
@@ -74,13 +74,13 @@ def test_the_budget_ends_the_run_and_a_higher_one_goes_on(server, recipe, tmp_pa
     out, sums = tmp_path / "made", []
     for budget in (0.05, 0.12, 5):
         said = run("synthesize", recipe(), "--out", out, "--budget", budget, code=0 if budget == 5 else 2)
-        sums.append(sum(line["usd"] for line in Records(out / "spending.jsonl")))
+        sums.append(sum(line["usd"] for line in JsonLines(out / "spending.jsonl")))
         assert sums[-1] <= budget
         if budget < 5:
             assert "the budget of" in said and "higher --budget" in said and "what was paid for is kept" in said
     assert sums[0] > 0.02 and sums[1] > 0.09, "the budget is used"
     assert ends(out) == planned() and max(server.paid.values()) == 1
-    assert sum(server.paid.values()) == len(list(Records(out / "spending.jsonl")))
+    assert sum(server.paid.values()) == len(list(JsonLines(out / "spending.jsonl")))
 
 
 def command(file, out, *more, limits=()) -> subprocess.Popen:
@@ -151,7 +151,7 @@ def test_killed_again_and_again(server, recipe, tmp_path):
     assert len(lines(out / "rejected.jsonl")) in (1, 2) and max(server.paid.values()) == 1
     again = sum(count - 1 for count in Counter(call.key for call in server.calls if call.key).values())
     assert again <= 8 * kills, "only what was open when it was killed is asked for again"
-    assert set(server.paid) == {line["key"] for line in Records(out / "spending.jsonl") if line["usd"]}
+    assert set(server.paid) == {line["key"] for line in JsonLines(out / "spending.jsonl") if line["usd"]}
     run("build", out / "dataset", "--out", tmp_path / "built", "--workers", 1)
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import echo4o.testing.openai_server
-from echo4o.evaluation.folder import Records
+from echo4o.common.json_lines import JsonLines
 from echo4o.testing.openai_server import EndpointFault
 from tests.dataset_scripts.synthesis.running import accepted, ends, lines, one_part, run
 from tests.dataset_scripts.synthesis.test_resume import command
@@ -69,7 +69,7 @@ def test_pictures_that_are_none_are_paid_for_and_counted(server, recipe, tmp_pat
         "truncated: 0 bytes"
     }
     assert sum(call.kind == "generate" for call in server.calls) == 6
-    assert sum(server.paid.values()) == len(list(Records(out / "spending.jsonl")))
+    assert sum(server.paid.values()) == len(list(JsonLines(out / "spending.jsonl")))
 
 
 @pytest.mark.parametrize("kind", ["pictures", "verdicts"])
@@ -139,7 +139,7 @@ def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, rec
     price = {"input": 0.0, "output": 10.0}
     file = one_part(recipe, rows=20, rate__concurrency=8, models__image__price=price)
     run("synthesize", file, "--out", out, "--budget", 0.5, code=2)
-    assert 0.2 < sum(line["usd"] for line in Records(out / "spending.jsonl")) <= 0.5
+    assert 0.2 < sum(line["usd"] for line in JsonLines(out / "spending.jsonl")) <= 0.5
 
 
 def test_what_has_no_price_is_not_told_as_free(server, recipe, tmp_path):
@@ -209,7 +209,7 @@ def test_files_of_the_folder_that_somebody_changed(server, recipe, tmp_path):
     steps = (out / "steps.jsonl").read_text()
     for strange in ("{rubbish", '{"step": "of another program"}', "7"):
         (out / "steps.jsonl").write_text(f"{strange}\n{steps}")
-        assert "steps.jsonl, line 1: this is no record of ours" in run("synthesize", file, "--out", out, code=2)
+        assert "steps.jsonl, line 1 is not" in run("synthesize", file, "--out", out, code=2)
     (out / "steps.jsonl").write_text(steps)
     (out / "run.json").write_text("{}")
     assert "run.json does not say what the rows" in run("synthesize", file, "--out", out, code=2)
