@@ -153,7 +153,7 @@ def precompute(
         files.write_json(out / ABOUT, about)
     wait()
     if rank == 0:
-        for left in out.glob(".*.tmp"):  # of runs that were killed
+        for left in [*out.glob(".*.partial"), *out.glob(".*.tmp")]:  # of killed runs; .tmp: of version 0.1
             left.unlink(missing_ok=True)
     wait()
     for number in range(rank, files_in(about), processes):
@@ -195,8 +195,7 @@ def write_rows(path: Path, rows: Sequence[dict], maker: SampleMaker) -> None:
             grids.append(grid)
         entry = {"id": row["id"], "digest": digest_of(row), "grids": grids}
         index.append(entry | {"target": made.moments is not None, "references": len(made.reference_moments)})
-    with files.replacing(path, shared=True) as file:
-        save_file(tensors, file, metadata={"rows": json.dumps(index)})
+    _write(path, lambda file: save_file(tensors, file, metadata={"rows": json.dumps(index)}))
 
 
 def to_bytes(patches: torch.Tensor) -> torch.Tensor:
@@ -209,6 +208,11 @@ def to_bytes(patches: torch.Tensor) -> torch.Tensor:
 def from_bytes(stored: torch.Tensor) -> torch.Tensor:
     """uint8 -> pixels in [-1, 1], by the arithmetic of `image_processor_bagel.to_pixels`."""
     return (stored.float() / 255 - 0.5) / 0.5
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    with files.replacing(path, shared=True) as work:
+        write(work)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

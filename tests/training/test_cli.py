@@ -65,7 +65,7 @@ def test_where_nothing_fits_it_says_so():
 
 WRONG = [
     (["lora_single_gpu", "--plan", "--gpu", "lots"], "'lots' is not an amount of memory: write 80GB or 16GiB."),
-    (["lora_single_gpu", "--plan", "--gpu", "0GB"], "'0GB' is no GPU's memory."),
+    (["lora_single_gpu", "--plan", "--gpu", "0GB"], "'0GB' is not an amount of memory above zero."),
     (["lora_single_gpu", "--gpu", "24GB"], "--gpu has no effect without --plan."),
     (["lora_single_gpu", "--num-gpus", "8"], "--num-gpus has no effect without --plan."),
     (["full_fsdp2_8gpu", "--plan", "--num-gpus", "1"], "sharding: fsdp2 needs several GPUs: say --num-gpus."),

@@ -175,12 +175,12 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path, on_disk):
     process.wait()
     left = {f.name for f in (tmp_path / "out").iterdir()}
     assert "rows-00000002.safetensors" in left and "rows-00000003.safetensors" not in left
-    assert any(name.endswith(".tmp") for name in left), "the kill came in the middle"
+    assert any(name.endswith(".partial") for name in left), "the kill came in the middle"
     done = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out").glob("rows-*")}
     assert subprocess.run(command, env=environment, timeout=200).returncode == 0
     assert len(list((tmp_path / "out").glob("rows-*.safetensors"))) == 8
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time_ for name, time_ in done.items())
-    assert not list((tmp_path / "out").glob(".*.tmp")), "what the killed run left is gone"
+    assert not list((tmp_path / "out").glob(".*.partial")), "what the killed run left is gone"
 
 
 @pytest.mark.slow
