@@ -12,10 +12,12 @@ PYTEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # On Linux PyPI's torch brings gigabytes of CUDA. Where no other index offers a CPU build, name the one to ask:
 # make venv TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
-TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# The versions to install; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+TORCH := $(or $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS)),torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long venv lint types format parity bench tiny-base clean
+.PHONY: help quickstart test test-long venv lint types format parity bench tiny-base dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
@@ -53,18 +55,21 @@ bench: $(STAMP) ## measure speed and memory
 tiny-base: $(STAMP) ## make the tiny base model of the quickstart again
 	$(BIN)/python -m echo4o.quickstart.tiny_base
 
+dist: $(STAMP) ## build the wheel and the sdist into dist/; make dist TAG=v1.2.3 checks that the version is the tag's
+	$(BIN)/python .ci/build_dist.py $(TAG)
+
 clean: ## remove caches, builds and what the quickstart wrote (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache quickstart
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch first and alone: the constraint fixes the version, and no later step can trade the build for another one.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
 	  echo "error: echo4o needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV), once; this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) $(TORCH_ARGS) -c constraints.txt $(TORCH)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) $(TORCH_ARGS) -c $(CONSTRAINTS) $(TORCH)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
 	@$(BIN)/python .ci/link_rooms.py
 	@touch $@
