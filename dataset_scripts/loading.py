@@ -12,24 +12,20 @@ inside windows of a few groups; a shuffle buffer, whose rows a state cannot hold
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Protocol
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from echo4o.dataset_scripts.flow import ordered, read_ahead
 from echo4o.dataset_scripts.names import ALL, SPLIT
+from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
 
 WINDOW = 4  # row groups whose rows are shuffled together, about 30 MB each
-_TRIES = 5
 _AT_ONCE = 32  # rows fetched together from a map-style dataset
 
 
@@ -192,84 +188,16 @@ class _StreamOrder:
     """Row groups permuted and dealt out; rows permuted inside windows of a process's groups."""
 
     def __init__(self, files: list[str], share, seed: int, shuffle: bool, window: int, columns):
-        if window < 1:
-            raise ValueError(f"window is {window}; it must be 1 or more")
-        self.files, self.share, self.seed, self.shuffle, self.window = files, share, seed, shuffle, window
-        with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(_footer, files))
-        self.groups = [(i, g, rows) for i, (counts, _) in enumerate(footers) for g, rows in enumerate(counts)]
-        features = datasets.Features.from_arrow_schema(footers[0][1])
-        self.columns = list(columns) if columns else list(features)
-        self.features = datasets.Features({name: features[name] for name in self.columns})
+        self.groups = RowGroups.of_parquet(files, columns)
+        order = GroupOrder(self.groups.counts, share, seed=seed, shuffle=shuffle, window=window)
+        self.streamed = StreamedRows(self.groups, order)
+        self.features = self.groups.features
         names = [Path(file).name for file in files]
-        self.signature = _sign("stream", names, [rows for *_, rows in self.groups], share, seed, shuffle, window)
+        self.signature = _sign("stream", names, self.groups.counts, share, seed, shuffle, window)
 
     def __len__(self) -> int:
-        return sum(rows for *_, rows in self._mine(0))
-
-    def _mine(self, epoch: int) -> list[tuple[int, int, int]]:
-        """Every process has the same number of groups, give or take one, and the same ones in each epoch."""
-        first, step = self.share
-        dealt = self.groups
-        if self.shuffle:  # neighbours in a shard are alike: deal them to different processes, once for all epochs
-            dealt = [self.groups[i] for i in np.random.default_rng([self.seed]).permutation(len(self.groups))]
-        mine = dealt[first::step]
-        if self.shuffle:
-            mine = [mine[i] for i in np.random.default_rng([self.seed, epoch, first]).permutation(len(mine))]
-        return mine
+        return len(self.streamed)
 
     def rows(self, epoch: int, position: int) -> Iterator[dict]:
-        mine = self._mine(epoch)
-        windows = [mine[i : i + self.window] for i in range(0, len(mine), self.window)]
-        starts = [0, *accumulate(sum(rows for *_, rows in groups) for groups in windows)]
-        begin = next((i for i in range(len(windows)) if starts[i + 1] > position), len(windows))
-        wanted = islice(enumerate(windows), begin, None)
-        tables = ((number, self._read(groups)) for number, groups in wanted)
-        with closing(read_ahead(tables, lambda item: 1, 0)) as read:  # the next window while this one is used
-            for number, table in read:
-                indices = np.arange(table.num_rows)
-                if self.shuffle:
-                    indices = np.random.default_rng([self.seed, epoch, self.share[0], number]).permutation(indices)
-                for index in indices[max(0, position - starts[number]) :].tolist():
-                    yield table.slice(index, 1).to_pylist()[0]
-                del table
-
-    def _read(self, groups: list[tuple[int, int, int]]) -> pa.Table:
-        return pa.concat_tables(_patiently(_read_group, self.files[i], g, self.columns) for i, g, _ in groups)
-
-
-def _footer(file: str) -> tuple[list[int], pa.Schema]:
-    def read() -> tuple[list[int], pa.Schema]:
-        with open_file(file) as stream:
-            parquet = pq.ParquetFile(stream)
-            counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
-            return counts, parquet.schema_arrow
-
-    return _patiently(read)
-
-
-def _read_group(file: str, group: int, columns: list[str]) -> pa.Table:
-    with open_file(file) as stream:
-        return pq.ParquetFile(stream, pre_buffer=True).read_row_group(group, columns=columns)
-
-
-def open_file(file: str):
-    """Open a local file or an hf:// address for reading at any place."""
-    if "://" not in file:
-        return open(file, "rb")
-    import fsspec
-
-    return fsspec.open(file, "rb").open()
-
-
-def _patiently(function, *arguments):
-    """Call again when the Hub or the network fails for a moment."""
-    for attempt in range(_TRIES):
-        try:
-            return function(*arguments)
-        except (FileNotFoundError, PermissionError, pa.ArrowInvalid):
-            raise
-        except Exception as error:
-            if attempt == _TRIES - 1:
-                raise OSError(f"{arguments[0] if arguments else 'a shard'} cannot be read: {error}") from error
-            time.sleep(2**attempt)
+        for place in range(position, len(self.streamed)):
+            yield self.groups.raw(self.streamed.number(epoch, place))

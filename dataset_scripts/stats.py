@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from echo4o.dataset_scripts.contamination import Match, PromptIndex
-from echo4o.dataset_scripts.loading import open_file, parquet_files
+from echo4o.dataset_scripts.loading import parquet_files
 from echo4o.dataset_scripts.manifest import listed_shards, read_manifest
 from echo4o.dataset_scripts.names import ALL
+from echo4o.dataset_scripts.row_groups import open_file
 from echo4o.dataset_scripts.validate import is_built
 
 _TEXTS = ["id", "instruction", "task", "category", "source", "metadata"]

@@ -8,7 +8,7 @@ from jinja2 import Environment
 
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import figure_uri, thumbnail_uri
-from echo4o.dataset_scripts.loading import open_file
+from echo4o.dataset_scripts.row_groups import open_file
 from echo4o.dataset_scripts.stats import Numbers, Sample, Stats
 
 TEMPLATE = Path(__file__).with_name("stats_page.html.j2")

@@ -1,11 +1,13 @@
-"""Which row comes when: sources of rows, the order they are read in, and the memory of prepared ones.
+"""The rows of a run: where they come from, the order in which they are read, and a cache of prepared ones.
 
-The order is a function of the recipe alone, never of the number of processes, and its whole state is how many rows
-were drawn from each source.
+The order is a function of the recipe alone, not of the number of processes. Its whole state is how many rows were drawn
+from each source: resuming computes where the order continues, and reads no row again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -14,14 +16,20 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import torch
 
+from echo4o.common.hub_names import is_repository_name
+from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
 from echo4o.training.recipe import Data, Recipe, RecipeError
 from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
 
 UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
 COLUMNS = ("id", "instruction", "reference_images", "image")
+SHUFFLE_BUFFER = (
+    128  # rows; with images of 1 MB, about 256 MB for each pack of a process, as the next rows are read ahead
+)
 
 
 class Ref(NamedTuple):
@@ -70,14 +78,87 @@ class Order:
                 epoch, place = divmod(count, rows)
                 return Ref(source, epoch, _permutation(rows, self.seed + 7919 * source, epoch)[place])
 
+    def state(self) -> dict:
+        return {"drawn": list(self.drawn)}
 
-class Stream:
-    """A streaming source as one lane sees it: every `stride`-th row of the stored order, again and again.
+    def load_state(self, state: dict) -> None:
+        # Version 0.1 wrote the same numbers of a lane as its place.
+        self.drawn = list(state["drawn"] if "drawn" in state else state["place"])
 
-    A row's number is its place among the lane's own rows; going on after an interruption reads up to that place again.
+
+class MapShare:
+    """Every `stride`-th row of a permutation of all rows, from `start` on."""
+
+    def __init__(self, rows: int, start: int, stride: int, seed: int):
+        self.rows, self.start, self.stride, self.seed = rows, start, stride, seed
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.rows, self.stride))
+
+    def number(self, epoch: int, position: int) -> int:
+        """The number of the row at a position of an epoch."""
+        return _permutation(self.rows, self.seed, epoch)[self.start + position * self.stride]
+
+
+class StreamedOrder:
+    """The rows of one lane without end, where at least one source is streamed.
+
+    Each draw chooses a source by weight. Each source deals its rows out to the lanes, so that a lane reads few row
+    groups at a time.
+
+    Args:
+        shares: the lane's share of each source.
+        weights: of each source.
+        lane: number of the lane.
     """
 
-    def __init__(self, dataset, start: int = 0, stride: int = 1):
+    def __init__(self, shares: Sequence[MapShare | StreamedRows], weights: Sequence[float], seed: int, lane: int):
+        if not all(map(len, shares)):
+            raise RecipeError("A streamed dataset has no rows for one of the packs of a step.")
+        self.shares, self.seed, self.lane = list(shares), seed, lane
+        self._bounds = [total / sum(weights) for total in accumulate(weights)]
+        self.drawn = [0] * len(shares)  # from each source
+        facts = [list(weights), seed, lane, *(_describe(share) for share in shares)]
+        self.signature = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> StreamedOrder:
+        return self
+
+    def __next__(self) -> Ref:
+        chance = random.Random(f"{self.seed} {self.lane} {sum(self.drawn)}").random()
+        source = next((i for i, bound in enumerate(self._bounds) if chance < bound), len(self._bounds) - 1)
+        epoch, position = divmod(self.drawn[source], len(self.shares[source]))
+        self.drawn[source] += 1
+        return Ref(source, epoch, self.shares[source].number(epoch, position))
+
+    def state(self) -> dict:
+        return {"drawn": list(self.drawn), "order": self.signature}
+
+    def load_state(self, state: dict) -> None:
+        if state["order"] != self.signature:
+            raise RecipeError(
+                "The run that is resumed streamed other rows, or in another order: seed, packing.packs_per_step and the "
+                "datasets with their weights and shuffle_buffer must be the same."
+            )
+        self.drawn = list(state["drawn"])
+
+
+def _describe(share: MapShare | StreamedRows) -> list:
+    """What the order of a share depends on."""
+    if isinstance(share, MapShare):
+        return ["map", share.rows, share.start, share.stride, share.seed]
+    order = share.order
+    return ["stream", order.counts, order.share, order.seed, order.shuffle, order.window]
+
+
+class StoredOrder:
+    """One lane of a single dataset that is streamed in its stored order: every `stride`-th row, again and again.
+
+    For datasets without row groups, and for runs that version 0.1 began. A row's number is its position among the
+    lane's own rows; resuming reads all rows before that position again.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, start: int = 0, stride: int = 1):
         from datasets.distributed import split_dataset_by_node
 
         self.dataset = split_dataset_by_node(dataset, rank=start, world_size=stride)
@@ -110,23 +191,58 @@ class Stream:
         rows = enumerate(islice(iter(self.dataset), max(wanted, default=-1) + 1))
         return {wanted[index]: row for index, row in rows if index in wanted}
 
+    def state(self) -> dict:
+        return {"place": [self.epoch, self.taken]}
+
+    def load_state(self, state: dict) -> None:
+        self.epoch, self.taken = state["place"]
+
 
 class Rows:
     """All sources of a run, and a bounded memory of their prepared rows.
 
     Args:
-        sources: datasets with `len` and `select`, or one streaming dataset.
+        sources: datasets (`datasets.Dataset`), row groups to stream, or one iterable dataset in its stored order.
         cache_bytes: most memory for prepared rows; the least recently used go first.
+        shuffle_buffers: of each source, rows to shuffle together if it is streamed.
     """
 
-    def __init__(self, sources: Sequence, weights: Sequence[float], maker: SampleMaker, seed: int, cache_bytes: int):
+    def __init__(
+        self,
+        sources: Sequence,
+        weights: Sequence[float],
+        maker: SampleMaker,
+        seed: int,
+        cache_bytes: int,
+        shuffle_buffers: Sequence[int] = (),
+    ):
         self.sources, self.weights, self.maker, self.seed = list(sources), list(weights), maker, seed
-        self.streaming = not hasattr(self.sources[0], "select")
+        self.shuffle_buffers = list(shuffle_buffers) or [SHUFFLE_BUFFER] * len(self.sources)
         self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
         self._room = cache_bytes
 
-    def order(self, start: int = 0, stride: int = 1) -> Order:
-        return Order([len(source) for source in self.sources], self.weights, self.seed, start, stride)
+    def order(self, start: int = 0, stride: int = 1) -> Order | StreamedOrder:
+        """The order of one of `stride` lanes."""
+        if not any(isinstance(source, RowGroups) for source in self.sources):
+            return Order([len(source) for source in self.sources], self.weights, self.seed, start, stride)
+        shares = [self._share(number, start, stride) for number in range(len(self.sources))]
+        return StreamedOrder(shares, self.weights, self.seed, start)
+
+    def _share(self, number: int, start: int, stride: int) -> MapShare | StreamedRows:
+        source, seed, buffer = self.sources[number], self.seed + 7919 * number, self.shuffle_buffers[number]
+        if not isinstance(source, RowGroups):
+            return MapShare(len(source), start, stride, seed)
+        window = max(1, -(-buffer * len(source.counts) // max(1, len(source))))
+        share = (start, stride)
+        order = GroupOrder(source.counts, share, seed=seed, shuffle=buffer > 0, window=window, split_rows=True)
+        return StreamedRows(source, order)
+
+    def lane(self, start: int, stride: int, state: dict | None = None) -> Order | StreamedOrder | StoredOrder:
+        """The order of a lane that packs are filled from. `state`: one that it must be able to load."""
+        first = self.sources[0]
+        if isinstance(first, RowGroups) and state is not None and "place" in state:
+            return StoredOrder(first.stored(), start, stride)  # begun by version 0.1
+        return StoredOrder(first, start, stride) if is_stored(first) else self.order(start, stride)
 
     def samples(self, refs: Sequence[Ref], known: dict[Ref, dict] | None = None) -> list[TrainingSample]:
         """The samples of these readings, in order. `known`: rows that were read from a stream."""
@@ -183,27 +299,39 @@ def _read(dataset, numbers: Sequence[int]) -> list[dict]:
 
 def open_sources(recipe: Recipe) -> list:
     """The recipe's datasets; a RecipeError names the one that cannot be opened."""
-    return [_open(data) for data in recipe.data]
+    sources = [_open(data) for data in recipe.data]
+    for data, source in zip(recipe.data, sources):
+        if is_stored(source) and (len(sources) > 1 or not recipe.packing):
+            raise RecipeError(
+                f"data.path={data.path}: several datasets, or one without packing, are streamed by row number, which needs "
+                "Parquet files or a dataset saved by `save_to_disk`. Set streaming: false."
+            )
+    return sources
+
+
+def is_stored(source) -> bool:
+    """Whether a source can only be streamed in its stored order."""
+    return isinstance(source, datasets.IterableDataset)
 
 
 def _open(data: Data):
-    from datasets import load_dataset
-
     folder = Path(data.path)
-    if not folder.exists() and data.path.count("/") != 1 and data.path != BARE_NAME and "://" not in data.path:
+    if not folder.exists() and not is_repository_name(data.path) and data.path != BARE_NAME and "://" not in data.path:
         raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             dataset = _saved(data)
         else:
-            dataset = load_dataset(data.path, data.name, split=data.split, streaming=data.streaming)
+            dataset = (
+                _streamed(data) if data.streaming else datasets.load_dataset(data.path, data.name, split=data.split)
+            )
     except RecipeError:
         raise
     except Exception as error:  # datasets raises anything, from any of its readers
         text = (str(error).strip().splitlines() or [repr(error)])[0].strip("\"'")
         what = text if folder.exists() else f"there is no such folder, and on the Hub: {text}"
         raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
-    if not data.streaming and not len(dataset):
+    if not is_stored(dataset) and not len(dataset):
         raise RecipeError(f"data.path={data.path} has no rows.")
     given = dataset.column_names  # a stream may not know
     missing = [name for name in COLUMNS if given is not None and name not in given]
@@ -217,15 +345,22 @@ def _open(data: Data):
 
 def _saved(data: Data):
     """What `save_to_disk` wrote: one dataset, or one by split."""
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(data.path)
+    dataset = datasets.load_from_disk(data.path)
     if data.name is not None:
         raise RecipeError(f"data.name={data.name} has no effect: {data.path} was saved from a single configuration.")
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, datasets.DatasetDict):
         if data.split not in dataset:
             raise RecipeError(f"data.split={data.split}: {data.path} has {', '.join(dataset)}.")
         dataset = dataset[data.split]
     elif data.split != str(dataset.split or "train"):
         raise RecipeError(f"data.split={data.split} has no effect: {data.path} was saved as a single split.")
-    return dataset.to_iterable_dataset() if data.streaming else dataset
+    return RowGroups.of_dataset(dataset) if data.streaming else dataset
+
+
+def _streamed(data: Data) -> RowGroups | datasets.IterableDataset:
+    """The row groups of Parquet files; rows of any other format in their stored order."""
+    builder = datasets.load_dataset_builder(data.path, data.name)
+    files = list((builder.config.data_files or {}).get(data.split, ()))
+    if files and all(str(file).endswith(".parquet") for file in files):
+        return RowGroups.of_parquet(files, features=builder.info.features)
+    return builder.as_streaming_dataset(split=data.split)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from echo4o.training.data import Ref, Rows, Stream
+from echo4o.training.data import Ref, Rows, StoredOrder
 from echo4o.training.recipe import Packing, Recipe, RecipeError
 from echo4o.training.samples import TrainingBatch, TrainingSample, collate
 
@@ -36,10 +36,10 @@ class FixedBatches:
 
     def state(self) -> dict:
         """Where the order stands; the same on all processes."""
-        return {"drawn": list(self.order.drawn)}
+        return self.order.state()
 
     def load_state(self, state: dict) -> None:
-        self.order.drawn = list(state["drawn"])
+        self.order.load_state(state)
 
     def facts(self) -> dict[str, float]:
         return {}
@@ -50,7 +50,7 @@ class Lane:
 
     def __init__(self, rows: Rows, settings: Packing, start: int, stride: int, on_too_long: Callable):
         self.rows, self.settings, self.on_too_long = rows, settings, on_too_long
-        self.source = Stream(rows.sources[0], start, stride) if rows.streaming else rows.order(start, stride)
+        self.start, self.stride, self.order = start, stride, rows.lane(start, stride)
         self.buffer: list[tuple[Ref, TrainingSample]] = []
         self.too_long = 0  # in a row
 
@@ -64,11 +64,11 @@ class Lane:
 
     def _fill(self) -> None:
         while missing := self.settings.buffer - len(self.buffer):
-            if self.rows.streaming:
-                taken = dict(self.source.next() for _ in range(missing))
+            if isinstance(self.order, StoredOrder):
+                taken = dict(self.order.next() for _ in range(missing))
                 made = list(zip(taken, self.rows.samples(list(taken), taken)))
             else:
-                refs = [next(self.source) for _ in range(missing)]
+                refs = [next(self.order) for _ in range(missing)]
                 made = list(zip(refs, self.rows.samples(refs)))
             for ref, sample in made:
                 if sample.full_length > self.settings.tokens:
@@ -81,18 +81,14 @@ class Lane:
                 raise RecipeError(f"1000 samples in a row exceed packing.tokens={self.settings.tokens}: raise it.")
 
     def state(self) -> dict:
-        place = [self.source.epoch, self.source.taken] if self.rows.streaming else list(self.source.drawn)
-        return {"place": place, "buffer": [list(ref) for ref, _ in self.buffer]}
+        return self.order.state() | {"buffer": [list(ref) for ref, _ in self.buffer]}
 
     def load_state(self, state: dict) -> None:
         refs = [Ref(*values) for values in state["buffer"]]
-        if self.rows.streaming:
-            self.source.epoch, self.source.taken = state["place"]
-            again = self.source.again(refs)
-            self.buffer = list(zip(refs, self.rows.samples(refs, again)))
-        else:
-            self.source.drawn = list(state["place"])
-            self.buffer = list(zip(refs, self.rows.samples(refs)))
+        self.order = self.rows.lane(self.start, self.stride, state)
+        self.order.load_state(state)
+        known = self.order.again(refs) if isinstance(self.order, StoredOrder) else None
+        self.buffer = list(zip(refs, self.rows.samples(refs, known)))
 
 
 def best_fit(lengths: Sequence[int], room: int, first: bool) -> int | None:

@@ -24,7 +24,10 @@ class Data(_Strict):
     name: str | None = None  # configuration of the dataset
     split: str = "train"
     weight: float = Field(1.0, gt=0)  # of several datasets: how often this one is drawn from, relative to the others
-    streaming: bool = False  # read rows as they come (with `packing` only); their order is the stored one
+    streaming: bool = False  # read row groups as they are needed, instead of downloading the dataset first
+    shuffle_buffer: int | None = Field(
+        None, ge=0
+    )  # when streaming: rows shuffled together (None: 128; 0: stored order)
 
 
 def _as_list(value: Any) -> Any:
@@ -180,12 +183,8 @@ class Recipe(_Strict):
                 f"processes={self.processes}.",
             ),
             (
-                any(d.streaming for d in self.data) and not packing,
-                "data.streaming needs packing: a fixed batch_size deals out rows by number.",
-            ),
-            (
-                any(d.streaming for d in self.data) and len(self.data) > 1,
-                "data.streaming works with a single dataset; several are drawn from by row number.",
+                any(d.shuffle_buffer is not None and not d.streaming for d in self.data),
+                "data.shuffle_buffer has no effect without streaming: all rows are shuffled.",
             ),
             (
                 len(self.data) == 1 and self.data[0].weight != 1,

@@ -28,7 +28,7 @@ from echo4o.common.files import replacing_folder, write_text
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training import checkpoints, export
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
-from echo4o.training.data import Rows, open_sources
+from echo4o.training.data import SHUFFLE_BUFFER, Rows, open_sources
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import buffers_apart, build_accelerator, loads_weights
 from echo4o.training.model import TrainedModel, cast, load_pipeline, set_up, trainable
@@ -158,7 +158,9 @@ class Trainer:
         else:
             maker = CachedSampleMaker(self.pipeline, dropout, recipe.seed, recipe.latents)
             sources = [undecoded(source) for source in sources]
-        rows = Rows(sources, [data.weight for data in recipe.data], maker, recipe.seed, recipe.cache_mb * 10**6)
+        weights = [data.weight for data in recipe.data]
+        buffers = [SHUFFLE_BUFFER if data.shuffle_buffer is None else data.shuffle_buffer for data in recipe.data]
+        rows = Rows(sources, weights, maker, recipe.seed, recipe.cache_mb * 10**6, buffers)
         sides = (
             self.pipeline.transformer.config.max_latent_size,
             self.pipeline.vision_model.config.max_patches_per_side,

@@ -91,7 +91,8 @@ def _label(file: Path, folder: Path, kind: str) -> str:
 def _of_dataset(config: Config) -> dict[str, list[ReferencePicture]]:
     import pyarrow.parquet as pq
 
-    from echo4o.dataset_scripts.loading import open_file, parquet_files
+    from echo4o.dataset_scripts.loading import parquet_files
+    from echo4o.dataset_scripts.row_groups import open_file
 
     kinds = {value: kind for kind, values in config.types.items() for value in values}
     found: dict[str, list[ReferencePicture]] = {}
@@ -125,7 +126,7 @@ def _of_dataset(config: Config) -> dict[str, list[ReferencePicture]]:
 def _of_shard(file: str, group: int, row: int, column: str) -> bytes:
     import pyarrow.parquet as pq
 
-    from echo4o.dataset_scripts.loading import open_file
+    from echo4o.dataset_scripts.row_groups import open_file
 
     with open_file(file) as stream:
         table = pq.ParquetFile(stream).read_row_group(group, columns=[column])

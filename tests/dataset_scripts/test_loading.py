@@ -111,16 +111,16 @@ def test_a_broken_picture_is_an_error_not_a_hole(built, monkeypatch):
 
 
 def test_a_moment_without_network_is_waited_out(built, every_id, monkeypatch):
-    from echo4o.dataset_scripts import loading
+    from echo4o.dataset_scripts import row_groups
 
     failures = iter([ConnectionError("reset"), TimeoutError("late")])
-    original = loading.open_file
+    original = row_groups.open_file
 
     def open_file(file):
         if error := next(failures, None):
             raise error
         return original(file)
 
-    monkeypatch.setattr(loading, "open_file", open_file)
-    monkeypatch.setattr(loading.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(row_groups, "open_file", open_file)
+    monkeypatch.setattr(row_groups.time, "sleep", lambda seconds: None)
     assert sorted(ids(training_rows(built, streaming=True, decode=False))) == every_id

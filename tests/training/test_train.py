@@ -199,7 +199,7 @@ LORA = {"tune": {"method": "lora"}}
         (LORA | {"optimizer": {"name": "muon", "muon_lr": 0.1}}, "muon is for full matrices"),
         ({"sharding": "fsdp2", "processes": 1}, "sharding: fsdp2 has no effect with processes: 1"),
         ({"tune": {"method": "lora", "quantize": "nf4"}}, "set mixed_precision: bf16"),
-        ({"data": {"path": "d", "streaming": True}}, "data.streaming needs packing"),
+        ({"data": {"path": "d", "shuffle_buffer": 9}}, "data.shuffle_buffer has no effect without streaming"),
         ({"data": {"path": "d", "weight": 2}}, "data.weight has no effect on a single dataset"),
         ({"data": [{"path": "d"}, {"path": "e", "wieght": 2}]}, "wieght: unknown key.*known here: path"),
         ({"pictures": {"every": 1, "prompts": []}}, "pictures.prompts"),
