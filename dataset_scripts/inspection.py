@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 
+from echo4o.common.sizes import format_bytes
 from echo4o.dataset_scripts.archives import read_members
 from echo4o.dataset_scripts.json_rows import read_rows
 from echo4o.dataset_scripts.names import PARTS
@@ -117,11 +118,11 @@ def describe(source: Source, views: list[PartView]) -> str:
 
 def _describe_part(view: PartView) -> list[str]:
     part = view.part
-    size = sum(a.size for a in part.archives) / 1e6
+    size = format_bytes(sum(a.size for a in part.archives))
     lines = [
         f"{part.folder}  ->  {part.configuration or 'unknown: assign one of ' + ', '.join(PARTS)}",
         f"  rows      {', '.join(f.path for f in part.rows)}: {view.rows:,} looked at, {view.unreadable} unreadable",
-        f"  archives  {len(part.archives)} ({size:,.1f} MB), {len(part.pictures)} loose pictures",
+        f"  archives  {len(part.archives)} ({size}), {len(part.pictures)} loose pictures",
     ]
     for archive, members in view.members.items():
         lines.append(f"            {archive}: {', '.join(members)}, ...")

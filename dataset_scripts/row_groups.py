@@ -17,14 +17,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, count
+from typing import Any, TypeVar, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+T = TypeVar("T")
 _TRIES = 5  # of one read; the waits between them are 1, 2, 4 and 8 seconds
 _ROWS_PER_BLOCK = 100  # of a dataset in memory-mapped files, which has no row groups of its own
 
@@ -156,7 +157,8 @@ class RowGroups:
         chosen = datasets.Features({name: features[name] for name in columns or features})
 
         def read(number: int, names: list[str]) -> pa.Table:
-            return patiently(_read_group, *groups[number], names)
+            file, group = groups[number]
+            return patiently(lambda: _read_group(file, group, names), file)
 
         def stored() -> datasets.IterableDataset:
             files_of = {"train": list(files)}
@@ -171,7 +173,7 @@ class RowGroups:
         blocks = range(0, len(dataset), _ROWS_PER_BLOCK)
 
         def read(number: int, names: list[str]) -> pa.Table:
-            rows = table[blocks[number] : blocks[number] + _ROWS_PER_BLOCK]
+            rows = cast(pa.Table, table[blocks[number] : blocks[number] + _ROWS_PER_BLOCK])
             return rows.select(names)
 
         counts = [min(_ROWS_PER_BLOCK, len(dataset) - start) for start in blocks]
@@ -251,26 +253,28 @@ class StreamedRows:
         return self.order.row(epoch, position)
 
 
-def patiently(function, *arguments):
-    """Call a function again when the Hub or the network fails for a moment."""
-    for attempt in range(_TRIES):
+def patiently(function: Callable[[], T], name: str) -> T:
+    """Call a function again when the Hub or the network fails for a moment. `name`: of what it reads."""
+    for attempt in count():
         try:
-            return function(*arguments)
+            return function()
         except (FileNotFoundError, PermissionError, pa.ArrowInvalid):
             raise
         except Exception as error:
             if attempt == _TRIES - 1:
-                raise OSError(f"{arguments[0] if arguments else 'a shard'} cannot be read: {error}") from error
+                raise OSError(f"{name} cannot be read: {error}") from error
             time.sleep(2**attempt)
+    raise AssertionError  # the loop ends by itself
 
 
 def open_file(file: str):
     """Open a local file or an hf:// address for reading at any place."""
     if "://" not in file:
         return open(file, "rb")
-    import fsspec
+    from fsspec.core import url_to_fs
 
-    return fsspec.open(file, "rb").open()
+    system, path = url_to_fs(file)
+    return system.open(path, "rb")
 
 
 def _footer(file: str) -> tuple[list[int], pa.Schema]:
@@ -282,7 +286,7 @@ def _footer(file: str) -> tuple[list[int], pa.Schema]:
             counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
             return counts, parquet.schema_arrow
 
-    return patiently(read)
+    return patiently(read, file)
 
 
 def _read_group(file: str, group: int, columns: list[str]) -> pa.Table:

@@ -26,6 +26,7 @@ from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
 
 UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
+Source = datasets.Dataset | RowGroups | datasets.IterableDataset
 COLUMNS = ("id", "instruction", "reference_images", "image")
 SHUFFLE_BUFFER = (
     128  # rows; with images of 1 MB, about 256 MB for each pack of a process, as the next rows are read ahead
@@ -240,9 +241,11 @@ class Rows:
     def lane(self, start: int, stride: int, state: dict | None = None) -> Order | StreamedOrder | StoredOrder:
         """The order of a lane that packs are filled from. `state`: one that it must be able to load."""
         first = self.sources[0]
+        if isinstance(first, datasets.IterableDataset):
+            return StoredOrder(first, start, stride)
         if isinstance(first, RowGroups) and state is not None and "place" in state:
             return StoredOrder(first.stored(), start, stride)  # begun by version 0.1
-        return StoredOrder(first, start, stride) if is_stored(first) else self.order(start, stride)
+        return self.order(start, stride)
 
     def samples(self, refs: Sequence[Ref], known: dict[Ref, dict] | None = None) -> list[TrainingSample]:
         """The samples of these readings, in order. `known`: rows that were read from a stream."""
@@ -297,11 +300,11 @@ def _read(dataset, numbers: Sequence[int]) -> list[dict]:
         raise
 
 
-def open_sources(recipe: Recipe) -> list:
+def open_sources(recipe: Recipe) -> list[Source]:
     """The recipe's datasets; a RecipeError names the one that cannot be opened."""
     sources = [_open(data) for data in recipe.data]
     for data, source in zip(recipe.data, sources):
-        if is_stored(source) and (len(sources) > 1 or not recipe.packing):
+        if isinstance(source, datasets.IterableDataset) and (len(sources) > 1 or not recipe.packing):
             raise RecipeError(
                 f"data.path={data.path}: several datasets, or one without packing, are streamed by row number, which needs "
                 "Parquet files or a dataset saved by `save_to_disk`. Set streaming: false."
@@ -309,12 +312,7 @@ def open_sources(recipe: Recipe) -> list:
     return sources
 
 
-def is_stored(source) -> bool:
-    """Whether a source can only be streamed in its stored order."""
-    return isinstance(source, datasets.IterableDataset)
-
-
-def _open(data: Data):
+def _open(data: Data) -> Source:
     folder = Path(data.path)
     if not folder.exists() and not is_repository_name(data.path) and data.path != BARE_NAME and "://" not in data.path:
         raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
@@ -322,20 +320,18 @@ def _open(data: Data):
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             dataset = _saved(data)
         else:
-            dataset = (
-                _streamed(data) if data.streaming else datasets.load_dataset(data.path, data.name, split=data.split)
-            )
+            dataset = _streamed(data) if data.streaming else _loaded(data)
     except RecipeError:
         raise
     except Exception as error:  # datasets raises anything, from any of its readers
         text = (str(error).strip().splitlines() or [repr(error)])[0].strip("\"'")
         what = text if folder.exists() else f"there is no such folder, and on the Hub: {text}"
         raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
-    if not is_stored(dataset) and not len(dataset):
+    if not isinstance(dataset, datasets.IterableDataset) and not len(dataset):
         raise RecipeError(f"data.path={data.path} has no rows.")
     given = dataset.column_names  # a stream may not know
     missing = [name for name in COLUMNS if given is not None and name not in given]
-    if missing:
+    if given is not None and missing:
         raise RecipeError(
             f"data.path={data.path} has no column {', '.join(missing)}; training reads {', '.join(COLUMNS)} "
             f"(and answer, for questions), and there are: {', '.join(given)}."
@@ -343,14 +339,20 @@ def _open(data: Data):
     return dataset
 
 
-def _saved(data: Data):
+def _loaded(data: Data) -> datasets.Dataset:
+    dataset = datasets.load_dataset(data.path, data.name, split=data.split)
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset
+
+
+def _saved(data: Data) -> datasets.Dataset | RowGroups:
     """What `save_to_disk` wrote: one dataset, or one by split."""
     dataset = datasets.load_from_disk(data.path)
     if data.name is not None:
         raise RecipeError(f"data.name={data.name} has no effect: {data.path} was saved from a single configuration.")
     if isinstance(dataset, datasets.DatasetDict):
         if data.split not in dataset:
-            raise RecipeError(f"data.split={data.split}: {data.path} has {', '.join(dataset)}.")
+            raise RecipeError(f"data.split={data.split}: {data.path} has {', '.join(map(str, dataset))}.")
         dataset = dataset[data.split]
     elif data.split != str(dataset.split or "train"):
         raise RecipeError(f"data.split={data.split} has no effect: {data.path} was saved as a single split.")
@@ -363,4 +365,6 @@ def _streamed(data: Data) -> RowGroups | datasets.IterableDataset:
     files = list((builder.config.data_files or {}).get(data.split, ()))
     if files and all(str(file).endswith(".parquet") for file in files):
         return RowGroups.of_parquet(files, features=builder.info.features)
-    return builder.as_streaming_dataset(split=data.split)
+    dataset = builder.as_streaming_dataset(split=data.split)
+    assert isinstance(dataset, datasets.IterableDataset)
+    return dataset

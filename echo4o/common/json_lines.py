@@ -83,7 +83,7 @@ class JsonLinesWriter:
         ascii: bool = True,
         allow_nan: bool = True,
     ):
-        self.path, self._options = path, {"ensure_ascii": ascii, "allow_nan": allow_nan}
+        self.path, self._ascii, self._allow_nan = path, ascii, allow_nan
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
@@ -97,7 +97,7 @@ class JsonLinesWriter:
 
     def append(self, value: dict) -> None:
         """Append a value as one line."""
-        data = json.dumps(value, **self._options).encode() + b"\n"
+        data = json.dumps(value, ensure_ascii=self._ascii, allow_nan=self._allow_nan).encode() + b"\n"
         files.write(self._stream, data)
         self._stream.flush()
         self.length += len(data)

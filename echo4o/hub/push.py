@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from echo4o.common.hub_names import require_repository_name
+from echo4o.common.sizes import format_bytes
 from echo4o.hub.kinds.base import CARD, SMALL_BYTES, Kind, Read, Said
 from echo4o.hub.recognise import Found, kind_of, recognise
 from echo4o.hub.remote import Hub, Remote, Source, addition, same
@@ -50,9 +51,9 @@ class Push:
         return f"published as {self.repo}{new}: {self._amounts('sent', 'removed')}"
 
     def _amounts(self, sent: str, removed: str) -> str:
-        size = sum(self.upload.values()) / 1e6
+        size = format_bytes(sum(self.upload.values()))
         return (
-            f"{len(self.upload)} files ({size:,.1f} MB) {sent}, {len(self.unchanged)} there already, "
+            f"{len(self.upload)} files ({size}) {sent}, {len(self.unchanged)} there already, "
             f"{len(self.delete)} {removed}"
         )
 
