@@ -6,14 +6,15 @@ import time
 from argparse import Namespace
 
 import torch
+from torch import nn
 
 from benchmarks.measure import in_turns, record, replay, table
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, text_segment
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.training.model import TrainedModel, add_lora
-from echo4o.training.recipe import Lora
-from echo4o.training.samples import TrainingBatch, TrainingSample, collate
+from echo4o.training.backbones.bagel import BagelBatch, BagelLoraTuning, BagelSample, collate
+from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses
+from echo4o.training.model import add_lora
 
 TOKENS = SpecialTokens(1, 2, 3, 4)
 SIDES = (64, 70)
@@ -64,9 +65,9 @@ def cpu_seconds(ways: dict, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def feeding(samples: list[TrainingSample], step_seconds: float, repeats: int) -> None:
+def feeding(samples: list[BagelSample], step_seconds: float, repeats: int) -> None:
     """What the packed batch and the drawing of a sample cost, as shares of the full step that they feed."""
-    from echo4o.training.objective import named_generator
+    from echo4o.training.backbones.base import named_generator
     from echo4o.training.packing import best_fit
 
     def pack():
@@ -138,8 +139,20 @@ def small_rows(count: int):
 # --- models and samples ---------------------------------------------------------------------------------------------
 
 
-def model(way: str) -> TrainedModel:
-    """Everything learns ("full"), or an adapter on the generation expert ("lora")."""
+class Models(nn.Module):
+    """Transformer and vision model behind one forward pass."""
+
+    def __init__(self, transformer: nn.Module, vision_model: nn.Module):
+        super().__init__()
+        self.transformer, self.vision_model = transformer, vision_model
+
+    def forward(self, batch: BagelBatch):
+        noised = add_noise(batch.sequence, batch.noise, batch.raw_time, 1.0)
+        return bagel_losses(self.transformer, self.vision_model, batch.sequence, noised)
+
+
+def model(way: str) -> Models:
+    """Everything trains ("full"), or an adapter on the generation expert ("lora")."""
     transformer = BagelTransformer2DModel(
         hidden_size=512,
         intermediate_size=1536,
@@ -151,19 +164,19 @@ def model(way: str) -> TrainedModel:
     vision = BagelVisionModel(
         hidden_size=256, intermediate_size=768, num_layers=4, num_attention_heads=8, output_size=512
     )
-    made = TrainedModel(transformer, vision).train()
+    made = Models(transformer, vision).train()
     if way == "lora":
         made.requires_grad_(False)
-        add_lora(transformer, Lora(method="lora", rank=16, alpha=16), 0)
+        add_lora(transformer, BagelLoraTuning(method="lora", rank=16, alpha=16), 0)
     return made
 
 
-def text_to_image(text: int = 64, side: int = 12) -> TrainingSample:
+def text_to_image(text: int = 64, side: int = 12) -> BagelSample:
     """192 x 192 pixels of the release's VAE."""
     return _sample([_text(text), _picture("noise", side, CHANNELS)])
 
 
-def with_references(count: int, text: int = 64, side: int = 12) -> TrainingSample:
+def with_references(count: int, text: int = 64, side: int = 12) -> BagelSample:
     """Each reference as latents and as a view of 168 pixels."""
     references = [s for _ in range(count) for s in (_picture("vae", side, CHANNELS), _picture("vit", 12, PIXELS))]
     return _sample([*references, _text(text), _picture("noise", side, CHANNELS)])
@@ -177,13 +190,12 @@ def _picture(kind: str, side: int, values: int):
     return image_segment(kind, (side, side), TOKENS, torch.randn(side * side, values))
 
 
-def _sample(segments) -> TrainingSample:
-    return TrainingSample("sample", segments, torch.randn(segments[-1].data.shape), torch.randn(1))
+def _sample(segments) -> BagelSample:
+    return BagelSample("sample", segments, torch.randn(segments[-1].data.shape), torch.randn(1))
 
 
-def step(trained: TrainedModel, batch: TrainingBatch) -> None:
+def step(trained: Models, batch: BagelBatch) -> None:
     """Forward and backward pass."""
     for parameter in trained.parameters():
         parameter.grad = None
-    sums = trained(batch, 1.0).sums()
-    (sums[0] / sums[1]).backward()
+    trained(batch).mse.mean().backward()

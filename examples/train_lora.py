@@ -28,7 +28,7 @@ settings = {  # what differs from the recipe `lora_single_gpu`; all settings: do
     "optimizer.warmup_steps": min(100, options.steps // 10),
     "tune.rank": options.rank,
     "checkpoints.every": 250,
-    "pictures": "null",  # no images of fixed prompts on the way
+    "images": "null",  # no images of fixed prompts on the way
 }
 changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 subprocess.run([sys.executable, "-m", "echo4o", "train", "lora_single_gpu", *changes, "--resume"], check=True)

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from echo4o.cli import app
 from echo4o.testing.hub import LoopbackHub
 from echo4o.testing.openai_server import API_KEY, OpenAIServer
-from echo4o.training.recipe import load_recipe, parse_changes, shipped_names
+from echo4o.training.recipe import bundled_names, load_recipe, parse_changes
 from tests.commands import arguments_of, parse
 from tests.dataset_scripts.layout import small_release
 from tests.documents import BLOCK, CHECKPOINT, DOCUMENTS, ROOT, blocks, commands, prose, scripts, starts_with
@@ -77,7 +77,7 @@ def test_commands_would_be_understood(line):
     if made := re.match(r"make ([a-z-]+)", line):
         assert re.search(rf"^{made[1]}:.*##", (ROOT / "Makefile").read_text("utf-8"), re.M), line
     if recipe := re.search(r"\b(?:echo4o|training\.)\s?train (\w+)", line):
-        if recipe[1] in shipped_names():
+        if recipe[1] in bundled_names():
             load_recipe(recipe[1], parse_changes(re.findall(r"--set (\S+)", line)))
     for file in re.findall(r"(?:^|\s)((?:training|docs|tests|benchmarks)/[\w./-]+)", line):
         assert (ROOT / file).exists(), file

@@ -9,13 +9,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from echo4o import Echo4oPipeline, memory
+from echo4o import Echo4oPipeline
 from echo4o.cli import app
-from echo4o.memory import Drawing, PeakBytes, cache_bytes, drawing, make_plan, read_stored, step_bytes, vae_bytes
 from echo4o.modeling.bagel.convert import convert_to_diffusers
+from echo4o.planning.dry_run import FusedAttention, PeakBytes, vae_bytes
+from echo4o.planning.generation_memory import make_plan, matrices, read_stored
 from echo4o.testing.hub import LoopbackHub
 from echo4o.testing.processes import run_script
+from echo4o.training.backbones.bagel import BagelBackbone
+from echo4o.training.backbones.base import ImageCall
 
+COMPONENTS = BagelBackbone.component_classes
 CHECKPOINT = Path(__file__).parent / "parity/golden/checkpoint"
 
 
@@ -35,9 +39,9 @@ def pipe(folder):
 
 def test_weights_are_the_bytes_that_are_allocated(folder, pipe):
     stored = read_stored(str(folder))
-    for name in memory.CLASSES:
+    for name in COMPONENTS:
         assert stored.nbytes(name) == pipe.placement()[name].nbytes
-    smaller = sum(memory.matrices(stored.tensors["transformer"]).values())
+    smaller = sum(matrices(stored.tensors["transformer"]).values())
     fresh = Echo4oPipeline.from_pretrained(folder)
     fresh.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
     biases = sum(p.numel() for n, p in fresh.transformer.named_parameters() if n.endswith("bias") and "layers." in n)
@@ -46,16 +50,16 @@ def test_weights_are_the_bytes_that_are_allocated(folder, pipe):
 
 def test_release_sizes():
     stored = read_stored("release")
-    plan = make_plan(stored, 24e9, drawing(stored, None, None, 1, 1))
+    plan = make_plan(stored, 24e9, ImageCall(None, None))
     counts = {name: facts["parameters"] for name, facts in plan.weights.items()}
     assert counts == {"transformer": 14_155_484_736, "vision_model": 419_533_728, "vae": 83_819_683}
     assert plan.weights["transformer"]["bytes"] == 2 * (14_155_484_736 + 4096 * 3584)
     text, picture, reference = 128 + 2, 4096 + 2, 4096 + 2 + 4900 + 2
-    assert plan.caches == (text + reference + picture + text + picture) * 2 * 28 * 4 * 128 * 2
+    assert plan.memory.caches == (text + reference + picture + text + picture) * 2 * 28 * 4 * 128 * 2
     fits = {row.option.name: row.fits for row in plan.rows}
     assert not fits["all on the GPU"] and not fits["model offload"] and fits["group offload, blocks"]
-    assert make_plan(stored, 80e9, plan.drawing).recommended.option.name == "all on the GPU"
-    assert make_plan(stored, 4e9, plan.drawing).recommended is None
+    assert make_plan(stored, 80e9, plan.call).recommended.option.name == "all on the GPU"
+    assert make_plan(stored, 4e9, plan.call).recommended is None
 
 
 def caches_of(pipe, **options) -> int:
@@ -74,7 +78,6 @@ def caches_of(pipe, **options) -> int:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_caches_are_what_is_allocated(folder, pipe, references, batch):
     stored = read_stored(str(folder))
-    what = Drawing(64, 32, batch, references)
     side = pipe.vae_limits.max_size
     prompt = "a red cat"
     text = len(pipe.tokenizer.encode(prompt))
@@ -82,10 +85,12 @@ def test_caches_are_what_is_allocated(folder, pipe, references, batch):
     got = caches_of(pipe, prompt=[prompt] * batch, image=image, height=64, width=32)
     grid = pipe.vision_limits.size(side, side)
     seen = (grid[0] // pipe.vision_model.config.patch_size) * (grid[1] // pipe.vision_model.config.patch_size)
-    largest = stored.configs["vision_model"]["max_patches_per_side"] ** 2
-    t = stored.configs["transformer"]
+    largest = stored.components["vision_model"].config["max_patches_per_side"] ** 2
+    t = stored.components["transformer"].config
     per_token = 2 * t["num_layers"] * t["hidden_size"] // t["num_attention_heads"] * t["num_key_value_heads"] * 4
-    assert cache_bytes(stored, what, 4, text) - got == batch * references * (largest - seen) * per_token
+    call = ImageCall(64, 32, batch, references, text)
+    planned = BagelBackbone.call_memory(stored.components, stored.index, call, 4).caches
+    assert planned - got == batch * references * (largest - seen) * per_token
 
 
 def test_an_update_allocates_what_the_formula_says():
@@ -106,16 +111,17 @@ def test_an_update_allocates_what_the_formula_says():
     transformer.forward = counted
     image = Image.new("RGB", (side, side))
     pipe(["a red cat"] * 4, image=[image] * 4, height=side, width=side, num_inference_steps=2, output_type="latent")
-    stored = memory.Stored("x", {name: dict(getattr(pipe, name).config) for name in memory.CLASSES}, {})
-    expected = step_bytes(stored, Drawing(side, side, 4, 1), 4)
+    expected = BagelBackbone.call_memory(pipe.components, {}, ImageCall(side, side, 4, 1), 4).update
     assert 0.95 < peaks[-1] / expected < 1.05, (peaks, expected)
 
 
 def test_the_dry_run_of_the_vae_counts_what_a_real_one_allocates(folder, pipe):
     stored = read_stored(str(folder))
-    with torch.no_grad(), PeakBytes() as peak, memory._Fused():
+    with torch.no_grad(), PeakBytes() as peak, FusedAttention():
         pipe.vae.decode(torch.zeros(1, 16, 8, 8))
-    assert vae_bytes(stored, 64, 64, torch.float32, decode=True) == pytest.approx(peak.peak, rel=0.05)
+    assert vae_bytes(stored.components["vae"], 64, 64, torch.float32, decode=True) == pytest.approx(
+        peak.peak, rel=0.05
+    )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -132,9 +138,9 @@ def words(text: str) -> str:
 def test_command_prints_a_plan(folder):
     result = run(folder, "--plan", "--gpu", "24GB", "--height", 32, "--width", 64)
     assert result.exit_code == 0, result.output
-    assert "all on the GPU" in result.output and f"from_pretrained('{folder}'" in result.output
+    assert "all on the GPU" in result.output and f"load_pipeline('{folder}'" in result.output
     facts = json.loads(run(folder, "--plan", "--gpu", "24GB", "--json", "--references", 0).stdout)
-    assert facts["drawing"]["branches"] == 2 and facts["options"][0]["fits"] and facts["recommended"]
+    assert facts["image"]["branches"] == 2 and facts["options"][0]["fits"] and facts["recommended"]
     transformer = facts["weights"]["transformer"]
     assert transformer["dtypes"] == ["float32"] and transformer["bytes"] == read_stored(str(folder)).nbytes(
         "transformer"
@@ -153,7 +159,7 @@ def test_where_nothing_fits_the_exit_code_says_so():
         (["nowhere", "--plan", "--gpu", "24GB"], "there is no folder nowhere"),
         (["release", "--plan", "--gpu", "much"], "is not an amount of memory"),
         (["release", "--plan", "--gpu", "24GB", "--height", "1000"], "multiples of 16 from 16 to 1024"),
-        (["release", "--plan", "--gpu", "24GB", "--references", "5"], "takes 4 for a prompt at most"),
+        (["release", "--plan", "--gpu", "24GB", "--references", "5"], "takes 4 per prompt at most"),
         (["release"], "say --plan"),
         ([str(CHECKPOINT), "--plan", "--gpu", "24GB"], "has no model_index.json; convert"),
     ],
@@ -187,5 +193,5 @@ def test_a_repository_is_planned_by_its_headers(folder, tmp_path):
         done = run_script(HUB, env=hub.environment(tmp_path / "home"))
     facts = json.loads(done.stdout)
     stored = read_stored(str(folder))
-    assert {n: f["bytes"] for n, f in facts["weights"].items()} == {n: stored.nbytes(n) for n in memory.CLASSES}
+    assert {n: f["bytes"] for n, f in facts["weights"].items()} == {n: stored.nbytes(n) for n in COMPONENTS}
     assert not list((tmp_path / "home").rglob("*.safetensors")), "weights were fetched"

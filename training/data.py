@@ -21,8 +21,8 @@ import torch
 
 from echo4o.common.hub_names import is_repository_name
 from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
-from echo4o.training.recipe import Data, Recipe, RecipeError
-from echo4o.training.samples import PreparedRow, SampleMaker, TrainingSample
+from echo4o.training.backbones.base import PreparedRow, RowPreparation, TrainingSample
+from echo4o.training.recipe import DataSource, RecipeError
 
 UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
@@ -212,12 +212,12 @@ class Rows:
         self,
         sources: Sequence,
         weights: Sequence[float],
-        maker: SampleMaker,
+        backbone: RowPreparation,
         seed: int,
         cache_bytes: int,
         shuffle_buffers: Sequence[int] = (),
     ):
-        self.sources, self.weights, self.maker, self.seed = list(sources), list(weights), maker, seed
+        self.sources, self.weights, self.backbone, self.seed = list(sources), list(weights), backbone, seed
         self.shuffle_buffers = list(shuffle_buffers) or [SHUFFLE_BUFFER] * len(self.sources)
         self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
         self._room = cache_bytes
@@ -264,17 +264,17 @@ class Rows:
 
     def _prepare(self, rows: list[dict]) -> list[PreparedRow]:
         try:
-            return self.maker.prepare(rows)
+            return self.backbone.prepare(rows)
         except (ValueError, OSError):
             for row in rows:  # again, one by one: the message must name the row
                 try:
-                    self.maker.prepare([row])
+                    self.backbone.prepare([row])
                 except (ValueError, OSError) as error:
                     raise ValueError(f"Row {row['id']}: {error}") from error
             raise
 
     def _sample(self, row: PreparedRow, ref: Ref) -> TrainingSample:
-        return self.maker.sample(row, ref.epoch)
+        return self.backbone.sample(row, ref.epoch)
 
     def _remember(self, key: tuple[int, int], made: PreparedRow) -> None:
         if key in self._cache:
@@ -300,11 +300,15 @@ def _read(dataset, numbers: Sequence[int]) -> list[dict]:
         raise
 
 
-def open_sources(recipe: Recipe) -> list[Source]:
-    """The recipe's datasets; a RecipeError names the one that cannot be opened."""
-    sources = [_open(data) for data in recipe.data]
-    for data, source in zip(recipe.data, sources):
-        if isinstance(source, datasets.IterableDataset) and (len(sources) > 1 or not recipe.packing):
+def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[Source]:
+    """Open the datasets of a recipe's `data`. Raises RecipeError naming the one that cannot be opened.
+
+    Args:
+        packing: whether the recipe packs samples.
+    """
+    sources = [_open(data) for data in sections]
+    for data, source in zip(sections, sources):
+        if isinstance(source, datasets.IterableDataset) and (len(sources) > 1 or not packing):
             raise RecipeError(
                 f"data.path={data.path}: several datasets, or one without packing, are streamed by row number, which needs "
                 "Parquet files or a dataset saved by `save_to_disk`. Set streaming: false."
@@ -312,7 +316,7 @@ def open_sources(recipe: Recipe) -> list[Source]:
     return sources
 
 
-def _open(data: Data) -> Source:
+def _open(data: DataSource) -> Source:
     folder = Path(data.path)
     if not folder.exists() and not is_repository_name(data.path) and data.path != BARE_NAME and "://" not in data.path:
         raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
@@ -339,13 +343,13 @@ def _open(data: Data) -> Source:
     return dataset
 
 
-def _loaded(data: Data) -> datasets.Dataset:
+def _loaded(data: DataSource) -> datasets.Dataset:
     dataset = datasets.load_dataset(data.path, data.name, split=data.split)
     assert isinstance(dataset, datasets.Dataset)
     return dataset
 
 
-def _saved(data: Data) -> datasets.Dataset | RowGroups:
+def _saved(data: DataSource) -> datasets.Dataset | RowGroups:
     """What `save_to_disk` wrote: one dataset, or one by split."""
     dataset = datasets.load_from_disk(data.path)
     if data.name is not None:
@@ -359,7 +363,7 @@ def _saved(data: Data) -> datasets.Dataset | RowGroups:
     return RowGroups.of_dataset(dataset) if data.streaming else dataset
 
 
-def _streamed(data: Data) -> RowGroups | datasets.IterableDataset:
+def _streamed(data: DataSource) -> RowGroups | datasets.IterableDataset:
     """The row groups of Parquet files; rows of any other format in their stored order."""
     builder = datasets.load_dataset_builder(data.path, data.name)
     files = list((builder.config.data_files or {}).get(data.split, ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,13 +14,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-from echo4o.training.recipe import Recipe, RecipeError
+from echo4o.training.recipe import RecipeError, TrainingRecipe
 
 # The others wait while the first process draws pictures or writes a pipeline of 30 GB.
 WAIT = timedelta(hours=1)
 
 
-def build_accelerator(recipe: Recipe) -> Accelerator:
+def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     """The engine of a run.
 
     Raises:
@@ -60,7 +61,7 @@ def _require(tracker: str) -> None:
         raise RecipeError(f"trackers: {tracker} is not installed: pip install {tracker}") from None
 
 
-def _refuse_less(accelerator: Accelerator, recipe: Recipe) -> None:
+def _refuse_less(accelerator: Accelerator, recipe: TrainingRecipe) -> None:
     running, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != running:
         raise RecipeError(f"{started} processes were started, but Accelerate runs {running}: nothing was trained.")
@@ -85,7 +86,7 @@ def _refuse_less(accelerator: Accelerator, recipe: Recipe) -> None:
         )
 
 
-def _fsdp2(recipe: Recipe) -> FullyShardedDataParallelPlugin:
+def _fsdp2(recipe: TrainingRecipe) -> FullyShardedDataParallelPlugin:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = None
@@ -128,3 +129,19 @@ def memory_gb(device: torch.device) -> float:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a square matrix product on this device: the best of six short runs."""
+    side = 4096 if device.type == "cuda" else 512
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best

@@ -1,7 +1,6 @@
-"""From what was trained to what is published: a pipeline folder, or an adapter file. Complete, or an error.
+"""Write a trained adapter or pipeline folder. Raises if anything is missing.
 
-`export_checkpoint` works from a checkpoint on disk, one file of weights at a time: neither the model nor its trained
-part is ever whole in memory.
+`export_checkpoint` reads a checkpoint on disk and holds one file of weights in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,24 +18,22 @@ from safetensors.torch import save_file
 
 from echo4o.common.files import replacing_folder
 from echo4o.modeling.bagel.loading_bagel import component_tensors
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
-from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.modeling.pipelines import pipeline_class
+from echo4o.training.backbones import backbone_class
 from echo4o.training.checkpoints import WEIGHTS, Checkpoint, quiet
-from echo4o.training.model import ADAPTER, base_folder, lora_config
-from echo4o.training.recipe import Lora, Recipe, RecipeError, load_recipe
+from echo4o.training.model import ADAPTER, base_folder, cast, lora_config
+from echo4o.training.recipe import LoraTuning, RecipeError, load_recipe, read_recipe
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SHARD_BYTES = 5_000_000_000
-CLASSES = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel}
 
 
 class ExportError(RuntimeError):
-    """What was trained does not make a complete model."""
+    """The trained tensors do not make a complete model."""
 
 
 def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
-    """Raise ExportError unless both name the same tensors."""
+    """Raise ExportError unless both contain the same names."""
     expected, given = set(expected), set(given)
     missing, extra = sorted(expected - given), sorted(given - expected)
     if missing or extra:
@@ -47,11 +45,13 @@ def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, transformer, tune: Lora, values: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+def write_adapter(
+    folder: Path, transformer, tune: LoraTuning, values: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Path:
     """Write `pytorch_lora_weights.safetensors` as diffusers reads it, its configuration in the file's metadata.
 
     Args:
-        transformer: the model with the adapter in it (weights are not read; it may be empty).
+        transformer: the model with the adapter injected; it may be on the meta device.
         values: trained tensors by their names in [`echo4o.training.model.TrainedModel`].
     """
     from peft.utils import get_peft_model_state_dict
@@ -60,7 +60,7 @@ def write_adapter(folder: Path, transformer, tune: Lora, values: dict[str, torch
     check_keys("The adapter", (n for n in transformer.state_dict() if "lora_" in n), own)
     layers = get_peft_model_state_dict(transformer, state_dict=own, adapter_name=ADAPTER)
     layers = {f"transformer.{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in layers.items()}
-    settings = {f"transformer.{k}": v for k, v in _plain(lora_config(tune).to_dict()).items()}
+    settings = {f"transformer.{k}": v for k, v in _plain(lora_config(tune, type(transformer)).to_dict()).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     with replacing_folder(folder) as work:
         save_file(layers, work / LORA_FILE, metadata=metadata)
@@ -68,7 +68,7 @@ def write_adapter(folder: Path, transformer, tune: Lora, values: dict[str, torch
 
 
 def _plain(config: dict) -> dict:
-    """A PEFT configuration as JSON: sets become lists, enumerations their values, the rest must be plain."""
+    """A PEFT configuration as JSON values: sets become lists, enumerations their values; other objects are dropped."""
     plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
     return {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))}
 
@@ -77,25 +77,35 @@ def _plain(config: dict) -> dict:
 
 
 def write_pipeline(
-    folder: Path, base: Path, trained: dict[str, Callable], names: set[str], dtype: torch.dtype
+    folder: Path,
+    base: Path,
+    classes: dict[str, type],
+    trained: dict[str, Callable],
+    names: set[str],
+    dtype: torch.dtype,
 ) -> Path:
-    """A pipeline folder: trained tensors, what is frozen from `base`, everything else copied from there.
+    """Write a pipeline folder with the trained tensors; frozen ones and all other files come from `base`.
 
     Args:
+        classes: component -> its class.
         trained: component -> a function that reads the named trained tensors: list of names -> {name: tensor}.
         names: of the trained tensors, as "component.name".
+
+    Raises:
+        ExportError: tensors are missing, unexpected or of another shape.
     """
     expected = set()
     with replacing_folder(folder) as work:
         shutil.copytree(base, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".cache", ".git"))
-        for component, cls in CLASSES.items():
+        for component, read_trained in trained.items():
+            cls: Any = classes[component]
             for old in [*(work / component).glob("*.safetensors"), *(work / component).glob("*.index.json")]:
                 old.unlink()
             with torch.device("meta"):
                 shapes = {n: t for n, t in cls.from_config(cls.load_config(base / component)).state_dict().items()}
             expected |= {f"{component}.{name}" for name in shapes}
             learned = {n.removeprefix(f"{component}.") for n in names if n.startswith(f"{component}.")}
-            _write_component(work / component, base / component, shapes, trained[component], learned, dtype)
+            _write_component(work / component, base / component, shapes, read_trained, learned, dtype)
         if unknown := names - expected:
             raise ExportError(f"The pipeline has no place for {len(unknown)} trained tensors: {sorted(unknown)[:3]}.")
     return folder
@@ -143,13 +153,14 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         weights: "ema", "raw", or "auto": the average if there is one.
         merge: LoRA: write a whole pipeline with the adapter's effect in its weights.
     """
-    recipe = Recipe.model_validate(checkpoint.state()["recipe"])
+    recipe = read_recipe(checkpoint.state()["recipe"])
+    backbone = backbone_class(recipe.backbone)
     if weights == "ema" and recipe.ema is None:
         raise RecipeError(f"{checkpoint.folder} has no average: its recipe has no ema section. Use --weights raw.")
     section = "ema" if weights != "raw" and recipe.ema is not None else "model"
     reader = dcp.FileSystemReader(checkpoint.folder / WEIGHTS)
     held = {k.removeprefix(f"{section}."): v for k, v in reader.read_metadata().state_dict_metadata.items()}
-    names = {k for k in held if k.startswith(("transformer.", "vision_model."))}
+    names = {k for k in held if k.partition(".")[0] in backbone.trained_components}
     dtype = getattr(torch, recipe.save_dtype)
 
     def read(wanted: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -161,15 +172,18 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         return tensors
 
     base = base_folder(recipe.model)
-    if not isinstance(recipe.tune, Lora):
+    if not isinstance(recipe.tune, LoraTuning):
         if merge:
             raise RecipeError("--merge is for adapters; this run trained the weights themselves.")
-        parts = {c: lambda w, c=c: {n: t for n, t in zip(w, read(f"{c}.{n}" for n in w).values())} for c in CLASSES}
-        return write_pipeline(out, base, parts, names, dtype)
+        parts = {
+            c: lambda w, c=c: {n: t for n, t in zip(w, read(f"{c}.{n}" for n in w).values())}
+            for c in backbone.trained_components
+        }
+        return write_pipeline(out, base, backbone.component_classes, parts, names, dtype)
     with torch.device("meta"):
-        cls = BagelTransformer2DModel
+        cls: Any = backbone.component_classes["transformer"]
         skeleton = cls.from_config(cls.load_config(base / "transformer"))
-        skeleton.add_adapter(lora_config(recipe.tune), adapter_name=ADAPTER)
+        skeleton.add_adapter(lora_config(recipe.tune, cls), adapter_name=ADAPTER)
     if not merge:
         return write_adapter(out, skeleton, recipe.tune, read(names), torch.float32)
     adapter = write_adapter(out.parent / f".{out.name}.adapter", skeleton, recipe.tune, read(names), torch.float32)
@@ -179,27 +193,26 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         shutil.rmtree(adapter, ignore_errors=True)
 
 
-def load_adapter(pipeline: Echo4oPipeline, adapter: Path) -> None:
-    """Put an adapter into a pipeline, with its alpha."""
+def load_adapter(pipeline, adapter: Path) -> None:
+    """Load an adapter with its alpha into a pipeline."""
     pipeline.transformer.load_lora_adapter(
         str(adapter), prefix="transformer", weight_name=LORA_FILE, use_safetensors=True, adapter_name=ADAPTER
     )
 
 
 def merge_run(run: Path, out: Path) -> Path:
-    """A pipeline folder with the adapter that a finished run left in its folder."""
+    """Write a pipeline folder with the adapter of a finished run fused into its weights."""
     recipe = load_recipe(run / "recipe.yaml")
     return merge_adapter(recipe.model, run / "adapter", out, getattr(torch, recipe.save_dtype))
 
 
 def merge_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> Path:
-    """Write the pipeline `base` with an adapter's effect in its weights (computed in float32)."""
-    pipeline = Echo4oPipeline.from_pretrained(base, dtype=torch.float32)
+    """Write the pipeline `base` with an adapter fused into its weights (computed in float32)."""
+    pipeline = pipeline_class(base).from_pretrained(base, dtype=torch.float32)
     load_adapter(pipeline, adapter)
     pipeline.transformer.fuse_lora()
     pipeline.transformer.unload_lora()
-    for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
-        torch.nn.Module.to(module, dtype)
+    cast(pipeline, dtype)
     with replacing_folder(out) as work:
         pipeline.save_pretrained(work)
     return out

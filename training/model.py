@@ -1,83 +1,93 @@
-"""The model that learns: loading it, choosing what of it learns, and the one forward pass behind which it stands."""
+"""The model that trains: loading it, choosing what of it trains, and the one forward pass that Accelerate wraps."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from echo4o.modeling.bagel.loading_bagel import component_tensors
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
-from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.training.objective import LossTerms, add_noise, loss_terms
-from echo4o.training.recipe import Full, Lora, Recipe, RecipeError
-from echo4o.training.samples import TrainingBatch
+from echo4o.modeling.pipelines import pipeline_class
+from echo4o.training.backbones import backbone_class, backbone_names
+from echo4o.training.backbones.base import Backbone, LossTerm
+from echo4o.training.recipe import FullTuning, LoraTuning, RecipeError, TrainingRecipe
 
 ADAPTER = "default"
-MATRICES = r"(to_q|to_k|to_v|to_out|ff\.gate_proj|ff\.up_proj|ff\.down_proj)"
 
 
 class TrainedModel(nn.Module):
-    """The two models that learn, behind one forward pass."""
+    """The backbone's trained components behind one forward pass; attributes are named as the pipeline's components."""
 
-    _no_split_modules = ["BagelBlock", "SiglipEncoderLayer"]  # what FSDP2 shards as a unit
-
-    def __init__(self, transformer: nn.Module, vision_model: nn.Module):
+    def __init__(self, backbone: Backbone):
         super().__init__()
-        self.transformer, self.vision_model = transformer, vision_model
+        self.backbone = backbone
+        for name in backbone.trained_components:
+            setattr(self, name, getattr(backbone.pipeline, name))
+        components = [getattr(self, name) for name in backbone.trained_components]
+        self._no_split_modules = [cls for component in components for cls in component._no_split_modules]
 
-    def forward(self, batch: TrainingBatch, time_shift: float) -> LossTerms:
-        noised = None
-        if batch.sequence.latents is not None:
-            noised = add_noise(batch.sequence, batch.noise, batch.raw_time, time_shift)
-        return loss_terms(self.transformer, self.vision_model, batch.sequence, noised)
-
-
-def part_of(name: str) -> str:
-    """The part (see `recipe.Full`) that a parameter of [`TrainedModel`] belongs to."""
-    if name.startswith("vision_model."):
-        return "vision"
-    if re.match(r"transformer\.(embed_tokens|lm_head)\.", name):
-        return "text"
-    return "und" if ".und." in name else "gen"
+    def forward(self, batch: Any) -> dict[str, LossTerm]:
+        return self.backbone.losses(self, batch)
 
 
-def load_pipeline(recipe: Recipe, empty: bool = False) -> Echo4oPipeline:
-    """The pipeline that a recipe starts from, in the dtypes that it trains in.
+# --- loading --------------------------------------------------------------------------------------------------------
 
-    Frozen weights under LoRA stay in 16 bit where the run computes in 16 bit; what learns is float32 in any case,
-    because small steps vanish in 16-bit weights.
+
+def load_backbone(recipe: TrainingRecipe, empty: bool = False) -> Backbone:
+    """The pipeline that a recipe starts from, as its backbone.
 
     Args:
-        empty: the two models that learn hold no memory yet (processes that receive sharded weights from another).
+        empty: allocate the trained components without reading their weights, for processes that receive sharded
+            weights from another process.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or belongs to another backbone.
     """
-    parts = {}
+    backbone = backbone_class(recipe.backbone)
+    return backbone(load_pipeline(recipe, backbone, empty), recipe)
+
+
+def load_pipeline(recipe: TrainingRecipe, backbone: type[Backbone] | None = None, empty: bool = False):
+    """The pipeline that a recipe starts from, in the dtypes that it trains in. Arguments as in [`load_backbone`].
+
+    Frozen weights under LoRA stay in 16 bit where the run computes in 16 bit. Trained weights are float32, because
+    small steps vanish in 16 bit.
+    """
+    backbone = backbone or backbone_class(recipe.backbone)
+    components: dict[str, nn.Module] = {}
     frozen = frozen_dtype(recipe)
     try:
-        if recipe.tune.method == "lora" and recipe.tune.quantize is not None:
-            parts["transformer"] = _quantized(recipe.model)
+        pipeline_type = pipeline_class(recipe.model)
+        expected = backbone_names()[recipe.backbone]
+        if pipeline_type.__name__ != expected:
+            raise ValueError(f"it is a {pipeline_type.__name__}, and backbone: {recipe.backbone} trains a {expected}")
+        if isinstance(recipe.tune, LoraTuning) and recipe.tune.quantize is not None:
+            components["transformer"] = _load_nf4(recipe.model, backbone.component_classes["transformer"])
         elif empty:
             with torch.device("meta"):
-                for name, cls in (("transformer", BagelTransformer2DModel), ("vision_model", BagelVisionModel)):
-                    parts[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
-        dtype = {"default": torch.float32, "transformer": frozen, "vision_model": frozen}
-        pipeline = Echo4oPipeline.from_pretrained(recipe.model, dtype=dtype, **parts)
+                for name in backbone.trained_components:
+                    cls: Any = backbone.component_classes[name]
+                    components[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
+        dtype = {"default": torch.float32} | dict.fromkeys(backbone.trained_components, frozen)
+        pipeline = pipeline_type.from_pretrained(recipe.model, dtype=dtype, **components)
         if empty:
-            for name in ("transformer", "vision_model"):
+            for name in backbone.trained_components:
                 _allocate(getattr(pipeline, name), base_folder(recipe.model) / name)
         return pipeline
-    except (OSError, ValueError, TypeError) as error:  # the last one: a config.json with values of another type
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a config.json with values of another type
         raise RecipeError(f"model: {recipe.model} cannot be loaded: {str(error).strip()}") from error
 
 
 def _allocate(module: nn.Module, folder: Path) -> None:
-    """Give an empty module addresses (Accelerate tells parameters apart by them), but no memory until it is written
-    to; its buffers are not sent by other processes and are read."""
+    """Allocate an empty module and read its buffers, which other processes do not send.
+
+    Parameters get addresses, by which Accelerate tells them apart, but no memory before the first write.
+    """
     module.to_empty(device="cpu")
     stored = component_tensors(folder)
     for name, buffer in module.named_buffers():
@@ -86,17 +96,17 @@ def _allocate(module: nn.Module, folder: Path) -> None:
 
 
 def base_folder(model: str) -> Path:
-    """The folder of the pipeline that a run starts from, fetched from the Hub if need be."""
-    return Path(model) if Path(model).is_dir() else Path(Echo4oPipeline.download(model))
+    """The folder of the pipeline that a run starts from, downloaded from the Hub if necessary."""
+    return Path(model) if Path(model).is_dir() else Path(pipeline_class(model).download(model))
 
 
-def frozen_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype of the transformer's and the vision model's weights before any of them is set to learn."""
+def frozen_dtype(recipe: TrainingRecipe) -> torch.dtype:
+    """The dtype in which the trained components are loaded, before any of their parameters is set to train."""
     small = recipe.tune.method == "lora" and recipe.mixed_precision == "bf16" and recipe.sharding == "none"
     return torch.bfloat16 if small else torch.float32
 
 
-def _quantized(model: str) -> BagelTransformer2DModel:
+def _load_nf4(model: str, cls: Any) -> nn.Module:
     from diffusers import BitsAndBytesConfig
 
     try:
@@ -104,11 +114,9 @@ def _quantized(model: str) -> BagelTransformer2DModel:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["proj_in", "proj_out", "time_embed", "lm_head"],
+            llm_int8_skip_modules=list(cls._keep_in_full_precision),
         )
-        return BagelTransformer2DModel.from_pretrained(
-            model, subfolder="transformer", quantization_config=settings, dtype=torch.bfloat16
-        )
+        return cls.from_pretrained(model, subfolder="transformer", quantization_config=settings, dtype=torch.bfloat16)
     except (ImportError, RuntimeError) as error:
         text = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -116,22 +124,48 @@ def _quantized(model: str) -> BagelTransformer2DModel:
         ) from error
 
 
-def set_up(model: TrainedModel, recipe: Recipe) -> None:
-    """Freeze and unfreeze as the recipe says; add the adapter."""
+def cast(pipeline, dtype: torch.dtype) -> None:
+    """Convert the weights of every component of the pipeline to one dtype."""
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            nn.Module.to(module, dtype)  # diffusers' own `to` warns about modules kept in float32 that do not exist
+
+
+# --- what trains ----------------------------------------------------------------------------------------------------
+
+
+def part_of(name: str, component_classes: dict[str, type]) -> str:
+    """The trainable part that a parameter `component.name` belongs to, by its model's `_trainable_parts`."""
+    component, _, own = name.partition(".")
+    parts: dict[str, str] = component_classes[component]._trainable_parts
+    return next(part for part, pattern in parts.items() if re.match(pattern, own))
+
+
+def part_names(backbone: type[Backbone]) -> list[str]:
+    """Names of all parts that can train."""
+    return [part for name in backbone.trained_components for part in backbone.component_classes[name]._trainable_parts]
+
+
+def set_up(model: nn.Module, recipe: TrainingRecipe, component_classes: dict[str, type]) -> None:
+    """Freeze and unfreeze as the recipe says, and add the adapter.
+
+    Args:
+        model: has the trained components as attributes, as [`TrainedModel`].
+    """
     tune = recipe.tune
     for name, parameter in model.named_parameters():
-        learns = isinstance(tune, Full) and part_of(name) in tune.parts
         if parameter.is_floating_point():
-            parameter.requires_grad_(learns)
-    if isinstance(tune, Lora):
+            trains = isinstance(tune, FullTuning) and part_of(name, component_classes) in tune.parts
+            parameter.requires_grad_(trains)
+    if isinstance(tune, LoraTuning):
         add_lora(model.transformer, tune, recipe.seed)
     if recipe.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
-        model.vision_model.enable_gradient_checkpointing()
+        for component in model.children():
+            component.enable_gradient_checkpointing()
 
 
-def lora_config(tune: Lora):
-    """The recipe's settings as PEFT's."""
+def lora_config(tune: LoraTuning, transformer_class: type):
+    """The recipe's settings as PEFT's configuration, with the targets that the model class names."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -140,43 +174,42 @@ def lora_config(tune: Lora):
         lora_dropout=tune.dropout,
         use_rslora=tune.rslora,
         use_dora=tune.dora,
-        target_modules=rf".*\.({'|'.join(tune.experts)})\.{MATRICES}",
+        target_modules=tune.target_modules(transformer_class._lora_targets),
     )
 
 
-def add_lora(transformer: nn.Module, tune: Lora, seed: int) -> None:
-    """Put adapters into the experts' matrices, the same on every process and in every run of this seed."""
+def add_lora(transformer: nn.Module, tune: LoraTuning, seed: int) -> None:
+    """Inject adapters, initialized the same on every process and in every run of this seed.
+
+    Raises:
+        RecipeError: the rank exceeds the matrices.
+    """
     if tune.rank > transformer.config.hidden_size:
         raise RecipeError(f"tune.rank={tune.rank} exceeds the matrices: at most {transformer.config.hidden_size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(lora_config(tune), adapter_name=ADAPTER)
+        transformer.add_adapter(lora_config(tune, type(transformer)), adapter_name=ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names, free of any wrapper's additions, and parameters of what learns."""
+    """Names, without what wrappers add, and parameters of everything that trains."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield clean_name(name), parameter
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, activation checkpointing and torch.compile put into it."""
+    """A parameter's name without the additions of DDP, activation checkpointing and torch.compile."""
     return re.sub(r"(^module\.|_checkpoint_wrapped_module\.|_orig_mod\.)", "", name)
 
 
-def summary(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Numbers of parameters by part: {part: {"learning": n, "frozen": n}}."""
-    table = {part: {"learning": 0, "frozen": 0} for part in ("gen", "und", "text", "vision")}
+def count_parameters(model: nn.Module, backbone: type[Backbone]) -> dict[str, dict[str, int]]:
+    """Numbers of parameters by part: {part: {"trained": n, "frozen": n}}."""
+    table = {part: {"trained": 0, "frozen": 0} for part in part_names(backbone)}
     for name, parameter in model.named_parameters():
-        table[part_of(clean_name(name))]["learning" if parameter.requires_grad else "frozen"] += parameter.numel()
+        part = part_of(clean_name(name), backbone.component_classes)
+        table[part]["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
     return table
-
-
-def cast(pipeline: Echo4oPipeline, dtype: torch.dtype) -> None:
-    """Bring the pipeline's weights to one dtype."""
-    for module in (pipeline.transformer, pipeline.vision_model, pipeline.vae):
-        nn.Module.to(module, dtype)  # diffusers' own `to` warns about modules kept in float32 that do not exist

@@ -1,8 +1,8 @@
-"""What each process computes in each step: fixed batches, or packs filled up to a number of tokens.
+"""The batches of each process and step: a fixed number of samples, or packs filled up to a number of tokens.
 
 Packing works in lanes. A step has as many lanes as packs; lane i reads every n-th row, keeps a small buffer of samples
-and fills one pack a step. What a lane does depends on its number alone, so that the packs of a step are the same
-whether one process fills all lanes or each process its own.
+and fills one pack per step. A lane depends on its number alone, so the packs of a step are the same whether one process
+fills all lanes or each process fills its own.
 """
 
 from __future__ import annotations
@@ -10,32 +10,47 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from echo4o.training.backbones.base import TrainingBatch, TrainingSample
 from echo4o.training.data import Ref, Rows, StoredOrder
-from echo4o.training.recipe import Packing, Recipe, RecipeError
-from echo4o.training.samples import TrainingBatch, TrainingSample, collate
+from echo4o.training.recipe import Packing, RecipeError
+
+Collate = Callable[[Sequence[TrainingSample]], TrainingBatch]
 
 
 class FixedBatches:
-    """`batch_size` samples a step, dealt out to the processes in turn and split into micro-batches."""
+    """`batch_size` samples per step, dealt out to the processes in turn and split into micro-batches.
 
-    def __init__(self, rows: Rows, recipe: Recipe, sides: tuple[int, int], rank: int = 0, processes: int = 1):
-        micro = recipe.micro_batch_size or -(-recipe.batch_size // processes)
-        if recipe.batch_size % (micro * processes):
+    Args:
+        micro_batch_size: samples per forward pass and process; None: one forward pass per step.
+        collate: makes a batch of samples.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        micro_batch_size: int | None,
+        collate: Collate,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        micro = micro_batch_size or -(-batch_size // processes)
+        if batch_size % (micro * processes):
             raise RecipeError(
-                f"batch_size={recipe.batch_size} does not divide into {processes} processes of micro batches of {micro}."
+                f"batch_size={batch_size} is not divisible into {processes} processes with micro-batches of {micro}."
             )
-        self.rows, self.sides, self.order = rows, sides, rows.order()
-        self.batch_size, self.micro, self.rank, self.processes = recipe.batch_size, micro, rank, processes
+        self.rows, self.collate, self.order = rows, collate, rows.order()
+        self.batch_size, self.micro, self.rank, self.processes = batch_size, micro, rank, processes
 
     def next_step(self) -> list[TrainingBatch]:
         """This process's micro-batches of the next step."""
         taken = [next(self.order) for _ in range(self.batch_size)][self.rank :: self.processes]
         samples = self.rows.samples(taken)
         parts = [samples[start : start + self.micro] for start in range(0, len(samples), self.micro)]
-        return [collate(part, *self.sides) for part in parts]
+        return [self.collate(part) for part in parts]
 
     def state(self) -> dict:
-        """Where the order stands; the same on all processes."""
+        """The position in the order of rows; equal on all processes."""
         return self.order.state()
 
     def load_state(self, state: dict) -> None:
@@ -46,7 +61,7 @@ class FixedBatches:
 
 
 class Lane:
-    """Fills one pack a step from a buffer, best fit: the oldest sample first, then always the largest that fits."""
+    """Fills one pack per step from a buffer, best fit: the oldest sample first, then always the largest that fits."""
 
     def __init__(self, rows: Rows, settings: Packing, start: int, stride: int, on_too_long: Callable):
         self.rows, self.settings, self.on_too_long = rows, settings, on_too_long
@@ -92,9 +107,9 @@ class Lane:
 
 
 def best_fit(lengths: Sequence[int], room: int, first: bool) -> int | None:
-    """Place of the sample to add to a pack with `room` tokens left; None when nothing fits.
+    """Index of the sample to add to a pack with `room` tokens left; None if nothing fits.
 
-    The first one is the oldest, so that none waits for ever.
+    The first sample of a pack is the oldest one, so that no sample waits forever.
     """
     if first:
         return 0 if lengths and lengths[0] <= room else None
@@ -103,27 +118,27 @@ def best_fit(lengths: Sequence[int], room: int, first: bool) -> int | None:
 
 
 class PackedBatches:
-    """This process's lanes. `report(id, tokens)` is told of every sample that is longer than a pack."""
+    """This process's lanes. Calls `report(id, tokens)` for every sample that is longer than a pack."""
 
     def __init__(
         self,
         rows: Rows,
-        recipe: Recipe,
-        sides: tuple[int, int],
+        packing: Packing,
+        collate: Collate,
         rank: int = 0,
         processes: int = 1,
         report: Callable[[str, int], None] = lambda id, tokens: None,
     ):
-        self.settings, self.sides, lanes = recipe.packing, sides, recipe.packing.packs_per_step
+        self.settings, self.collate, lanes = packing, collate, packing.packs_per_step
         if lanes % processes:
-            raise RecipeError(f"packing.packs_per_step={lanes} does not divide into {processes} processes.")
-        self.too_long = Counter()
+            raise RecipeError(f"packing.packs_per_step={lanes} is not divisible by {processes} processes.")
+        self.too_long: Counter[str] = Counter()
 
         def on_too_long(sample: TrainingSample) -> None:
             self.too_long[sample.id] += 1
             report(sample.id, sample.full_length)
 
-        self.lanes = {i: Lane(rows, recipe.packing, i, lanes, on_too_long) for i in range(rank, lanes, processes)}
+        self.lanes = {i: Lane(rows, packing, i, lanes, on_too_long) for i in range(rank, lanes, processes)}
         self.tokens = self.packs = 0
 
     def next_step(self) -> list[TrainingBatch]:
@@ -131,10 +146,10 @@ class PackedBatches:
         packs = [lane.next_pack() for lane in self.lanes.values()]
         self.tokens += sum(len(sample) for pack in packs for sample in pack)
         self.packs += len(packs)
-        return [collate(pack, *self.sides) for pack in packs]
+        return [self.collate(pack) for pack in packs]
 
     def state(self) -> dict:
-        """Of this process's own lanes; those of all processes together are the state of the run."""
+        """The state of this process's lanes; those of all processes together are the state of the run."""
         return {"lanes": {str(number): lane.state() for number, lane in self.lanes.items()}}
 
     def load_state(self, state: dict) -> None:
@@ -142,13 +157,13 @@ class PackedBatches:
             lane.load_state(state["lanes"][str(number)])
 
     def facts(self) -> dict[str, float]:
-        """The packs' mean fill since the start, and how many samples were too long."""
+        """Mean fill of the packs since the start, and the number of samples that were too long."""
         filled = self.tokens / max(1, self.packs * self.settings.tokens)
         return {"packing_efficiency": filled, "too_long": float(self.too_long.total())}
 
 
 def merge_states(states: Sequence[dict]) -> dict:
-    """The data position of a run from those of its processes."""
+    """The data state of a run from the states of its processes."""
     if "lanes" not in states[0]:
         return states[0]
     return {"lanes": {number: lane for state in states for number, lane in state["lanes"].items()}}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from echo4o.training.backbones.base import TrainingBatch
 from echo4o.training.packing import FixedBatches, PackedBatches
-from echo4o.training.samples import TrainingBatch
 
 
 class Prefetch:

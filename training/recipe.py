@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-Expert = Literal["gen", "und"]
-Part = Literal["gen", "und", "text", "vision"]
-PARTS: tuple[str, ...] = ("gen", "und", "text", "vision")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from echo4o.common import configuration
+from echo4o.common.configuration import StrictModel
 
 
-class Data(_Strict):
+class Section(StrictModel):
+    """A section of a recipe."""
+
+
+class DataSource(Section):
     """One source of rows: anything with the features of Echo-4o-Image, or with a question and an `answer`."""
 
     path: str  # folder of Parquet files, folder saved by `datasets`, or Hub repository
@@ -31,26 +31,14 @@ class Data(_Strict):
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (dict, Data)) else value
+    return [value] if isinstance(value, (dict, DataSource)) else value
 
 
 def _no_is_a_word(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
 
-class Objective(_Strict):
-    """The losses (tests/parity/golden/README.md) and the dropout of conditions; defaults are the original's."""
-
-    time_shift: float = Field(1.0, gt=0)
-    mse_weight: float = Field(1.0, ge=0)
-    ce_weight: float = Field(1.0, ge=0)
-    ce_reweight: bool = False  # each text's labels weigh 1/sqrt(n) instead of 1
-    text_dropout: float = Field(0.1, ge=0, le=1)
-    vit_dropout: float = Field(0.3, ge=0, le=1)
-    vae_dropout: float = Field(0.3, ge=0, le=1)
-
-
-class Optimizer(_Strict):
+class Optimizer(Section):
     """`muon` updates the layers' matrices by orthogonalised momentum (at `muon_lr`) and the rest by AdamW (at `lr`)."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -69,31 +57,38 @@ class Optimizer(_Strict):
         return self
 
 
-class Full(_Strict):
-    """Train the weights themselves, of the parts that are named; the others are frozen.
-
-    `gen`: the generation expert with the latent in- and outputs; `und`: the understanding expert; `text`: token
-    embedding and language head; `vision`: the vision tower and its connector.
-    """
+class FullTuning(Section):
+    """Train the weights themselves, of the named parts; the others are frozen."""
 
     method: Literal["full"] = "full"
-    parts: tuple[Part, ...] = Field(PARTS, min_length=1)
+    parts: tuple[str, ...] = Field((), min_length=1)  # each backbone names its own
+
+    def describe(self) -> str:
+        """One sentence for a model card."""
+        return f"Fine-tuning of the parts {', '.join(self.parts)}; the others are frozen."
 
 
-class Lora(_Strict):
-    """Train low-rank additions to the experts' matrices; everything else is frozen."""
+class LoraTuning(Section):
+    """Train low-rank additions to matrices; everything else is frozen."""
 
     method: Literal["lora"]
-    experts: tuple[Expert, ...] = Field(("gen",), min_length=1)
     rank: int = Field(32, gt=0)
     alpha: float = Field(32.0, gt=0)
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    dora: bool = False  # learn magnitudes, too
+    dora: bool = False  # also learn magnitudes
     dropout: float = Field(0.0, ge=0, lt=1)
     quantize: Literal["nf4"] | None = None  # of the frozen weights
 
+    def describe(self) -> str:
+        """One sentence for a model card."""
+        return f"LoRA of rank {self.rank}, everything else frozen."
 
-class Packing(_Strict):
+    def target_modules(self, targets: dict[str, str]) -> str:
+        """The regular expression of the adapted modules, out of the model class's `_lora_targets`."""
+        return targets["default"]
+
+
+class Packing(Section):
     """Fill every forward pass up to a number of tokens."""
 
     tokens: int = Field(10_240, gt=0)  # per pack: one forward pass of one process
@@ -101,25 +96,25 @@ class Packing(_Strict):
     buffer: int = Field(32, gt=0)  # samples to choose from when a pack is filled
 
 
-class Checkpoints(_Strict):
-    """All that is needed to go on, every `every` steps; the last `keep` are kept."""
+class Checkpoints(Section):
+    """What a run needs to resume, saved every `every` steps; the last `keep` checkpoints are kept."""
 
     every: int = Field(gt=0)
     keep: int = Field(2, gt=0)
 
 
-class Ema(_Strict):
-    """A moving average of what is trained; it is what is exported."""
+class Ema(Section):
+    """An exponential moving average of the trained parameters; exports and images use the averages."""
 
     decay: float = Field(0.9999, gt=0, lt=1)
 
 
-class Pictures(_Strict):
-    """Pictures of fixed prompts, drawn every `every` steps and at the end."""
+class SampleImages(Section):
+    """Images of fixed prompts, generated every `every` steps and at the end."""
 
     every: int = Field(gt=0)
     prompts: tuple[str, ...] = Field(min_length=1)
-    steps: int = Field(24, gt=0)
+    steps: int = Field(24, gt=0)  # updates of the sampler
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -129,22 +124,26 @@ class Pictures(_Strict):
         return self
 
 
-class Recipe(_Strict):
-    """A run of `echo4o train RECIPE.yaml`."""
+class TrainingRecipe(Section):
+    """A run of `echo4o train RECIPE.yaml`.
 
+    Each backbone has a subclass that defines its `tune` and `objective` sections; [`read_recipe`] picks it.
+    """
+
+    backbone: str = "bagel"  # the model family: a module of training/backbones
     model: str  # pipeline folder or Hub repository to start from
     output_dir: Path
-    latents: Path | None = None  # what `echo4o dataset precompute` wrote: its rows are read instead of encoded
-    data: Annotated[tuple[Data, ...], BeforeValidator(_as_list), Field(min_length=1)]
-    tune: Annotated[Full | Lora, Field(discriminator="method")] = Full()
-    objective: Objective = Objective()
+    latents: Path | None = None  # a cache that `echo4o dataset precompute` wrote; its rows are not encoded again
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    tune: FullTuning | LoraTuning
+    objective: Section
     optimizer: Optimizer = Optimizer()
     steps: int = Field(gt=0)  # optimizer steps
-    max_seconds: float | None = Field(None, gt=0)  # stop, with the schedule run to its end, when this comes first
+    max_seconds: float | None = Field(None, gt=0)  # end earlier, with the schedule run to its end, after this time
     batch_size: int | None = Field(None, gt=0)  # samples per optimizer step, over all processes; or:
     packing: Packing | None = None
     micro_batch_size: int | None = Field(None, gt=0)  # samples per forward pass and process; None: no accumulation
-    cache_mb: int = Field(1024, ge=0)  # memory for prepared rows (tokens, VAE moments, patches) that come again
+    cache_mb: int = Field(1024, ge=0)  # memory for prepared rows (encoded images, tokens) that are read again
     processes: int | None = Field(None, gt=0)  # refuse to run with any other number; None: as many as are started
     sharding: Literal["none", "fsdp2"] = "none"
     gradient_checkpointing: bool = False
@@ -153,8 +152,8 @@ class Recipe(_Strict):
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ema: Ema | None = None
     checkpoints: Checkpoints | None = None
-    resume: bool = False  # go on from the last complete checkpoint of `output_dir`, if there is one
-    pictures: Pictures | None = None
+    resume: bool = False  # continue from the last complete checkpoint of `output_dir`, if there is one
+    images: SampleImages | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = Field(0, ge=0)
 
@@ -167,8 +166,9 @@ class Recipe(_Strict):
 
     def _rules(self) -> list[tuple[bool, str]]:
         """(broken, what to say) for each rule about several settings at once."""
-        batch, micro, lora = self.batch_size, self.micro_batch_size, self.tune.method == "lora"
-        sharded, packing = self.sharding == "fsdp2", self.packing
+        batch, micro, packing = self.batch_size, self.micro_batch_size, self.packing
+        lora, sharded = self.tune.method == "lora", self.sharding == "fsdp2"
+        quantized = isinstance(self.tune, LoraTuning) and self.tune.quantize is not None
         warmup, muon = self.optimizer.warmup_steps, self.optimizer.name == "muon"
         return [
             ((batch is None) == (packing is None), "give either batch_size or packing."),
@@ -192,21 +192,16 @@ class Recipe(_Strict):
             ),
             (warmup >= self.steps, f"warmup_steps={warmup} must be below steps={self.steps}."),
             (muon and lora, "muon is for full matrices: train LoRA with adamw."),
-            (muon and not lora and self.tune.parts == ("text",), "muon is for the layers' matrices: `text` has none."),
             (muon and sharded, "muon needs whole matrices: shard with adamw."),
             (sharded and self.processes == 1, "sharding: fsdp2 has no effect with processes: 1."),
-            (sharded and self.pictures is not None, "pictures cannot be drawn from a sharded model; leave them out."),
+            (sharded and self.images is not None, "images cannot be generated from a sharded model; leave them out."),
             (
-                lora and self.tune.quantize is not None and sharded,
+                quantized and sharded,
                 "tune.quantize and sharding: fsdp2 exclude each other: 4-bit weights are not sharded.",
             ),
             (
-                lora and self.tune.quantize is not None and self.mixed_precision == "no",
+                quantized and self.mixed_precision == "no",
                 "tune.quantize computes in bfloat16: set mixed_precision: bf16.",
-            ),
-            (
-                self.objective.mse_weight == 0 and self.objective.ce_weight == 0,
-                "objective.mse_weight and objective.ce_weight are both 0: nothing would be learned.",
             ),
             (len(set(self.trackers)) < len(self.trackers), "trackers names one of them twice."),
         ]
@@ -216,30 +211,62 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message names each key and what is wrong with it."""
 
 
-def load_recipe(path: str | Path, changes: dict | None = None) -> Recipe:
+def load_recipe(path: str | Path, changes: dict | None = None) -> TrainingRecipe:
     """Read a YAML recipe. Relative paths in it are relative to the working folder.
 
     Args:
-        path: a file, or the name of a recipe that comes with the package (`lora_single_gpu`).
+        path: a file, or the name of a bundled recipe (`lora_single_gpu`).
         changes: settings that replace the file's, by dotted name: `{"optimizer.lr": 1e-4}`.
 
     Raises:
-        RecipeError: the file is unreadable or a setting is unknown or impossible; all of them are listed.
+        RecipeError: the file is unreadable or a setting is unknown or impossible; the message lists all of them.
     """
-    file = shipped_recipe(str(path)) if str(path) in shipped_names() and not Path(path).exists() else Path(path)
+    file = bundled_recipe(str(path)) if str(path) in bundled_names() and not Path(path).exists() else Path(path)
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        names = ", ".join(shipped_names())
-        raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
+        names = ", ".join(bundled_names())
+        raise RecipeError(f"{path} cannot be read: {error} (bundled recipes: {names})") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no mapping of settings.")
-    for name, value in (changes or {}).items():
+        raise RecipeError(f"{path} is not a mapping of settings.")
+    _rename_old_keys(values, str(path), warn=True)
+    changes = dict(changes or {})
+    _rename_old_keys(changes, "--set", warn=True)
+    for name, value in changes.items():
         _set(values, name, value)
     try:
-        return Recipe.model_validate(values)
+        return _recipe_class(values).model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n{describe(error)}") from error
+        raise RecipeError(f"{path}:\n{describe(error, _recipe_class(values))}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def read_recipe(values: dict) -> TrainingRecipe:
+    """The recipe that a checkpoint stored, as the class of its backbone; keys of 0.1 are accepted."""
+    values = dict(values)
+    _rename_old_keys(values, "checkpoint", warn=False)
+    return _recipe_class(values).model_validate(values)
+
+
+def _recipe_class(values: dict) -> type[TrainingRecipe]:
+    from echo4o.training.backbones import backbone_class  # imports torch
+
+    return backbone_class(values.get("backbone", "bagel")).recipe_class
+
+
+_OLD_KEYS = {"pictures": "images"}  # of 0.1
+
+
+def _rename_old_keys(values: dict, where: str, warn: bool) -> None:
+    for name in list(values):
+        section, dot, rest = name.partition(".")
+        if section in _OLD_KEYS:
+            new = _OLD_KEYS[section]
+            values[new + dot + rest] = values.pop(name)
+            if warn:
+                text = f"{where}: the setting `{section}` is now called `{new}`; the old name works until 0.3."
+                warnings.warn(text, FutureWarning, stacklevel=3)
 
 
 def parse_changes(pairs: list[str]) -> dict[str, Any]:
@@ -252,7 +279,7 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
         try:
             changes[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set {pair}: {value!r} is no YAML value.") from error
+            raise RecipeError(f"--set {pair}: {value!r} is not a YAML value.") from error
     return changes
 
 
@@ -276,43 +303,53 @@ def _set(values: dict, name: str, value: Any) -> None:
             section = section[place]
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: TrainingRecipe) -> str:
     """The resolved recipe as YAML, every default written out; it loads again as the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, recipe_class: type[Section]) -> str:
     """One line per wrong setting, as `key: what is wrong (given: value)`."""
-    lines = []
-    for item in error.errors():
-        # A union's chosen member stands in the location; it is no key of the recipe.
-        location = tuple(p for i, p in enumerate(item["loc"]) if not (i == 1 and item["loc"][0] == "tune"))
-        key = ".".join(str(part) for part in location) or "recipe"
-        known = "" if item["type"] != "extra_forbidden" else f"; known here: {', '.join(_siblings(item['loc']))}"
-        given = "" if item["type"] in ("missing", "value_error") else f" (given: {item['input']!r})"
-        if item["type"].startswith("union_tag"):
-            lines.append(f"  {key}: say `method: full` or `method: lora` (given: {item['input']!r})")
-            continue
-        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        message = message.replace("a valid tuple", "a list")
-        lines.append(f"  {key}: {message}{given}{known}")
-    return "\n".join(lines)
+    method = next((item for item in error.errors() if item["type"].startswith("union_tag")), None)
+    if method is not None:
+        return f"  tune: say `method: full` or `method: lora` (given: {method['input']!r})"
+    return configuration.describe(
+        error, key_of=_key_of, known_keys=lambda location: _section_at(recipe_class, location[:-1]).model_fields
+    )
 
 
-_SECTIONS = {"full": Full, "lora": Lora, "data": Data, "packing": Packing, "checkpoints": Checkpoints, "ema": Ema}
-_SECTIONS |= {"pictures": Pictures, "objective": Objective, "optimizer": Optimizer}
+def _key_of(location: tuple) -> str:
+    """The dotted key; the chosen member of the union `tune` is part of the location, but not of the key."""
+    return ".".join(str(p) for i, p in enumerate(location) if not (i == 1 and location[0] == "tune"))
 
 
-def _siblings(location: tuple) -> list[str]:
-    named = [part for part in location[:-1] if part in _SECTIONS]
-    return list((_SECTIONS[named[-1]] if named else Recipe).model_fields)
+def _section_at(recipe_class: type[Section], location: tuple) -> type[Section]:
+    """The section class that a pydantic error location points into."""
+    section = recipe_class
+    for part in location:
+        if not isinstance(part, str) or part not in section.model_fields:
+            continue  # an index, or the tag of a union
+        classes = [c for c in _classes_in(section.model_fields[part].annotation) if issubclass(c, Section)]
+        tagged = (
+            [c for c in classes if location[-1] in get_args(c.model_fields["method"].annotation)]
+            if len(classes) > 1
+            else classes
+        )
+        section = (tagged or classes or [section])[0]
+    return section
 
 
-def shipped_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+def _classes_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in _classes_in(part)]
+
+
+def bundled_names() -> list[str]:
+    """Names of the recipes that the package contains."""
     return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
 
-def shipped_recipe(name: str) -> Path:
-    """The file of a recipe that comes with the package."""
+def bundled_recipe(name: str) -> Path:
+    """The file of a bundled recipe."""
     return Path(__file__).parent / "recipes" / f"{name}.yaml"

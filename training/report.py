@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import data_uri, figure_uri
-from echo4o.training.recipe import Recipe, dump_recipe
+from echo4o.training.recipe import TrainingRecipe, dump_recipe
 from echo4o.training.run_log import PHASES, phase_shares
 
-CURVES = {
-    "loss": "loss",
-    "mse": "velocity loss",
-    "ce": "text loss",
+CURVES = {  # beside the losses
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
@@ -24,15 +22,23 @@ CURVES = {
 }
 
 
-def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int]]) -> Path:
-    """Write `run.html` into the run's folder and return its path."""
+def write_report(
+    recipe: TrainingRecipe, log: list[dict], parts: dict[str, dict[str, int]], losses: Sequence[str]
+) -> Path:
+    """Write `run.html` into the run's folder and return its path.
+
+    Args:
+        log: one entry per step.
+        parts: numbers of trained and frozen parameters by part.
+        losses: names of the losses in the log.
+    """
     folder = recipe.output_dir
     rows = [
         (
             step.name.removeprefix("step-").lstrip("0") or "0",
             [data_uri(f.read_bytes(), "png") for f in _by_number(step)],
         )
-        for step in sorted((folder / "pictures").glob("step-*"))
+        for step in sorted((folder / "images").glob("step-*"))
     ]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("run.html.j2").render(
@@ -41,8 +47,8 @@ def write_report(recipe: Recipe, log: list[dict], parts: dict[str, dict[str, int
         last=log[-1],
         shares=phase_shares(log, len(log)),
         parts=parts,
-        curves=_curves(log),
-        prompts=recipe.pictures.prompts if recipe.pictures else (),
+        curves=_curves(log, losses),
+        prompts=recipe.images.prompts if recipe.images else (),
         rows=rows,
         recipe=dump_recipe(recipe),
     )
@@ -54,17 +60,18 @@ def _by_number(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"), key=lambda f: int(f.stem))
 
 
-def _curves(log: list[dict]) -> str:
+def _curves(log: list[dict], losses: Sequence[str]) -> str:
     from matplotlib.figure import Figure
 
-    names = [name for name in CURVES if any(entry.get(name) for entry in log)]
+    titles = {"loss": "loss"} | {name: f"{name} loss" for name in losses} | CURVES
+    names = [name for name in titles if any(entry.get(name) for entry in log)]
     rows = -(-(len(names) + 1) // 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, 3, place)
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         axes.plot(*zip(*points), linewidth=0.8)
-        axes.set_title(CURVES[name], fontsize=9)
+        axes.set_title(titles[name], fontsize=9)
         axes.tick_params(labelsize=7)
     axes = figure.add_subplot(rows, 3, len(names) + 1)
     seconds = [[entry[f"{phase}_seconds"] for entry in log] for phase in PHASES]

@@ -1,7 +1,8 @@
-"""Train BAGEL on rows of Echo-4o-Image: `echo4o train RECIPE.yaml`, or any launcher on this module.
+"""Train a model on rows of Echo-4o-Image: `echo4o train RECIPE.yaml`, or any launcher on this module.
 
-The whole of a run, in reading order: a recipe, the pipeline it starts from, an order of samples, optimizer steps,
-checkpoints, and what comes out: a pipeline folder or an adapter. Accelerate spreads it over processes.
+In reading order: a recipe, the pipeline that it starts from, optimizer steps, checkpoints, and the result: a pipeline
+folder or an adapter. Accelerate distributes the run over processes. What is specific to a model is its backbone
+(training/backbones).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object, set_seed
@@ -25,26 +27,35 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from echo4o.common.files import replacing_folder, write_text
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training import checkpoints, export
+from echo4o.training.backbones import backbone_class
+from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBatch
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
 from echo4o.training.data import SHUFFLE_BUFFER, Rows, open_sources
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import buffers_apart, build_accelerator, loads_weights
-from echo4o.training.model import TrainedModel, cast, load_pipeline, set_up, trainable
-from echo4o.training.objective import LossTerms
+from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
 from echo4o.training.optimizers import build_optimizers
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
-from echo4o.training.precompute import CachedSampleMaker, undecoded
+from echo4o.training.precompute import CachedBackbone, undecoded
 from echo4o.training.prefetch import Prefetch
-from echo4o.training.recipe import Lora, Objective, Recipe, RecipeError, dump_recipe, load_recipe, parse_changes
+from echo4o.training.recipe import (
+    LoraTuning,
+    RecipeError,
+    TrainingRecipe,
+    dump_recipe,
+    load_recipe,
+    parse_changes,
+    read_recipe,
+)
 from echo4o.training.run_log import PHASES
-from echo4o.training.samples import Dropout, SampleMaker, TrainingBatch
+from echo4o.training.step import StepTotals, non_finite_samples, sum_over_processes, weighted_loss
 from echo4o.training.watch import Watch
 
-# Settings that may change between the parts of one run: they decide nothing about what is computed in a step.
-FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "pictures", "trackers", "processes", "cache_mb"}
-FREE |= {"save_dtype", "model", "data"}  # paths move; the weights and rows behind them must be the same
+# Settings that a resumed run may change: they do not affect what a step computes. Paths (model, data) may move; the
+# weights and rows behind them must be the same.
+FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "images", "trackers", "processes", "cache_mb"}
+FREE |= {"save_dtype", "model", "data"}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -60,71 +71,54 @@ class DataError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after a checkpoint."""
+    """A signal ended the run after it saved a checkpoint."""
 
     def __init__(self, signum: int, step: int, folder: Path):
         self.signum = signum
-        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}; all of it is in {folder}.")
+        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}; the checkpoint is {folder}.")
 
 
 def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: float) -> float:
-    """What the learning rate is multiplied with before step `step` (from 0), `progress` of the run being done."""
+    """The factor on the learning rate in step `step` (from 0) when the share `progress` of the run is done."""
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
     decay = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[kind]
     return warmup * decay
 
 
-def loss_counts(batches: list[TrainingBatch], settings: Objective) -> list[float]:
-    """Noised values and labels (or the sum of their weights) in the batches: the denominators of the two losses."""
-    labelled = [batch.sequence.labels >= 0 for batch in batches]
-    if settings.ce_reweight:
-        labels = sum(float(b.sequence.label_weights[m].sum()) for b, m in zip(batches, labelled))
-    else:
-        labels = float(sum(int(m.sum()) for m in labelled))
-    return [float(sum(batch.noise.numel() for batch in batches)), labels]
-
-
-def weighted_loss(terms: LossTerms, counts: torch.Tensor, settings: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The micro-batch's share of the step's loss, and its shares (mse, cross-entropy) detached."""
-    sums = terms.sums(settings.ce_reweight)
-    shares = torch.stack([sums[0], sums[2]]) / torch.where(counts > 0, counts, 1).to(sums)
-    weights = shares.new_tensor([settings.mse_weight, settings.ce_weight])
-    return (shares * weights).sum(), shares.detach()
-
-
 @dataclass
 class TrainingResult:
-    """What a run leaves behind."""
+    """The result of a run."""
 
-    pipeline_dir: Path  # or the adapter's folder
-    log: list[dict]  # one entry per step: step, loss, mse, ce, lr, grad_norm, seconds, samples, tokens, ...
+    pipeline_dir: Path  # the pipeline's folder or the adapter's
+    log: list[dict]  # one entry per step: step, loss, each loss by name, lr, grad_norm, seconds, samples, tokens, ...
     seconds: float
 
 
 class Trainer:
-    """State of a run. `Trainer(recipe).run()` is the whole of it.
+    """A run: `Trainer(recipe).run()`.
 
     Args:
-        recipe: what to do.
+        recipe: the settings of the run.
         pipeline: start from this pipeline instead of loading `recipe.model`.
         dataset: train on these rows (a `datasets.Dataset`) instead of loading `recipe.data`.
     """
 
-    def __init__(self, recipe: Recipe, pipeline: Echo4oPipeline | None = None, dataset=None):
+    def __init__(self, recipe: TrainingRecipe, pipeline=None, dataset=None):
         self.recipe, self.accelerator = recipe, build_accelerator(recipe)
         accelerator = self.accelerator
         keep = recipe.checkpoints.keep if recipe.checkpoints else 2
         self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
         self._check_output()
-        sources = [dataset] if dataset is not None else open_sources(recipe)  # before the gigabytes of a model
-        self.pipeline = pipeline or load_pipeline(recipe, empty=not loads_weights(accelerator))
-        if pipeline is not None:
-            cast(pipeline, torch.float32)
-        self.pipeline.vae.to(accelerator.device).requires_grad_(False)
-        trained = TrainedModel(self.pipeline.transformer, self.pipeline.vision_model).train()
-        set_up(trained, recipe)
-        set_seed(recipe.seed, device_specific=True)  # of LoRA dropout alone: all other draws are named
-        self.watch = Watch(recipe, accelerator, self.pipeline, trained)
+        sources = (
+            [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
+        )  # fails before gigabytes are loaded
+        self.backbone = self._backbone(pipeline)
+        self.pipeline = self.backbone.pipeline
+        trained = TrainedModel(self.backbone).train()
+        set_up(trained, recipe, self.backbone.component_classes)
+        self._move_frozen_components()
+        set_seed(recipe.seed, device_specific=True)  # only LoRA dropout uses it; all other draws have named generators
+        self.watch = Watch(recipe, accelerator, self.backbone, trained)
         self.optimizers = build_optimizers(recipe.optimizer, trained)
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         with buffers_apart(accelerator, trained):
@@ -132,14 +126,28 @@ class Trainer:
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
         self.batches = self._batches(sources)
         self.ahead = Prefetch(self.batches)
-        self.step, self._signal = 0, 0
+        self.step = 0
+        self._signal: int | None = None  # that this process received
+        self.stop_requested = False  # by a signal to any process
+
+    def _backbone(self, pipeline) -> Backbone:
+        if pipeline is None:
+            return load_backbone(self.recipe, empty=not loads_weights(self.accelerator))
+        cast(pipeline, torch.float32)
+        return backbone_class(self.recipe.backbone)(pipeline, self.recipe)
+
+    def _move_frozen_components(self) -> None:
+        """The components that only encode rows compute beside the trained ones and need no gradients."""
+        for name, component in self.pipeline.components.items():
+            if isinstance(component, torch.nn.Module) and name not in self.backbone.trained_components:
+                component.to(self.accelerator.device).requires_grad_(False)
 
     def _check_output(self) -> None:
-        """Raise RecipeError where the run has no place of its own to write to."""
+        """Raise RecipeError if the output folder holds another run or cannot be written to."""
         folder = self.recipe.output_dir
         if not self.recipe.resume and (last := self.checkpoints.last()):
             raise RecipeError(
-                f"{folder} holds a run up to step {last.step}: go on with --resume, or choose another output_dir."
+                f"{folder} holds a run up to step {last.step}: continue it with --resume, or choose another output_dir."
             )
         try:
             if self.accelerator.is_main_process:
@@ -150,25 +158,19 @@ class Trainer:
         if not os.access(folder, os.W_OK):
             raise RecipeError(f"output_dir: {folder} cannot be written to.")
 
-    def _batches(self, sources: list):
-        recipe, objective, accelerator = self.recipe, self.recipe.objective, self.accelerator
-        dropout = Dropout(objective.text_dropout, objective.vit_dropout, objective.vae_dropout)
-        if recipe.latents is None:
-            maker = SampleMaker(self.pipeline, dropout, recipe.seed)
-        else:
-            maker = CachedSampleMaker(self.pipeline, dropout, recipe.seed, recipe.latents)
+    def _batches(self, sources: list) -> FixedBatches | PackedBatches:
+        recipe, accelerator = self.recipe, self.accelerator
+        source: RowPreparation = self.backbone
+        if recipe.latents is not None:
+            source = CachedBackbone(self.backbone, recipe.latents)
             sources = [undecoded(source) for source in sources]
         weights = [data.weight for data in recipe.data]
         buffers = [SHUFFLE_BUFFER if data.shuffle_buffer is None else data.shuffle_buffer for data in recipe.data]
-        rows = Rows(sources, weights, maker, recipe.seed, recipe.cache_mb * 10**6, buffers)
-        sides = (
-            self.pipeline.transformer.config.max_latent_size,
-            self.pipeline.vision_model.config.max_patches_per_side,
-        )
-        place = (sides, accelerator.process_index, accelerator.num_processes)
+        rows = Rows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers)
+        place = (self.backbone.collate, accelerator.process_index, accelerator.num_processes)
         if recipe.packing:
-            return PackedBatches(rows, recipe, *place, report=self.watch.too_long)
-        return FixedBatches(rows, recipe, *place)
+            return PackedBatches(rows, recipe.packing, *place, report=self.watch.too_long)
+        return FixedBatches(rows, recipe.batch_size, recipe.micro_batch_size, *place)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -194,21 +196,21 @@ class Trainer:
                     self.watch.step(self.step, entry, self.ahead.facts())
                     self._after_step()
         folder = self.write()
-        self.watch.close(self._draw_pictures)
+        self.watch.close(self._generate_images)
         return TrainingResult(folder, self.watch.log, self.watch.seconds())
 
     def _after_step(self) -> None:
-        recipe, signum = self.recipe, self.stop_asked
-        every = recipe.checkpoints.every if recipe.checkpoints else 0
-        if signum or (every and self.step % every == 0):
+        recipe = self.recipe
+        due = recipe.checkpoints is not None and self.step % recipe.checkpoints.every == 0
+        if self.stop_requested or due:
             folder = self._save(self.ahead.state())
-            if signum:
-                raise Stopped(signum, self.step, folder)
-        if recipe.pictures and self.step % recipe.pictures.every == 0 and self.step < recipe.steps:
-            self._draw_pictures()
+            if self.stop_requested:
+                raise Stopped(self._signal or signal.SIGTERM, self.step, folder)
+        if recipe.images and self.step % recipe.images.every == 0 and self.step < recipe.steps:
+            self._generate_images()
 
     def _progress(self) -> float:
-        """Share of the run that is done: of its steps or of its time, whichever is more; the same on all processes."""
+        """The share of the run that is done, by steps or by time, whichever is more; equal on all processes."""
         steps = self.step / self.recipe.steps
         if self.recipe.max_seconds is None:
             return steps
@@ -216,79 +218,75 @@ class Trainer:
         return max(steps, float(self.accelerator.reduce(share, "mean")))
 
     def _step(self, step: int, progress: float) -> dict[str, float]:
-        """One optimizer step over all processes and micro-batches; both losses are means over all of them."""
-        settings, objective, accelerator = self.recipe.optimizer, self.recipe.objective, self.accelerator
-        factor = learning_rate_factor(settings.schedule, settings.warmup_steps, step, progress)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, self.base_rates):
-            group["lr"] = rate * factor
+        """One optimizer step over all processes and micro-batches. Returns its log entry; losses are means over all."""
+        accelerator, loss_weights = self.accelerator, self.backbone.loss_weights()
+        rate = self._set_learning_rate(step, progress)
         moments = [time.perf_counter()]
-        batches, problem = self._next_batches()
-        # What all processes must know of each other, in one exchange: denominators, who was told to stop, who has no
-        # data, amounts.
-        mine = [*loss_counts(batches, objective), float(self._signal), float(problem is not None)]
-        total = self._sum(torch.tensor([*mine, *self.watch.amounts(batches)], dtype=torch.float64))
-        counts, self.stop_asked = total[:2], int(total[2]) and (self._signal or signal.SIGTERM)
-        if total[3]:
-            raise DataError("; ".join(p for p in gather_object([problem]) if p))
-        batches = [batch.to(accelerator.device) for batch in batches]
+        batches, totals = self._next_batches()
         moments.append(time.perf_counter())
-        shares = torch.zeros(2, device=accelerator.device)
+        shares = torch.zeros(len(loss_weights), device=accelerator.device)
         for index, batch in enumerate(batches):
             with self._last_only(index == len(batches) - 1):
-                loss, share = weighted_loss(self.model(batch, objective.time_shift), counts, objective)
+                loss, share = weighted_loss(self.model(batch), loss_weights, totals.denominators)
                 # DDP and FSDP average gradients over processes where the sum is wanted.
                 accelerator.backward(loss * accelerator.num_processes)
             shares += share
-        mse, ce = self._sum(shares).tolist()  # waits for the device, as does float(norm) below
+        # waits for the device, as does float(norm) below
+        losses = dict(zip(loss_weights, sum_over_processes(accelerator, shares).tolist()))
         moments.append(time.perf_counter())
-        if not math.isfinite(mse + ce):
-            raise NonFiniteLoss(step, self._offenders(batches))
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        if not all(map(math.isfinite, losses.values())):
+            raise NonFiniteLoss(step, self._non_finite_samples(batches))
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if self.average:
             self.average.update(self.model)
-        loss = objective.mse_weight * mse + objective.ce_weight * ce
-        entry = {"step": step, "loss": loss, "mse": mse, "ce": ce, "lr": groups[0]["lr"], "grad_norm": float(norm)}
         moments.append(time.perf_counter())
+        loss = sum(weight * losses[name] for name, weight in loss_weights.items())
+        entry = {"step": step, "loss": loss, **losses, "lr": rate, "grad_norm": float(norm)}
         entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, moments, moments[1:])}
-        return entry | dict(zip(("samples", "tokens", "flops"), total[4:].tolist()))
+        return entry | {"samples": totals.samples, "tokens": totals.tokens, "flops": totals.flops}
 
-    def _next_batches(self) -> tuple[list[TrainingBatch], str | None]:
-        """This process's batches of the next step, or why there are none."""
+    def _set_learning_rate(self, step: int, progress: float) -> float:
+        """Set every group's rate for this step and return the first one."""
+        settings = self.recipe.optimizer
+        factor = learning_rate_factor(settings.schedule, settings.warmup_steps, step, progress)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self.base_rates):
+            group["lr"] = rate * factor
+        return groups[0]["lr"]
+
+    def _next_batches(self) -> tuple[list[TrainingBatch], StepTotals]:
+        """This process's batches of the next step, on its device, and the step's totals.
+
+        Raises DataError on all processes if any of them cannot read its rows.
+        """
+        problem = None
         try:
-            return self.ahead.next_step(), None
+            batches = self.ahead.next_step()
         except (ValueError, OSError) as error:
-            return [], str(error).strip() or repr(error)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
+            batches, problem = [], str(error).strip() or repr(error)
+        local = StepTotals.of(self.backbone, batches, self._signal is not None, problem is not None)
+        totals = local.over_processes(self.accelerator)
+        self.stop_requested = totals.stop_requests > 0
+        if totals.failures:
+            raise DataError("; ".join(p for p in gather_object([problem]) if p))
+        return [batch.to(self.accelerator.device) for batch in batches], totals
 
     def _last_only(self, last: bool):
-        """Processes exchange gradients after the last micro-batch; sharded ones after each, or they would hold all."""
+        """Reduce gradients after the last micro-batch only; after each one under FSDP, which must not hold them whole."""
         if last or self.accelerator.distributed_type == DistributedType.FSDP:
             return torch.enable_grad()
         return self.accelerator.no_sync(self.model)
 
     @torch.no_grad()
-    def _offenders(self, batches: list[TrainingBatch]) -> list[str]:
-        """Ids of the samples whose own tokens have a loss that is not finite (all of them, if none stands out)."""
-        ids = []
-        for batch in batches:
-            terms, sequence = self.model(batch, self.recipe.objective.time_shift), batch.sequence
-            noised = sequence.segment_sample[sequence.gen_segment[sequence.gen_noised]]
-            labelled = sequence.segment_sample[sequence.und_segment[sequence.labels >= 0]]
-            wrong = {*noised[~terms.mse.isfinite().all(-1)].tolist()} if len(noised) else set()
-            wrong |= {*labelled[~terms.cross_entropy.isfinite()].tolist()}
-            ids += [batch.ids[index] for index in sorted(wrong)]
+    def _non_finite_samples(self, batches: list[TrainingBatch]) -> list[str]:
+        """Ids of the samples whose own loss is not finite; all samples of the step if there is none."""
+        ids = [id for batch in batches for id in non_finite_samples(self.model(batch), batch.ids)]
         return gather_object(ids) or gather_object([sample for batch in batches for sample in batch.ids])
 
-    # --- stopping and going on --------------------------------------------------------------------------------------
+    # --- stopping and resuming --------------------------------------------------------------------------------------
 
     def _signals(self, catch: bool):
         return _CaughtSignals(self._ask_to_stop) if catch else _CaughtSignals(None)
@@ -297,8 +295,8 @@ class Trainer:
         self._signal = signum
         self.accelerator.print(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint ...")
 
-    def _tensors(self) -> dict:
-        """All that a checkpoint holds of the model; loading fills the same tensors in place."""
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors of a checkpoint; loading fills them in place."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in self.optimizers]
         tensors = {
@@ -308,7 +306,7 @@ class Trainer:
         return tensors | ({"ema": self.average.values} if self.average else {})
 
     def _save(self, data_state: dict) -> Path:
-        """Write a checkpoint, with this process's position in the data."""
+        """Write a checkpoint. `data_state`: this process's position in the data."""
         data = merge_states(gather_object([data_state]))
         state = {"step": self.step, "data": data, "seconds": self.watch.seconds()}
         state |= {"recipe": self.recipe.model_dump(mode="json"), "updates": self.average and self.average.updates}
@@ -316,7 +314,7 @@ class Trainer:
             return self.checkpoints.save(self.accelerator, self.step, self._tensors(), state)
         except CheckpointError as error:
             last = self.checkpoints.last()
-            kept = f"the last one is {last.folder}" if last else "there is none before it"
+            kept = f"the last complete one is {last.folder}" if last else "there is no earlier one"
             raise CheckpointError(
                 f"The checkpoint of step {self.step} could not be written: {error}; {kept}."
             ) from error
@@ -326,10 +324,10 @@ class Trainer:
             return
         last = self.checkpoints.last()
         if last is None:
-            self.accelerator.print(f"{self.checkpoints.folder} holds no complete checkpoint: starting at step 0.")
+            self.accelerator.print(f"{self.checkpoints.folder} has no complete checkpoint: starting at step 0.")
             return
         state = last.state()
-        check_same_run(Recipe.model_validate(state["recipe"]), self.recipe)
+        check_same_run(read_recipe(state["recipe"]), self.recipe)
         tensors = self._tensors()
         checkpoints.load(last, self.accelerator, tensors)
         options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -340,18 +338,18 @@ class Trainer:
         self.ahead.load_state(state["data"])
         self.step = state["step"]
         self.watch.resume(self.step, state["seconds"])
-        self.accelerator.print(f"Going on after step {self.step}, from {last.folder}.")
+        self.accelerator.print(f"Resuming after step {self.step}, from {last.folder}.")
 
-    # --- what comes out ---------------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
 
     def write(self) -> Path:
         """Write the adapter, or the trained pipeline in `save_dtype`; averaged weights where there are any."""
         recipe, accelerator = self.recipe, self.accelerator
         dtype = getattr(torch, recipe.save_dtype)
         values = self.average.values if self.average else {n: p.detach() for n, p in trainable(self.model)}
-        if isinstance(recipe.tune, Lora):
+        if isinstance(recipe.tune, LoraTuning):
             folder = recipe.output_dir / "adapter"
-            whole = {name: _whole(value) for name, value in values.items()}  # small; every process takes part
+            whole = {name: _gathered(value) for name, value in values.items()}  # small; a collective operation
             if accelerator.is_main_process:
                 export.write_adapter(folder, self.pipeline.transformer, recipe.tune, whole, torch.float32)
         elif accelerator.distributed_type == DistributedType.FSDP:
@@ -372,18 +370,18 @@ class Trainer:
         accelerator.wait_for_everyone()
         return folder
 
-    def _draw_pictures(self) -> None:
-        if self.recipe.pictures is None:
+    def _generate_images(self) -> None:
+        if self.recipe.images is None:
             return
         model = self.accelerator.unwrap_model(self.model).eval()
         if self.accelerator.is_main_process:
-            self.watch.draw(self.pipeline, self.step)
+            self.watch.generate_images(self.pipeline, self.step)
         model.train()
         self.accelerator.wait_for_everyone()
 
 
 class _CaughtSignals:
-    """Within, SIGTERM and SIGINT call `handler` (None: as usual)."""
+    """A context in which SIGTERM and SIGINT call `handler`; None leaves them as they are."""
 
     def __init__(self, handler):
         self.handler = handler
@@ -398,12 +396,12 @@ class _CaughtSignals:
                 signal.signal(signum, handler)
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _gathered(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def check_same_run(before: Recipe, now: Recipe) -> None:
-    """Raise RecipeError where a resumed run would not be the one that was interrupted."""
+def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:
+    """Raise RecipeError if a resumed run has other settings than the interrupted one, apart from `FREE` ones."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     changed = [
         f"{key} ({old[key]!r} before, {new[key]!r} now)" for key in new if key not in FREE and old[key] != new[key]
@@ -411,21 +409,21 @@ def check_same_run(before: Recipe, now: Recipe) -> None:
     if len(before.data) != len(now.data):
         changed.append("data (another number of datasets)")
     if changed:
-        raise RecipeError(f"The run that is resumed had other settings: {'; '.join(changed)}.")
+        raise RecipeError(f"The interrupted run had other settings: {'; '.join(changed)}.")
 
 
-def parse_arguments(arguments: list[str]) -> Recipe:
+def parse_arguments(arguments: list[str]) -> TrainingRecipe:
     """The recipe of a command line: RECIPE [--set section.key=value ...] [--resume]."""
     parser = argparse.ArgumentParser("echo4o train", description="Train as a recipe says.")
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes along")
+    parser.add_argument("recipe", help="a YAML file, or the name of a bundled recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a setting")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     given = parser.parse_args(arguments)
     return load_recipe(given.recipe, parse_changes(given.set) | ({"resume": True} if given.resume else {}))
 
 
-def train(recipe: Recipe) -> TrainingResult:
-    """A whole run, as the command line does it."""
+def train(recipe: TrainingRecipe) -> TrainingResult:
+    """Run the recipe as the command line does: signals save a checkpoint, and the recipe is kept beside the result."""
     trainer = Trainer(recipe)
     if trainer.accelerator.is_main_process:
         write_text(recipe.output_dir / "recipe.yaml", dump_recipe(recipe))

@@ -13,32 +13,26 @@ from tqdm.auto import tqdm
 
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
-from echo4o.training.engine import memory_gb
-from echo4o.training.flops import Arithmetic, matrix_rate
-from echo4o.training.model import part_of, summary, trainable
-from echo4o.training.recipe import Recipe
+from echo4o.training.backbones.base import Backbone
+from echo4o.training.engine import matrix_rate, memory_gb
+from echo4o.training.model import count_parameters
+from echo4o.training.recipe import TrainingRecipe
 from echo4o.training.report import write_report
 from echo4o.training.run_log import LOG_FILE, phase_shares, rounded, smoothed, to_lines
-from echo4o.training.samples import TrainingBatch
 
 
 class Watch:
     """What a run says about itself. Only the main process writes.
 
     Args:
-        pipeline: the models, before Accelerate has wrapped them; `trained`: both behind one forward pass.
+        trained: the trained components, before Accelerate wraps them.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, pipeline, trained: torch.nn.Module):
+    def __init__(self, recipe: TrainingRecipe, accelerator: Accelerator, backbone: Backbone, trained: torch.nn.Module):
         self.recipe, self.accelerator, self.quiet = recipe, accelerator, not accelerator.is_main_process
         self.log: list[dict] = []
-        self.parts = summary(trained)
-        learning = {part_of(name) for name, _ in trainable(trained)} if recipe.tune.method == "full" else set()
-        und_frozen = not any(p.requires_grad for b in pipeline.transformer.layers for p in b.und.parameters())
-        embeds_frozen = "text" not in learning and "vision" not in learning
-        self.arithmetic = Arithmetic(
-            pipeline.transformer.config, pipeline.vision_model.config, learning, und_frozen and embeds_frozen
-        )
+        self.parts = count_parameters(trained, type(backbone))
+        self.losses = list(backbone.loss_weights())
         dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
         self.rate = matrix_rate(accelerator.device, dtype) * accelerator.num_processes
         self._earlier, self._start, self._last = 0.0, time.monotonic(), 0.0
@@ -70,10 +64,10 @@ class Watch:
             own = {"wandb": {"dir": str(recipe.output_dir), "name": recipe.output_dir.name}}
             self.accelerator.init_trackers("echo4o", _flat(recipe.model_dump(mode="json")), own)
         if not self.quiet:
-            learning = ", ".join(f"{n['learning']:,} of {part}" for part, n in self.parts.items() if n["learning"])
+            trained = ", ".join(f"{n['trained']:,} of {part}" for part, n in self.parts.items() if n["trained"])
             count, kind = self.accelerator.num_processes, self.accelerator.distributed_type.value.lower()
             where = f"{count} processes, {kind}" if count > 1 else "1 process"
-            tqdm.write(f"learning: {learning} ({where})")
+            tqdm.write(f"training: {trained} ({where})")
         with (
             self._open_log() as self._lines,
             tqdm(total=recipe.steps, initial=step, desc="training", unit="step", disable=self.quiet) as self._bar,
@@ -94,11 +88,6 @@ class Watch:
             return nullcontext()
         files.write_text(self._log_file, to_lines(self.log))
         return closing(JsonLinesWriter(self._log_file))
-
-    def amounts(self, batches: list[TrainingBatch]) -> list[float]:
-        """Samples, tokens and floating point operations in the batches."""
-        tokens = sum(len(b.sequence.input_ids) + len(b.sequence.gen_segment) for b in batches)
-        return [float(sum(len(b.ids) for b in batches)), float(tokens), sum(map(self.arithmetic.of, batches))]
 
     def step(self, step: int, entry: dict, facts: dict[str, float]) -> None:
         """After `step` steps: log, bar, trackers."""
@@ -132,10 +121,11 @@ class Watch:
                 tqdm.write(f"left out: {sample} has {tokens} tokens, packing.tokens is {limit} ({file.name})")
 
     @torch.no_grad()
-    def draw(self, pipeline, step: int) -> None:
-        """Draw the recipe's prompts with the model as it is."""
-        settings = self.recipe.pictures
-        folder = self.recipe.output_dir / "pictures" / f"step-{step:08d}"
+    def generate_images(self, pipeline, step: int) -> None:
+        """Generate images of the recipe's prompts with the model as it is."""
+        settings = self.recipe.images
+        assert settings is not None
+        folder = self.recipe.output_dir / "images" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         pipeline.set_progress_bar_config(disable=True)
         with self.accelerator.autocast():
@@ -150,16 +140,16 @@ class Watch:
             if tracker.name == "tensorboard":
                 import numpy as np
 
-                drawn = {f"pictures/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
+                drawn = {f"images/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
                 tracker.log_images(drawn, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({"pictures": list(images)}, step=step)
+                tracker.log_images({"images": list(images)}, step=step)
 
-    def close(self, draw: Callable[[], None]) -> None:
-        """After the last step: the last pictures, `run.html`, and the trackers' ends."""
-        draw()
+    def close(self, generate_images: Callable[[], None]) -> None:
+        """After the last step: the last images, `run.html`, and the ends of the trackers."""
+        generate_images()
         if not self.quiet and self.log:
-            write_report(self.recipe, self.log, self.parts)
+            write_report(self.recipe, self.log, self.parts, self.losses)
         self._end_trackers()
 
 

@@ -281,7 +281,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message names each key and what is wrong with it."""
 
 
-def shipped_names() -> list[str]:
+def bundled_names() -> list[str]:
     return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
 
@@ -291,13 +291,13 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: the file is unreadable, a setting is unknown or impossible (all of them are listed), or it holds a key.
     """
-    is_shipped = str(path) in shipped_names() and not Path(path).exists()
+    is_shipped = str(path) in bundled_names() and not Path(path).exists()
     file = Path(__file__).parent / "recipes" / f"{path}.yaml" if is_shipped else Path(path)
     try:
         text = file.read_text("utf-8")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        names = ", ".join(shipped_names())
+        names = ", ".join(bundled_names())
         raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no mapping of settings")

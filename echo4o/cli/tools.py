@@ -101,14 +101,15 @@ def info(
 def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
     if model is None:
         raise ValueError("info --plan: name the model, or `release` for the released BAGEL's sizes")
-    from echo4o import memory
     from echo4o.info import gpu_bytes
+    from echo4o.planning import generation_memory as memory
+    from echo4o.training.backbones.base import ImageCall
 
     size = gpu_bytes(gpu)
-    stored = memory.read_stored(model)
-    made = memory.make_plan(stored, size, memory.drawing(stored, height, width, batch, references))
-    print(memory.as_json(made) if as_json else memory.as_text(made))
-    if made.recommended is None:  # as `train --plan`: scripts see it, too
+    call = ImageCall(height, width, batch, references)
+    plan = memory.make_plan(memory.read_stored(model), size, call)
+    print(memory.as_json(plan) if as_json else memory.as_text(plan))
+    if plan.recommended is None:  # as `train --plan`: scripts see it, too
         finish(None, "echo4o info --help")
         raise typer.Exit(1)
     command = (

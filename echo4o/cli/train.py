@@ -56,7 +56,7 @@ def train(
     changes = parse_changes(set_ or []) | ({"resume": True} if resume else {})
     asked = load_recipe(recipe, changes)
     if plan:
-        from echo4o.training.plan import print_plan
+        from echo4o.planning.training_memory import print_plan
 
         fits = print_plan(asked, gpu or "80GB", num_gpus or asked.processes or 1)
         raise typer.Exit(0 if fits else 1)

@@ -13,7 +13,7 @@ from echo4o.dataset_scripts.manifest import MANIFEST
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT
 from echo4o.model_cards.facts import About, Dataset, Result, Training
-from echo4o.training.recipe import Lora, Recipe, load_recipe
+from echo4o.training.recipe import load_recipe
 
 RECIPE, LOG = "recipe.yaml", "train_log.jsonl"
 SHOWN = 4  # pictures of a card
@@ -44,21 +44,12 @@ def read_training(run: Path | None) -> Training | None:
     values["data"] = [entry | {"path": _without_place(entry["path"])} for entry in values["data"]]
     return Training(
         recipe=yaml.safe_dump(values, sort_keys=False),
-        method=_method(recipe),
+        method=recipe.tune.describe(),
         steps=len(log),
         samples=int(log[-1]["samples"]),
         seconds=log[-1]["seconds"],
         data=[_dataset(entry.path) for entry in recipe.data],
     )
-
-
-def _method(recipe: Recipe) -> str:
-    if isinstance(recipe.tune, Lora):
-        experts = " and ".join({"gen": "generation", "und": "understanding"}[e] for e in recipe.tune.experts)
-        return f"LoRA of rank {recipe.tune.rank} on the {experts} expert, everything else frozen."
-    if len(recipe.tune.parts) == 4:
-        return "Full fine-tuning: all weights but the VAE's."
-    return f"Fine-tuning of the parts {', '.join(recipe.tune.parts)}; the others are frozen."
 
 
 def _dataset(path: str) -> Dataset:

@@ -22,7 +22,7 @@ from echo4o.quickstart.drawing import draw_and_score
 from echo4o.quickstart.prompts import Prompt, is_held_out
 from echo4o.quickstart.scene import COLOURS, PICTURE, SHAPES, Group, lay_out
 from echo4o.quickstart.shapes import draw, tint
-from echo4o.training.recipe import load_recipe, shipped_recipe
+from echo4o.training.recipe import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
 WIDTH = 192
@@ -123,7 +123,7 @@ def train_base(
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as run_dir:
         changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
-        recipe = load_recipe(shipped_recipe("quickstart_base"), changes)
+        recipe = load_recipe(bundled_recipe("quickstart_base"), changes)
         pipeline = build_pipeline(tokenizer, vae, seed)
         result = Trainer(recipe, pipeline, Rows(single_object_rows(rows, seed))).run()
         _move(result.pipeline_dir, folder)

@@ -30,7 +30,7 @@ from echo4o.quickstart.detector import Score
 from echo4o.quickstart.drawing import STEPS, Drawn, draw_and_score, draw_prompts
 from echo4o.quickstart.prompts import TAGS, chance_of_references, held_out_prompts
 from echo4o.quickstart.shapes import ROWS, render_upstream
-from echo4o.training.recipe import dump_recipe, load_recipe, shipped_recipe
+from echo4o.training.recipe import bundled_recipe, dump_recipe, load_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 
 BASE = Path(__file__).parent / "base"
@@ -132,7 +132,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         print(f"      {pace(stages.last)}")
     with stages("fine-tuning and saving"):
         recipe = load_recipe(
-            shipped_recipe("quickstart_cpu"),
+            bundled_recipe("quickstart_cpu"),
             {"model": str(base), "output_dir": str(out), "data.path": str(out / "dataset"), "seed": seed}
             | size.training,
         )

@@ -79,6 +79,11 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
+def vae_scale_factor(config) -> int:
+    """Image pixels per latent pixel, per side, from the configuration of an AutoencoderKL."""
+    return 2 ** (len(config.block_out_channels) - 1)
+
+
 def to_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     """(3, H, W) -> (H/p * W/p, p*p*3), row by row, each patch flattened as (row, column, channel)."""
     channels, height, width = pixels.shape

@@ -339,6 +339,36 @@ class BagelExpert(nn.Module):
         self.qkv = torch.compile(type(self).qkv.__get__(self), *args, **kwargs)
         self.finish = torch.compile(type(self).finish.__get__(self), *args, **kwargs)
 
+    def tuning(self) -> str:
+        """How this expert trains: "full" (its own weights), "lora" (an adapter beside them) or "frozen"."""
+        if self.to_q.weight.requires_grad:
+            return "full"
+        return "lora" if any(p.requires_grad for p in self.parameters()) else "frozen"
+
+    def activation_bytes(self, compute: int, rank: int = 0) -> float:
+        """Bytes that one layer keeps per token of this expert for the backward pass, its share of attention included.
+
+        Args:
+            compute: bytes per value of the inputs of matrix products and attention; below 4 means autocast.
+            rank: of the adapter, where there is one.
+        """
+        tuning, f = self.tuning(), self.ff.gate_proj.out_features
+        h, k = self.to_q.in_features, self.to_k.out_features
+        heads, kv = self.to_q.out_features // self.head_dim, k // self.head_dim
+        cast = compute < 4  # autocast and PEFT cast the inputs of matrix products one by one
+        # Norms compute in float32 and keep their inputs in it; a fused CUDA kernel may keep less.
+        kept = 4.0 * (2 * h + 2)  # inputs of both norms and their scales
+        kept += 4 * (h + k + heads + kv)  # queries and keys before their norms, the norms' scales
+        kept += (h + 2 * k) * compute + 4 * heads + h * compute  # attention: queries, keys, values, log-sums, result
+        kept += 3 * f * compute  # gate, its activation, up
+        if tuning == "full":
+            kept += 4 * (3 * h + k)  # normalised values, for the gradients of the norms' weights
+            kept += (5 if cast else 2) * h * compute  # inputs of q, k, v and of gate, up
+            kept += (h + f) * compute  # inputs of out and down
+        if tuning == "lora":
+            kept += ((5 if cast else 2) * h + h + f) * compute + 7 * rank * compute
+        return kept
+
     def __getstate__(self):
         """Copies are not compiled: the compiled halves are bound to this module."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("qkv", "finish")}
@@ -469,9 +499,16 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BagelBlock"]
     _repeated_blocks = ["BagelExpert"]  # see BagelExpert.compile
-    # What the release's numbers do not forgive in 8 or 4 bits: what latents and time come in by, and what leaves.
-    _not_quantized = ["proj_in", "proj_out", "time_embed", "lm_head"]
-    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_not_quantized]
+    # Quantizing the input and output projections or the time embedding changes results.
+    _keep_in_full_precision = ["proj_in", "proj_out", "time_embed", "lm_head"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_keep_in_full_precision]
+    # Regular expressions for LoraConfig(target_modules=...): all matrices of an expert's layers.
+    _lora_targets = {
+        name: rf".*\.({experts})\.(to_q|to_k|to_v|to_out|ff\.gate_proj|ff\.up_proj|ff\.down_proj)"
+        for name, experts in (("gen", "gen"), ("und", "und"), ("both", "gen|und"))
+    }
+    # Part -> regular expression that its parameters' names begin with; the first match counts.
+    _trainable_parts = {"text": r"(embed_tokens|lm_head)\.", "und": r"(.+\.)?und\.", "gen": ""}
 
     @register_to_config
     def __init__(
@@ -517,7 +554,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
         return super().from_pretrained(
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
@@ -641,6 +678,107 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             und_states=und,
             gen_states=gen,
         )
+
+    # --- costs: arithmetic and memory of a training step ------------------------------------------------------------
+
+    def flops(self, spans, num_labels: int, inputs_train: bool) -> float:
+        """Floating point operations of the matrix products in one forward and backward pass, without recomputation.
+
+        Counts what gradients need: no backward pass through a frozen prefix, no weight gradients of frozen weights;
+        those of adapters are too small to count.
+
+        Args:
+            spans: the packed sequence's, per sample.
+            num_labels: und tokens with a loss.
+            inputs_train: whether token embeddings or image features need a gradient.
+        """
+        config, block = self.config, self.layers[0]
+        key_share = config.num_key_value_heads / config.num_attention_heads
+        weights = config.hidden_size**2 * (2 + 2 * key_share) + 3 * config.hidden_size * config.intermediate_size
+        prefix_is_frozen = not inputs_train and all(b.und.tuning() == "frozen" for b in self.layers)
+        trains = {"und": block.und.tuning() == "full", "gen": block.gen.tuning() == "full"}
+        total = 0.0
+        for sample in spans:
+            cut = prefix_length(sample) if prefix_is_frozen else 0
+            seen = 0
+            for index, span in enumerate(sample):
+                und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
+                n, backward = und + gen, index >= cut
+                pairs = n * seen + (n * (n + 1) / 2 if span.causal else n * n)
+                total += config.num_layers * 4 * config.hidden_size * pairs * (3 if backward else 1)
+                for tokens, expert in ((und, "und"), (gen, "gen")):
+                    total += config.num_layers * 2 * weights * tokens * (1 + backward + trains[expert])
+                seen += 0 if span.hidden else n
+        head = config.hidden_size * config.vocab_size
+        return total + 2 * head * num_labels * (2 + self.lm_head.weight.requires_grad)
+
+    def layer_activation_bytes(
+        self, gen: int, und: int, *, compute: int = 4, residual: int = 4, rank: int = 0, masked_samples=()
+    ) -> float:
+        """Bytes that one layer keeps for the backward pass of `gen` and `und` tokens; 0 when nothing trains.
+
+        Args:
+            compute, residual: bytes per value of matrix products, and of the stream between layers.
+            masked_samples: token counts of the samples whose attention runs under a stored mask (CPU).
+        """
+        block = self.layers[0]
+        if block.gen.tuning() == block.und.tuning() == "frozen":
+            return 0.0
+        kept = gen * block.gen.activation_bytes(compute, rank) + und * block.und.activation_bytes(compute, rank)
+        return kept + sum(n * n for n in masked_samples) * compute
+
+    def activation_bytes(
+        self,
+        gen: int,
+        und: int,
+        *,
+        compute: int = 4,
+        residual: int = 4,
+        rank: int = 0,
+        masked_samples=(),
+        num_labels: int = 0,
+        checkpointing: bool = False,
+    ) -> float:
+        """Bytes kept between forward and backward pass, by the sizes of the tensors that autograd saves.
+
+        Arguments as in [`layer_activation_bytes`]. With `checkpointing`, only the layers' inputs are counted: the
+        layer that is computed again adds `layer_activation_bytes`.
+        """
+        layer = self.layer_activation_bytes(
+            gen, und, compute=compute, residual=residual, rank=rank, masked_samples=masked_samples
+        )
+        if layer == 0:
+            return 0.0
+        config, h, tokens = self.config, self.config.hidden_size, gen + und
+        kept = config.num_layers * (tokens * h * residual if checkpointing else layer)
+        kept += tokens * 4 * (h + 1)  # inputs of the last norms
+        kept += tokens * 2 * residual * h // config.num_attention_heads  # rotary angles
+        if self.layers[0].gen.tuning() == "full":
+            kept += gen * (256 + 3 * h) * compute  # time embedding
+            kept += gen * h * (4 + compute)  # normalised values, and the input of the velocity's projection
+        if self.layers[0].und.tuning() == "full":
+            kept += und * 4 * h
+        return kept + num_labels * config.vocab_size * (compute + 3 * 4)  # logits, their softmax and gradient
+
+    def kv_cache_bytes(self, tokens: int, itemsize: int) -> float:
+        """Keys and values of all layers for contexts of together `tokens` tokens."""
+        config = self.config
+        width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+        return tokens * 2 * config.num_layers * width * itemsize
+
+    def update_bytes(self, tokens: int, itemsize: int) -> float:
+        """Peak activations of one update over `tokens` latent tokens of all rows: inside the MLP of a layer.
+
+        Per token: the layer's input, queries, the attention's result, their sum and its norm (hidden each), keys and
+        values, and the MLP's gate, value and product (intermediate each).
+        """
+        h = self.config.hidden_size
+        k = h // self.config.num_attention_heads * self.config.num_key_value_heads
+        return tokens * (5 * h + 2 * k + 3 * self.config.intermediate_size) * itemsize
+
+    def backward_workspace_bytes(self, tokens: int, compute: int) -> float:
+        """Gradients alive at once inside the widest operation: those of an MLP's three inner tensors."""
+        return 3.0 * tokens * self.config.intermediate_size * compute
 
 
 def _describe_block() -> None:

@@ -77,8 +77,9 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer"]
     _repeated_blocks = ["SiglipEncoderLayer"]
-    _not_quantized = ["patch_embed", "connector"]
-    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", *_not_quantized]
+    _keep_in_full_precision = ["patch_embed", "connector"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", *_keep_in_full_precision]
+    _trainable_parts = {"vision": ""}
 
     @register_to_config
     def __init__(
@@ -122,7 +123,7 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._not_quantized)
+            kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
         return super().from_pretrained(
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
@@ -148,6 +149,35 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         connected = self.connector(x)
         embeds = connected + self.pos_embed[position_ids].to(connected.dtype)
         return BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+
+    # --- costs: arithmetic and memory of a training step ------------------------------------------------------------
+
+    def trains(self) -> bool:
+        """Whether the weights of this model train."""
+        return self.patch_embed.weight.requires_grad
+
+    def flops(self, lengths: list[int]) -> float:
+        """Floating point operations of the matrix products in one forward pass, and in the backward pass if it trains.
+
+        `lengths`: patches of each image.
+        """
+        config, passes = self.config, 3 if self.trains() else 1
+        weights = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
+        weights += config.hidden_size * config.output_size + config.output_size**2
+        width = config.num_layers * config.hidden_size
+        return (2 * weights * sum(lengths) + 4 * width * sum(n * n for n in lengths)) * passes
+
+    def layer_activation_bytes(self, compute: int, residual: int) -> float:
+        """Bytes that one layer keeps per patch. Arguments: bytes per value of matrix products and between layers."""
+        width, inputs = self.config.hidden_size, 4 if compute < 4 else 2  # inputs of q, k, v and MLP, cast or shared
+        return 2 * width * residual + (inputs + 5) * width * compute + 2 * self.config.intermediate_size * compute
+
+    def activation_bytes(self, patches: int, compute: int, residual: int, checkpointing: bool = False) -> float:
+        """Bytes kept between forward and backward pass when the model trains; with checkpointing, all but one layer."""
+        config, width, out = self.config, self.config.hidden_size, self.config.output_size
+        layer = width * residual if checkpointing else self.layer_activation_bytes(compute, residual)
+        kept = config.num_layers * layer + width * residual + (width + 2 * out) * compute
+        return patches * (kept + config.patch_size**2 * config.num_channels * compute)
 
 
 def _check_options(model: ConfigMixin) -> None:

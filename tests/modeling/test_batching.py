@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echo4o.modeling.bagel.segments_bagel import drop, image_segment, text_segment
-from echo4o.training.objective import add_noise, loss_terms
+from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses
 
 FORWARD, TRAJECTORY = {"atol": 1e-4, "rtol": 0}, {"atol": 3e-4, "rtol": 0}
 
@@ -195,9 +195,8 @@ def test_training_works_without_pictures_of_a_kind(pipe, names):
         shape = sequence.latents[sequence.gen_noised].shape
         noised = add_noise(sequence, torch.randn(shape), torch.zeros(len(samples) if len(names) == 1 else 1), 1.0)
     models = [copy.deepcopy(model).train() for model in (pipe.transformer, pipe.vision_model)]
-    terms = loss_terms(*models, sequence, noised)
-    sums = terms.sums()
-    loss = sums[0] / sums[1].clamp(min=1) + sums[2] / sums[3].clamp(min=1)
+    terms = bagel_losses(*models, sequence, noised)
+    loss = sum(values.sum() / max(1, values.numel()) for values in (terms.mse, terms.cross_entropy))
     assert torch.isfinite(loss) and loss > 0
     loss.backward()
     parameters = [item for model in models for item in model.named_parameters()]

@@ -14,7 +14,7 @@ from echo4o.quickstart.prompts import TAGS, held_out_contents, held_out_prompts,
 from echo4o.quickstart.report import loss_curve, write_report
 from echo4o.quickstart.scene import Group, lay_out
 from echo4o.quickstart.shapes import draw
-from echo4o.training.recipe import load_recipe, shipped_recipe
+from echo4o.training.recipe import bundled_recipe, load_recipe
 
 RESULT = {
     "rows": {"surreal_fantasy": 1},
@@ -84,7 +84,7 @@ def test_how_long_it_will_take_is_told(seconds, words):
 
 def test_no_clock_ends_the_training():
     """The score must not depend on the machine's speed."""
-    assert load_recipe(shipped_recipe("quickstart_cpu")).max_seconds is None
+    assert load_recipe(bundled_recipe("quickstart_cpu")).max_seconds is None
     assert "max_seconds" not in {**quickstart.FULL.training, **quickstart.SHORT.training}
 
 

@@ -73,6 +73,16 @@ def make_pipeline():
     )
 
 
+def make_backbone(pipeline, seed: int = 0, tune: dict | None = None, **objective):
+    """The pipeline as a backbone, without dropout of conditions unless `objective` says otherwise."""
+    from echo4o.training.backbones.bagel import BagelBackbone, BagelRecipe
+
+    values = {"model": "unused", "output_dir": "unused", "data": {"path": "unused"}, "steps": 1, "batch_size": 1}
+    never = {"text_dropout": 0, "vit_dropout": 0, "vae_dropout": 0}
+    values |= {"seed": seed, "tune": tune or {"method": "full"}, "objective": never | objective}
+    return BagelBackbone(pipeline, BagelRecipe.model_validate(values))
+
+
 def make_rows(questions: int = 0):
     from datasets import Dataset, Features, Image, List, Value
 

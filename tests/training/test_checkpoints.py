@@ -55,9 +55,9 @@ def test_a_second_run_does_not_write_over_the_first(recipe_file, capsys):
     file = recipe_file(checkpoints={"every": 2})
     assert train_here(file, "--set", "steps=2") == 0
     assert train_here(file) == 2
-    assert "holds a run up to step 2: go on with --resume" in capsys.readouterr().err
+    assert "holds a run up to step 2: continue it with --resume" in capsys.readouterr().err
     assert train_here(file, "--resume", "--set", "optimizer.lr=1e-2") == 2
-    assert "The run that is resumed had other settings: optimizer" in capsys.readouterr().err
+    assert "The interrupted run had other settings: optimizer" in capsys.readouterr().err
     assert train_here(file, "--resume") == 0
 
 
@@ -244,14 +244,14 @@ def test_a_full_disk_ends_the_run_with_one_line(recipe_file, tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "_finish", full)
     assert train_here(file) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "step 4 could not be written: [Errno 28] No space left on device; the last one is" in line
+    assert "step 4 could not be written: [Errno 28] No space left on device; the last complete one is" in line
     assert train_here(file, "--resume") == 0
 
 
 def test_a_loss_that_is_no_number_is_saved_and_named(recipe_file, tmp_path, monkeypatch, capsys):
-    from echo4o.training.samples import SampleMaker
+    from echo4o.training.backbones.bagel import BagelBackbone
 
-    prepare = SampleMaker.prepare
+    prepare = BagelBackbone.prepare
 
     def spoiled(self, rows):
         made = prepare(self, rows)
@@ -260,7 +260,7 @@ def test_a_loss_that_is_no_number_is_saved_and_named(recipe_file, tmp_path, monk
                 row.moments.fill_(float("nan"))
         return made
 
-    monkeypatch.setattr(SampleMaker, "prepare", spoiled)
+    monkeypatch.setattr(BagelBackbone, "prepare", spoiled)
     file, spoil = recipe_file("run", steps=5, checkpoints={"every": 100}), True
     assert train_here(file) == 1
     assert "is not finite. Samples: row-5." in capsys.readouterr().err

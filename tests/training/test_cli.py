@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from echo4o.cli import app
-from echo4o.training.recipe import shipped_names
+from echo4o.training.recipe import bundled_names
 
 from .running import run, train_here
 
@@ -23,7 +23,7 @@ def plan(recipe, *arguments):
 
 def test_help_teaches_the_recipes():
     told = echo4o("train", "--help").output
-    for name in shipped_names():
+    for name in bundled_names():
         assert name in told or name == "quickstart_base"
 
 
@@ -60,7 +60,7 @@ def test_a_plan_that_does_not_fit_names_the_nearest_that_does(recipe, gpu, count
 
 def test_where_nothing_fits_it_says_so():
     done = plan("lora_single_gpu", "--gpu", "4GB")
-    assert done.exit_code == 1 and "no shipped recipe fits: use more or larger GPUs" in done.stdout
+    assert done.exit_code == 1 and "no bundled recipe fits: use more or larger GPUs" in done.stdout
 
 
 WRONG = [
@@ -75,7 +75,7 @@ WRONG = [
     ),
     (["lora_single_gpu", "--set", "steps=many"], "steps: Input should be a valid integer"),
     (["lora_single_gpu", "--set", "steps"], "--set steps: write section.key=value, for example optimizer.lr=1e-5."),
-    (["lora_single_gpu", "--set", "steps=[1"], "--set steps=[1: '[1' is no YAML value."),
+    (["lora_single_gpu", "--set", "steps=[1"], "--set steps=[1: '[1' is not a YAML value."),
     (["lora_single_gpu", "--set", "steps.more=1"], "--set steps.more: steps is 3000 and has no settings inside."),
     (["lora_single_gpu", "--set", "data.3.path=x"], "data.0.3: unknown key"),
     (["lora_single_gpu", "--set", "tune.method=dora"], "tune: say `method: full` or `method: lora`"),
@@ -84,7 +84,7 @@ WRONG = [
         "tune.experts.1: Input should be 'gen' or 'und' (given: 'text')",
     ),
     (["lora_single_gpu", "--set", "mixed_precision=fp16"], "mixed_precision: Input should be 'no' or 'bf16'"),
-    (["lora_singel_gpu"], "recipes that come along: full_fsdp2_8gpu"),
+    (["lora_singel_gpu"], "bundled recipes: full_fsdp2_8gpu"),
 ]
 
 
@@ -141,7 +141,7 @@ def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_pat
         ({"output_dir": "{file}"}, "cannot be made: File exists"),
         ({"output_dir": "{file}/below"}, "cannot be made: Not a directory"),
         ({"tune": {"method": "lora", "rank": 1000}}, "tune.rank=1000 exceeds the matrices: at most 64."),
-        ({"latents": "nowhere"}, "nowhere is no cache"),
+        ({"latents": "nowhere"}, "nowhere is not a cache"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_before_the_first_step(
@@ -177,7 +177,7 @@ def test_a_configuration_of_the_wrong_type_is_one_line(
     told = capsys.readouterr().err
     assert "error: model: " in told and "cannot be loaded" in told and "Traceback" not in told
     planned = echo4o("train", recipe, "--plan")
-    assert planned.exit_code == 2 and "makes no model" in planned.stderr and component in planned.stderr
+    assert planned.exit_code == 2 and "does not describe a model" in planned.stderr and component in planned.stderr
 
 
 @pytest.mark.parametrize("column, value", [("id", None), ("instruction", None), ("image", None)])

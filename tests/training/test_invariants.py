@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+from echo4o.training.backbones.bagel import collate
 from echo4o.training.data import Rows
 from echo4o.training.model import TrainedModel
 from echo4o.training.packing import PackedBatches
 from echo4o.training.recipe import load_recipe
-from echo4o.training.samples import Dropout, SampleMaker, collate
 
+from .conftest import make_backbone
 from .running import log_of, losses_of, run, torchrun, train_here, weights_of
 
 SHARED = {"batch_size": 4, "steps": 4, "ema": {"decay": 0.9}}
@@ -69,17 +70,15 @@ def test_one_process_two_processes_accumulation_and_sharding(recipe_file, tmp_pa
 
 
 def test_a_packed_batch_equals_its_samples_one_by_one(tiny_pipeline, rows):
-    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model).train()
-    maker = SampleMaker(tiny_pipeline, Dropout(), seed=3)
-    samples = [maker.sample(row, 0) for row in maker.prepare(list(rows))]
+    backbone = make_backbone(tiny_pipeline, seed=3, time_shift=4.0, text_dropout=0.1, vit_dropout=0.3, vae_dropout=0.3)
+    model = TrainedModel(backbone).train()
+    samples = [backbone.sample(row, 0) for row in backbone.prepare(list(rows))]
 
     def gradients(batches):
         model.zero_grad()
-        terms = [model(collate(batch, 16, 16), 4.0) for batch in batches]
-        torch.cat([term.mse for term in terms]).mean().backward()
-        return torch.cat([term.mse for term in terms]), {
-            n: p.grad for n, p in model.named_parameters() if p.grad is not None
-        }
+        errors = torch.cat([model(collate(batch, 16, 16))["mse"].values for batch in batches])
+        errors.mean().backward()
+        return errors.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     together, expected = gradients([samples])
     alone, given = gradients([[sample] for sample in samples])
@@ -93,11 +92,12 @@ def test_packs_do_not_depend_on_the_number_of_processes(recipe_file, tiny_pipeli
     data = {"path": "unused", "streaming": streaming}
     file = recipe_file(batch_size=None, packing={"tokens": 100, "packs_per_step": 2, "buffer": 4}, data=data)
     recipe = load_recipe(file)
-    maker = SampleMaker(tiny_pipeline, Dropout(), seed=0)
+    backbone = make_backbone(tiny_pipeline, text_dropout=0.1, vit_dropout=0.3, vae_dropout=0.3)
 
     def source(rank=0, processes=1):
         dataset = rows.to_iterable_dataset(num_shards=2) if streaming else rows
-        return PackedBatches(Rows([dataset], [1.0], maker, 0, 10**9), recipe, (16, 16), rank, processes)
+        prepared = Rows([dataset], [1.0], backbone, 0, 10**9)
+        return PackedBatches(prepared, recipe.packing, backbone.collate, rank, processes)
 
     one, first, second = source(), source(0, 2), source(1, 2)
     for _ in range(6):

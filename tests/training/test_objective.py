@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from safetensors.torch import load_file
 
 from echo4o.modeling.bagel import transformer_bagel
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack, patchify, text_segment
-from echo4o.training import objective
+from echo4o.training.backbones import bagel_objective
+from echo4o.training.backbones.bagel import BagelBatch, BagelLoraTuning, BagelSample, collate
+from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses, shift_time
+from echo4o.training.backbones.base import named_generator
 from echo4o.training.model import TrainedModel, add_lora
-from echo4o.training.objective import LossTerms, add_noise, loss_terms, named_generator, shift_time
-from echo4o.training.recipe import Lora
-from echo4o.training.samples import Dropout, SampleMaker, TrainingSample, collate
+from echo4o.training.step import weighted_loss
+
+from .conftest import make_backbone
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 
@@ -74,28 +78,35 @@ def test_golden_noise_and_losses():
     torch.testing.assert_close(made.hidden_states, golden["out.noised_latent_tokens"], atol=1e-5, rtol=0)
 
     vision = lambda *args: type("Output", (), {"embeds": None})  # noqa: E731
-    terms = loss_terms(Recorded(golden), vision, sequence, made)
+    terms = bagel_losses(Recorded(golden), vision, sequence, made)
     torch.testing.assert_close(terms.mse, golden["out.mse"], atol=1e-4, rtol=0)
     torch.testing.assert_close(terms.cross_entropy, golden["out.ce"], atol=1e-4, rtol=0)
     torch.testing.assert_close(terms.weights, golden["ce_loss_weights"], atol=1e-6, rtol=0)
-    mse_sum, mse_count, ce_sum, ce_count = terms.sums()
-    assert abs(mse_sum / mse_count - plan["loss"]["mse_mean"]) < 1e-4
-    assert abs(ce_sum / ce_count - plan["loss"]["ce_mean"]) < 1e-4
-    _, _, ce_sum, ce_weight = terms.sums(reweight=True)
-    assert abs(ce_sum / ce_weight - plan["loss"]["ce_reweighted"]) < 1e-4
+    assert abs(terms.mse.mean() - plan["loss"]["mse_mean"]) < 1e-4
+    assert abs(terms.cross_entropy.mean() - plan["loss"]["ce_mean"]) < 1e-4
 
 
-def test_sums_add_up_over_parts():
-    generator = torch.Generator().manual_seed(0)
-    whole = LossTerms(*(torch.rand(shape, generator=generator) for shape in ((6, 4), (5,), (5,))))
-    first = LossTerms(whole.mse[:2], whole.cross_entropy[:1], whole.weights[:1])
-    second = LossTerms(whole.mse[2:], whole.cross_entropy[1:], whole.weights[1:])
-    torch.testing.assert_close(first.sums() + second.sums(), whole.sums())
+@pytest.mark.parametrize("reweight", [False, True])
+def test_losses_and_denominators_are_the_golden_means(tiny_pipeline, reweight, monkeypatch):
+    sequence, golden, plan = golden_batch()
+    vision = lambda *args: type("Output", (), {"embeds": None})  # noqa: E731
+    models = SimpleNamespace(transformer=Recorded(golden), vision_model=vision)
+    noised = sequence.gen_noised
+    backbone = make_backbone(tiny_pipeline, time_shift=plan["timestep_shift"], ce_reweight=reweight)
+    raw = golden["in.packed_timesteps"][noised]
+    counts = torch.unique_consecutive(sequence.gen_segment[noised], return_counts=True)[1]
+    starts = counts.cumsum(0) - counts
+    batch = BagelBatch(["a", "b"], sequence, golden["noise"][noised], raw[starts])
+    terms, totals = backbone.losses(models, batch), backbone.denominators(batch)
+    _, shares = weighted_loss(terms, backbone.loss_weights(), totals)
+    expected = plan["loss"]["mse_mean"], plan["loss"]["ce_reweighted" if reweight else "ce_mean"]
+    assert shares.tolist() == pytest.approx(expected, abs=1e-4)
+    assert {int(i) for i in terms["mse"].sample} <= {0, 1} and len(terms["ce"].sample) == len(terms["ce"].values)
 
 
 def test_wrong_number_of_times_is_said():
     sequence, golden, _ = golden_batch()
-    with pytest.raises(ValueError, match="2 noised pictures.*\\(3,\\) times"):
+    with pytest.raises(ValueError, match="2 noised images.*\\(3,\\) times"):
         add_noise(sequence, golden["noise"][sequence.gen_noised], torch.zeros(3), 1.0)
 
 
@@ -116,7 +127,7 @@ def test_named_draws_depend_on_their_whole_name():
 
 
 def training_batch(tiny_pipeline, rows):
-    maker = SampleMaker(tiny_pipeline, Dropout(0, 0, 0), seed=0)
+    backbone = make_backbone(tiny_pipeline)
     asked = {"id": "q", "instruction": "what is it?", "answer": "a red square", "image": None}
     asked |= {"reference_images": [rows[0]["image"]]}
     special = tiny_pipeline.special_tokens
@@ -124,25 +135,25 @@ def training_batch(tiny_pipeline, rows):
     view = image_segment("vit", (2, 2), special, torch.randn(4, 588))
     text = text_segment([5, 6, 7], special)
     chain = [text, view, picture("vae"), text, picture("noise"), text, picture("noise")]
-    samples = [maker.sample(row, 0) for row in maker.prepare([*rows.select(range(4)), asked])]
-    samples.append(TrainingSample("chain", chain, torch.randn(12, 64), torch.randn(2)))
+    samples = [backbone.sample(row, 0) for row in backbone.prepare([*rows.select(range(4)), asked])]
+    samples.append(BagelSample("chain", chain, torch.randn(12, 64), torch.randn(2)))
     return samples
 
 
 def losses_and_gradients(model, batch):
     model.zero_grad()
-    terms = model(batch, 4.0)
-    mse, count, cross_entropy, labels = terms.sums()
-    (mse / count + cross_entropy / labels.clamp(min=1)).backward()
+    terms = model(batch)
+    backbone = model.backbone
+    weighted_loss(terms, backbone.loss_weights(), backbone.denominators(batch))[0].backward()
     return terms, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(params=["full", "lora"])
 def model(request, tiny_pipeline):
-    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model).train()
+    model = TrainedModel(make_backbone(tiny_pipeline, time_shift=4.0)).train()
     if request.param == "lora":
         model.requires_grad_(False)
-        add_lora(model.transformer, Lora(method="lora", rank=4, alpha=4), 0)
+        add_lora(model.transformer, BagelLoraTuning(method="lora", rank=4, alpha=4), 0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -157,9 +168,13 @@ def test_without_labels_no_gradients_of_zeros_are_computed(model, tiny_pipeline,
         model.transformer.layers[place].und.ff.register_full_backward_hook(lambda *_, at=place: passed.append(at))
     terms, gradients = losses_and_gradients(model, batch)
     assert passed == ([0] if lora else [-1, 0]), "what learns has a gradient on every process, if only of zeros"
-    monkeypatch.setattr(objective, "_behind_logits", lambda transformer: model.parameters())
+    monkeypatch.setattr(bagel_objective, "_only_used_for_logits", lambda transformer: model.parameters())
     whole, expected = losses_and_gradients(model, batch)
-    assert passed[-2:] == [-1, 0] and torch.equal(terms.mse, whole.mse) and gradients.keys() == expected.keys()
+    assert (
+        passed[-2:] == [-1, 0]
+        and torch.equal(terms["mse"].values, whole["mse"].values)
+        and gradients.keys() == expected.keys()
+    )
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5, msg=name)
 
@@ -172,7 +187,7 @@ def test_long_samples_attend_by_segment_with_the_same_numbers(model, tiny_pipeli
     calls = transformer_bagel.training_plan(batch.sequence)
     assert len(calls) == sum(map(len, batch.sequence.spans)) and sum(call.mask is None for call in calls) > 10
     (terms, gradients), (whole, expected) = found
-    torch.testing.assert_close(terms.mse, whole.mse, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(terms.cross_entropy, whole.cross_entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(terms["mse"].values, whole["mse"].values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(terms["ce"].values, whole["ce"].values, atol=1e-5, rtol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)

@@ -7,19 +7,10 @@ from accelerate.state import AcceleratorState
 
 from echo4o.common.sizes import parse_bytes
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, pack, text_segment
-from echo4o.training import costs
-from echo4o.training.model import TrainedModel, load_pipeline, set_up
-from echo4o.training.plan import (
-    _share,
-    activation_bytes,
-    nearest,
-    plan,
-    print_plan,
-    recomputed_bytes,
-    skeleton,
-)
-from echo4o.training.recipe import Recipe, RecipeError, load_recipe, shipped_recipe
-from echo4o.training.samples import TrainingBatch
+from echo4o.planning.training_memory import _share, nearest, plan, precision_of, print_plan, skeleton
+from echo4o.training.backbones.bagel import BagelBatch, BagelRecipe
+from echo4o.training.model import TrainedModel, load_backbone, set_up
+from echo4o.training.recipe import RecipeError, bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
 ACTIVATION_TOLERANCE = 0.06  # with checkpointing, where little is kept on so small a model, twice that
@@ -41,10 +32,10 @@ def model_dir(tiny_pipeline, tmp_path):
     return tmp_path / "model"
 
 
-def recipe(model_dir, **changes) -> Recipe:
+def recipe(model_dir, **changes) -> BagelRecipe:
     values = {"model": str(model_dir), "output_dir": model_dir.parent / "run", "data": {"path": "unused"}, "steps": 1}
     values |= {"batch_size": 2, "device": "cpu", "checkpoints": {"every": 1}}
-    return Recipe.model_validate(values | changes)
+    return BagelRecipe.model_validate(values | changes)
 
 
 WAYS = {
@@ -87,7 +78,7 @@ def checkpoint_bytes(folder) -> int:
     return sum(e.size.numel() * e.properties.dtype.itemsize for e in tensors)
 
 
-def saved_bytes(model: TrainedModel, batch: TrainingBatch, bf16: bool) -> int:
+def saved_bytes(model: TrainedModel, batch: BagelBatch, bf16: bool) -> int:
     """What autograd keeps for the backward pass, weights and their casts aside."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {s for p in model.parameters() if p.ndim == 2 for s in (p.shape, p.shape[::-1])}
@@ -101,7 +92,7 @@ def saved_bytes(model: TrainedModel, batch: TrainingBatch, bf16: bool) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            model(batch, 1.0)
+            model(batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
@@ -109,9 +100,9 @@ def saved_bytes(model: TrainedModel, batch: TrainingBatch, bf16: bool) -> int:
 @pytest.mark.parametrize("way", ["full", "full bf16", "lora", "lora bf16"])
 def test_activations_are_close(model_dir, way, checkpointing):
     asked = recipe(model_dir, **WAYS[way], gradient_checkpointing=checkpointing)
-    pipeline = load_pipeline(asked)
-    model = TrainedModel(pipeline.transformer, pipeline.vision_model).train()
-    set_up(model, asked)
+    backbone = load_backbone(asked)
+    model = TrainedModel(backbone).train()
+    set_up(model, asked, backbone.component_classes)
     sample = [
         image_segment("vae", (10, 10), TOKENS, torch.randn(100, 64)),
         image_segment("vit", (8, 9), TOKENS, torch.randn(72, 588)),
@@ -120,13 +111,17 @@ def test_activations_are_close(model_dir, way, checkpointing):
     ]
     samples = [sample, [sample[0], *sample[2:]]]
     sequence = pack(samples, latent_positions=16, patch_positions=16)
-    batch = TrainingBatch(["a", "b"], sequence, torch.randn(208, 64), torch.randn(2))
+    batch = BagelBatch(["a", "b"], sequence, torch.randn(208, 64), torch.randn(2))
     und, gen = len(sequence.input_ids), len(sequence.gen_segment)
     lengths = tuple(sum(map(len, sample)) for sample in samples)
-    load, built = costs.Load(gen, und, 72, 0, lengths), skeleton(asked)
-    planned = activation_bytes(asked, built, load)
-    if checkpointing:  # the forward pass holds no layer in full yet
-        planned -= recomputed_bytes(asked, built, load)
+    components, precision = skeleton(asked).components, precision_of(asked)
+    widths = {"compute": precision.compute, "residual": precision.residual}
+    rank = asked.tune.rank if asked.tune.method == "lora" else 0
+    planned = components["transformer"].activation_bytes(
+        gen, und, rank=rank, masked_samples=lengths, checkpointing=checkpointing, **widths
+    )
+    if components["vision_model"].trains():
+        planned += components["vision_model"].activation_bytes(72, checkpointing=checkpointing, **widths)
     measured = saved_bytes(model, batch, asked.mixed_precision == "bf16")
     assert planned == pytest.approx(measured, rel=ACTIVATION_TOLERANCE * (1 + checkpointing))
 
@@ -140,7 +135,7 @@ def test_the_fullest_share_is_torchs_first_chunk():
 def test_release_fits_as_the_recipes_promise():
     """Also: nothing is allocated, or this would need 28 GB."""
     for name, gpu, count in (("lora_single_gpu", 80e9, 1), ("qlora_24gb", 24e9, 1), ("full_fsdp2_8gpu", 80e9, 8)):
-        asked = load_recipe(shipped_recipe(name), {"model": "release"})
+        asked = load_recipe(bundled_recipe(name), {"model": "release"})
         made = plan(asked, gpu, count)
         assert made.fits, (name, made)
         assert made.weights > 2 * 14.5e9 / (1 if count == 1 else 8) or name == "qlora_24gb"
@@ -148,17 +143,17 @@ def test_release_fits_as_the_recipes_promise():
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_does(capsys):
-    asked = load_recipe(shipped_recipe("full_fsdp2_8gpu"), {"model": "release"})
+    asked = load_recipe(bundled_recipe("full_fsdp2_8gpu"), {"model": "release"})
     assert not print_plan(asked, "24GB", 8)
     told = capsys.readouterr().out
     assert "does NOT fit on 8 GPUs" in told and "nearest that fits: qlora_24gb --set processes=8" in told
-    one = load_recipe(shipped_recipe("lora_single_gpu"), {"model": "release"})
+    one = load_recipe(bundled_recipe("lora_single_gpu"), {"model": "release"})
     assert nearest(one, 24e9, 1) == "qlora_24gb"
     assert nearest(one, 8e9, 1) is None
 
 
 def test_checkpointing_is_the_first_advice():
-    asked = load_recipe(shipped_recipe("lora_single_gpu"), {"model": "release", "gradient_checkpointing": False})
+    asked = load_recipe(bundled_recipe("lora_single_gpu"), {"model": "release", "gradient_checkpointing": False})
     assert not plan(asked, 40e9).fits
     assert nearest(asked, 48e9, 1) == "--set gradient_checkpointing=true"
 

@@ -13,36 +13,34 @@ from safetensors import safe_open
 
 from echo4o.modeling.bagel.image_processor_bagel import ImageLimits
 from echo4o.training import precompute as module
+from echo4o.training.backbones.bagel import BagelRecipe, bytes_to_pixels, pixels_to_bytes
 from echo4o.training.precompute import (
-    CachedSampleMaker,
+    CachedBackbone,
     CacheError,
     LatentCache,
-    from_bytes,
     precompute,
     settings_of,
     undecoded,
 )
-from echo4o.training.recipe import Recipe
-from echo4o.training.samples import Dropout, SampleMaker
 from echo4o.training.train import Trainer
 
-NEVER = Dropout(0.0, 0.0, 0.0)
+from .conftest import make_backbone
 
 
 @pytest.fixture
-def maker(tiny_pipeline):
-    return SampleMaker(tiny_pipeline, NEVER, seed=0)
+def backbone(tiny_pipeline):
+    return make_backbone(tiny_pipeline)
 
 
 @pytest.fixture
-def cache(tmp_path, rows, maker):
-    precompute(rows, maker, tmp_path / "cache", rows_per_file=3)
+def cache(tmp_path, rows, backbone):
+    precompute(rows, backbone, tmp_path / "cache", rows_per_file=3)
     return tmp_path / "cache"
 
 
-def recipe(folder, **changes) -> Recipe:
+def recipe(folder, **changes) -> BagelRecipe:
     values = {"model": "unused", "output_dir": folder, "data": {"path": "unused"}, "steps": 9, "batch_size": 1}
-    return Recipe.model_validate(values | {"device": "cpu", "save_dtype": "float32"} | changes)
+    return BagelRecipe.model_validate(values | {"device": "cpu", "save_dtype": "float32"} | changes)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -69,11 +67,11 @@ def parts(pipeline):
     return {"transformer": pipeline.transformer, "vision": pipeline.vision_model}
 
 
-def test_a_row_that_is_not_in_it_is_encoded(tmp_path, rows, maker, tiny_pipeline):
-    precompute(rows.select(range(4)), maker, tmp_path / "part")
-    cached = CachedSampleMaker(tiny_pipeline, NEVER, 0, tmp_path / "part")
+def test_a_row_that_is_not_in_it_is_encoded(tmp_path, rows, backbone, tiny_pipeline):
+    precompute(rows.select(range(4)), backbone, tmp_path / "part")
+    cached = CachedBackbone(backbone, tmp_path / "part")
     for row, plain in zip(undecoded(rows), rows):
-        (a,), (b,) = cached.prepare([row]), maker.prepare([plain])
+        (a,), (b,) = cached.prepare([row]), backbone.prepare([plain])
         assert a.text == b.text and torch.equal(a.moments, b.moments)
         assert all(torch.equal(x, y) for x, y in zip(a.reference_moments, b.reference_moments, strict=True))
         for (grid, patches), (grid_b, patches_b) in zip(a.reference_patches, b.reference_patches, strict=True):
@@ -82,44 +80,44 @@ def test_a_row_that_is_not_in_it_is_encoded(tmp_path, rows, maker, tiny_pipeline
 
 def test_all_bytes_return_exactly():
     stored = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(module.to_bytes(from_bytes(stored)), stored)
+    assert torch.equal(pixels_to_bytes(bytes_to_pixels(stored)), stored)
 
 
-def test_another_vae_or_other_limits_are_refused(cache, rows, maker, tiny_pipeline):
-    assert len(LatentCache(cache, settings_of(maker)).places) == 8
-    maker.vision_limits = ImageLimits(**(asdict(maker.vision_limits) | {"max_size": 42}))
+def test_another_vae_or_other_limits_are_refused(cache, rows, backbone, tiny_pipeline):
+    assert len(LatentCache(cache, settings_of(backbone)).places) == 8
+    backbone.vision_limits = ImageLimits(**(asdict(backbone.vision_limits) | {"max_size": 42}))
     with pytest.raises(CacheError, match="made with other settings .vision_limits: .*'max_size': 42.* here"):
-        LatentCache(cache, settings_of(maker))
+        LatentCache(cache, settings_of(backbone))
     with pytest.raises(CacheError, match="other settings"):
-        precompute(rows, maker, cache, rows_per_file=3)
+        precompute(rows, backbone, cache, rows_per_file=3)
     with torch.no_grad():
         tiny_pipeline.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
     with pytest.raises(CacheError, match="other settings .vae: "):
-        CachedSampleMaker(tiny_pipeline, NEVER, 0, cache)
+        CachedBackbone(make_backbone(tiny_pipeline), cache)
 
 
 def test_other_pictures_under_the_same_id_are_refused(cache, rows, tiny_pipeline):
-    cached = CachedSampleMaker(tiny_pipeline, NEVER, 0, cache)
+    cached = CachedBackbone(make_backbone(tiny_pipeline), cache)
     first, second = undecoded(rows)[0], undecoded(rows)[1]
-    with pytest.raises(CacheError, match="row row-0 has other pictures"):
+    with pytest.raises(CacheError, match="row row-0 has other images"):
         cached.prepare([first | {"image": second["image"]}])
 
 
-def test_another_dataset_is_refused_and_a_part_is_no_cache(cache, rows, maker):
+def test_another_dataset_is_refused_and_a_part_is_no_cache(cache, rows, backbone):
     with pytest.raises(CacheError, match="rows: 8 there, 5 here"):
-        precompute(rows.select(range(5)), maker, cache, rows_per_file=3)
+        precompute(rows.select(range(5)), backbone, cache, rows_per_file=3)
     module.file_of(cache, 1).unlink()
     with pytest.raises(CacheError, match="not finished: 1 of 3 files are missing"):
-        LatentCache(cache, settings_of(maker))
+        LatentCache(cache, settings_of(backbone))
 
 
-def test_any_number_of_processes_writes_the_same(tmp_path, rows, maker, cache):
+def test_any_number_of_processes_writes_the_same(tmp_path, rows, backbone, cache):
     for rank in (0, 1):  # one after the other: what each does depends on its number alone
-        precompute(rows, maker, tmp_path / "two", rank=rank, processes=2, rows_per_file=3)
+        precompute(rows, backbone, tmp_path / "two", rank=rank, processes=2, rows_per_file=3)
     assert files(tmp_path / "two") == files(cache)
 
 
-def test_what_is_there_stays_and_a_broken_write_leaves_nothing(tmp_path, rows, maker, cache, monkeypatch):
+def test_what_is_there_stays_and_a_broken_write_leaves_nothing(tmp_path, rows, backbone, cache, monkeypatch):
     before, kept = files(cache), module.file_of(cache, 0).stat().st_mtime_ns
     module.file_of(cache, 2).unlink()
 
@@ -129,9 +127,9 @@ def test_what_is_there_stays_and_a_broken_write_leaves_nothing(tmp_path, rows, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            precompute(rows, maker, cache, rows_per_file=3)
+            precompute(rows, backbone, cache, rows_per_file=3)
     assert {f.name for f in cache.iterdir()} == set(before) - {module.file_of(cache, 2).name}
-    precompute(rows, maker, cache, rows_per_file=3)
+    precompute(rows, backbone, cache, rows_per_file=3)
     assert files(cache) == before and module.file_of(cache, 0).stat().st_mtime_ns == kept
 
 
@@ -148,6 +146,7 @@ def on_disk(tmp_path, rows, tiny_pipeline):
 SLOW = """
 import os, sys, time
 from echo4o.training import precompute as module
+from echo4o.training.backbones.bagel import BagelRecipe, bytes_to_pixels, pixels_to_bytes
 module.ROWS_PER_FILE = 1
 module.precompute.__kwdefaults__["rows_per_file"] = 1
 write = module._write

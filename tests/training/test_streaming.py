@@ -10,9 +10,8 @@ from echo4o.dataset_scripts.row_groups import RowGroups
 from echo4o.training.data import Rows, StoredOrder, StreamedOrder, open_sources
 from echo4o.training.packing import FixedBatches, PackedBatches
 from echo4o.training.recipe import RecipeError, load_recipe
-from echo4o.training.samples import Dropout, SampleMaker
 
-from .conftest import make_rows
+from .conftest import make_backbone, make_rows
 from .running import assert_same, losses_of, run, start, train_here, weights_of
 from .test_checkpoints import wait_for
 
@@ -34,12 +33,13 @@ def two_sources(tmp_path):
 
 
 def batches(recipe, pipeline, rank=0, processes=1, dataset=None):
-    maker = SampleMaker(pipeline, Dropout(), seed=0)
-    sources = [dataset] if dataset is not None else open_sources(recipe)
+    backbone = make_backbone(pipeline, text_dropout=0.1, vit_dropout=0.3, vae_dropout=0.3)
+    sources = [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
     weights, buffers = [d.weight for d in recipe.data], [d.shuffle_buffer or 0 for d in recipe.data]
-    rows = Rows(sources, weights, maker, 0, 10**9, buffers)
-    kind = PackedBatches if recipe.packing else FixedBatches
-    return kind(rows, recipe, (16, 16), rank, processes)
+    rows = Rows(sources, weights, backbone, 0, 10**9, buffers)
+    if recipe.packing:
+        return PackedBatches(rows, recipe.packing, backbone.collate, rank, processes)
+    return FixedBatches(rows, recipe.batch_size, recipe.micro_batch_size, backbone.collate, rank, processes)
 
 
 def ids_of(step) -> list[str]:

@@ -8,28 +8,27 @@ import torch
 import yaml
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.training.backbones.bagel import BagelRecipe, collate
+from echo4o.training.backbones.base import LossTerm
 from echo4o.training.data import Order
-from echo4o.training.flops import Arithmetic
 from echo4o.training.model import TrainedModel
-from echo4o.training.objective import LossTerms
 from echo4o.training.optimizers import Muon
 from echo4o.training.packing import FixedBatches, best_fit
 from echo4o.training.recipe import (
-    Recipe,
     RecipeError,
+    bundled_names,
+    bundled_recipe,
     dump_recipe,
     load_recipe,
     parse_changes,
-    shipped_names,
-    shipped_recipe,
 )
-from echo4o.training.samples import Dropout, SampleMaker, collate
+from echo4o.training.step import weighted_loss
 from echo4o.training.train import NonFiniteLoss, Trainer, learning_rate_factor, main
 
-from .conftest import row
+from .conftest import make_backbone, row
 
 
-def recipe(tmp_path, **changes) -> Recipe:
+def recipe(tmp_path, **changes) -> BagelRecipe:
     values = {
         "model": "unused",
         "output_dir": tmp_path / "run",
@@ -39,7 +38,7 @@ def recipe(tmp_path, **changes) -> Recipe:
         "batch_size": 8,
         "device": "cpu",
     }
-    return Recipe.model_validate(values | changes)
+    return BagelRecipe.model_validate(values | changes)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -62,7 +61,8 @@ def test_saved_folder_draws(tmp_path, tiny_pipeline, rows):
 def test_accumulation_and_processes_see_the_same_samples(tmp_path, tiny_pipeline, rows):
     """Losses of a step do not depend on how its samples are split."""
     whole = Trainer(recipe(tmp_path, steps=3), tiny_pipeline, rows)
-    ranks = [FixedBatches(whole.batches.rows, recipe(tmp_path), whole.batches.sides, rank, 2) for rank in range(2)]
+    place = (whole.batches.rows, 8, None, whole.backbone.collate)
+    ranks = [FixedBatches(*place, rank, 2) for rank in range(2)]
     dealt = sorted(i for source in ranks for batch in source.next_step() for i in batch.ids)
     assert dealt == sorted(i for batch in whole.batches.next_step() for i in batch.ids)
 
@@ -82,8 +82,8 @@ def test_accumulation_changes_nothing(tmp_path, rows, tiny_pipeline):
 
 def test_non_finite_loss_names_its_samples(tmp_path, tiny_pipeline, rows):
     trainer = Trainer(recipe(tmp_path), tiny_pipeline, rows)
-    maker = trainer.batches.rows.maker
-    prepare = maker.prepare
+    backbone = trainer.backbone
+    prepare = backbone.prepare
 
     def spoiled(new):
         made = prepare(new)
@@ -92,7 +92,7 @@ def test_non_finite_loss_names_its_samples(tmp_path, tiny_pipeline, rows):
                 prepared.moments.fill_(float("inf"))
         return made
 
-    maker.prepare = spoiled
+    backbone.prepare = spoiled
     with pytest.raises(NonFiniteLoss, match="step 0.*row-5\\.") as caught:
         trainer.run()
     assert caught.value.ids == ["row-5"]
@@ -148,15 +148,17 @@ def test_recipe_errors_are_clear(tmp_path, change, message):
 
 def test_recipe_that_is_no_mapping_or_missing(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(RecipeError, match="no mapping"):
+    with pytest.raises(RecipeError, match="not a mapping"):
         load_recipe(tmp_path / "list.yaml")
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml cannot be read" in capsys.readouterr().err
 
 
 def test_losses_without_labels_count_nothing():
-    terms = LossTerms(torch.ones(2, 3), torch.zeros(0), torch.zeros(0))
-    assert terms.sums().tolist() == [6, 6, 0, 0]
+    none = torch.zeros(0, dtype=torch.long)
+    terms = {"mse": LossTerm(torch.ones(2, 3), None, none), "ce": LossTerm(torch.zeros(0), None, none)}
+    loss, shares = weighted_loss(terms, {"mse": 1.0, "ce": 0.5}, {"mse": 6.0, "ce": 0.0})
+    assert shares.tolist() == [1, 0] and loss == 1
 
 
 def test_rows_helper_has_the_features(rows):
@@ -172,8 +174,8 @@ def test_changes_by_dotted_name(tmp_path):
         load_recipe(file, {"optimizer.rate": 1})
 
 
-@pytest.mark.parametrize("file", sorted(shipped_recipe("x").parent.glob("*.yaml")), ids=lambda f: f.stem)
-def test_shipped_recipes_are_valid(file):
+@pytest.mark.parametrize("file", sorted(bundled_recipe("x").parent.glob("*.yaml")), ids=lambda f: f.stem)
+def test_bundled_recipes_are_valid(file):
     load_recipe(file)
 
 
@@ -182,7 +184,7 @@ def test_every_parameter_has_a_gradient_without_references(tmp_path, tiny_pipeli
     trainer = Trainer(recipe(tmp_path), tiny_pipeline, rows.select([0, 2, 4, 6]))
     (batch,) = trainer.batches.next_step()
     assert batch.sequence.patches is None
-    trainer.model(batch, 1.0).sums()[[0, 2]].sum().backward()
+    sum(term.values.sum() for term in trainer.model(batch).values()).backward()
     assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []
 
 
@@ -202,9 +204,9 @@ LORA = {"tune": {"method": "lora"}}
         ({"data": {"path": "d", "shuffle_buffer": 9}}, "data.shuffle_buffer has no effect without streaming"),
         ({"data": {"path": "d", "weight": 2}}, "data.weight has no effect on a single dataset"),
         ({"data": [{"path": "d"}, {"path": "e", "wieght": 2}]}, "wieght: unknown key.*known here: path"),
-        ({"pictures": {"every": 1, "prompts": []}}, "pictures.prompts"),
-        ({"pictures": {"every": 1, "prompts": ["a", " "]}}, "pictures: `prompts` has an empty text"),
-        ({"pictures": {"every": 1, "prompts": "a fox"}}, "pictures.prompts: Input should be a list"),
+        ({"images": {"every": 1, "prompts": []}}, "images.prompts"),
+        ({"images": {"every": 1, "prompts": ["a", " "]}}, "images: `prompts` has an empty text"),
+        ({"images": {"every": 1, "prompts": "a fox"}}, "images.prompts: Input should be a list"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: Input should be a finite number"),
         (
             {"tune": {"method": "full", "parts": ["text"]}, "optimizer": {"name": "muon", "muon_lr": 0.1}},
@@ -225,7 +227,7 @@ def test_impossible_and_idle_settings(tmp_path, change, message):
 
 
 def test_a_resolved_recipe_loads_as_itself(tmp_path):
-    for name in shipped_names():
+    for name in bundled_names():
         recipe = load_recipe(name)
         (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
         assert load_recipe(tmp_path / "resolved.yaml") == recipe
@@ -289,12 +291,9 @@ def test_flops_are_those_of_the_matrix_products(tiny_pipeline, rows):
     """Counted by torch in a forward and backward pass of everything."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    maker = SampleMaker(tiny_pipeline, Dropout(0, 0, 0), seed=0)
-    batch = collate([maker.sample(row, 0) for row in maker.prepare(list(rows))], 16, 16)
-    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model).train()
+    backbone = make_backbone(tiny_pipeline)
+    batch = collate([backbone.sample(row, 0) for row in backbone.prepare(list(rows))], 16, 16)
+    model = TrainedModel(backbone).train()
     with FlopCounterMode(display=False) as counter:
-        model(batch, 1.0).mse.mean().backward()
-    ours = Arithmetic(
-        tiny_pipeline.transformer.config, tiny_pipeline.vision_model.config, {"gen", "und", "text", "vision"}, False
-    ).of(batch)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
+        model(batch)["mse"].values.mean().backward()
+    assert backbone.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.15)

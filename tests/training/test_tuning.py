@@ -10,13 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.training.backbones.bagel import BagelBackbone
 from echo4o.training.checkpoints import CheckpointFolder
 from echo4o.training.export import ExportError, check_keys, export_checkpoint, merge_run
 from echo4o.training.model import TrainedModel, part_of, set_up
 from echo4o.training.recipe import RecipeError, load_recipe
 
+from .conftest import make_backbone
 from .running import assert_same, run, train_here, weights_of
 
+CLASSES = BagelBackbone.component_classes
 PROMPT = "a red square"
 LORA = {"method": "lora", "rank": 4, "alpha": 16}
 VARIANTS = {"lora": {}, "rslora, both experts": {"rslora": True, "experts": ["gen", "und"]}, "dora": {"dora": True}}
@@ -41,10 +44,10 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_draws_the_same_loaded_applied_and_merged(recipe_file, tmp_path, model_folder, variant):
-    pictures = {"every": 100, "steps": 3, "prompts": [PROMPT]}
-    file = recipe_file("run", tune=LORA | VARIANTS[variant], pictures=pictures, steps=6, optimizer={"lr": 3e-2})
+    images = {"every": 100, "steps": 3, "prompts": [PROMPT]}
+    file = recipe_file("run", tune=LORA | VARIANTS[variant], images=images, steps=6, optimizer={"lr": 3e-2})
     assert train_here(file) == 0
-    trained = Image.open(tmp_path / "run" / "pictures" / "step-00000006" / "0.png")
+    trained = Image.open(tmp_path / "run" / "images" / "step-00000006" / "0.png")
     assert difference(trained, draw(Echo4oPipeline.from_pretrained(model_folder))) > 8, "it learned something"
     applied = Echo4oPipeline.from_pretrained(model_folder)
     applied.load_lora_weights(tmp_path / "run" / "adapter")
@@ -87,7 +90,7 @@ def test_what_is_frozen_stays_bit_by_bit(recipe_file, tmp_path, model_folder):
     for part in ("gen", "und", "text", "vision"):
         assert train_here(recipe_file(part, tune={"method": "full", "parts": [part]}, steps=3, batch_size=10)) == 0
         after = weights_of(tmp_path / part / "pipeline")
-        changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+        changed = {part_of(name, CLASSES) for name in before if not torch.equal(before[name], after[name])}
         assert changed - {"gen"} == {part} - {"gen"} and (part == "gen") == ("gen" in changed), (part, changed)
     assert train_here(recipe_file("lora", tune=LORA, steps=3, save_dtype="float32")) == 0
     merged = weights_of(merge_run(tmp_path / "lora", tmp_path / "merged"))
@@ -96,12 +99,12 @@ def test_what_is_frozen_stays_bit_by_bit(recipe_file, tmp_path, model_folder):
 
 
 def test_every_part_has_its_parameters(tiny_pipeline, recipe_file):
-    model = TrainedModel(tiny_pipeline.transformer, tiny_pipeline.vision_model)
-    parts = {name: part_of(name) for name, _ in model.named_parameters()}
+    model = TrainedModel(make_backbone(tiny_pipeline))
+    parts = {name: part_of(name, CLASSES) for name, _ in model.named_parameters()}
     assert parts["transformer.proj_in.weight"] == parts["transformer.norm_out.gen.weight"] == "gen"
     assert parts["transformer.norm_out.und.weight"] == "und" and parts["transformer.lm_head.weight"] == "text"
-    set_up(model, load_recipe(recipe_file(tune={"method": "full", "parts": ["und"]})))
-    assert {part_of(n) for n, p in model.named_parameters() if p.requires_grad} == {"und"}
+    set_up(model, load_recipe(recipe_file(tune={"method": "full", "parts": ["und"]})), CLASSES)
+    assert {part_of(n, CLASSES) for n, p in model.named_parameters() if p.requires_grad} == {"und"}
 
 
 def test_checkpoints_export_raw_and_averaged_weights_at_any_step(recipe_file, tmp_path):
@@ -146,8 +149,8 @@ def small(name, tmp_path, model_folder, rows_folder, **changes) -> int:
 
 
 def test_the_lora_recipe_in_small(tmp_path, model_folder, rows_folder):
-    pictures = {"pictures.every": 1, "pictures.steps": 2}
-    assert small("lora_single_gpu", tmp_path, model_folder, rows_folder, **pictures) == 0
+    images = {"images.every": 1, "images.steps": 2}
+    assert small("lora_single_gpu", tmp_path, model_folder, rows_folder, **images) == 0
     weights = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
     assert weights and all(math.isfinite(float(tensor.sum())) for tensor in weights.values())
     assert (tmp_path / "run" / "run.html").read_text().count("data:image/png") == 5, "curves, and two pictures twice"

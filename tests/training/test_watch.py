@@ -15,7 +15,7 @@ from echo4o.training.train import Trainer
 from .conftest import make_rows
 from .running import log_of, train_here
 
-PICTURES = {"every": 2, "steps": 2, "prompts": ["a red square", "a blue square"]}
+IMAGES = {"every": 2, "steps": 2, "prompts": ["a red square", "a blue square"]}
 
 
 def test_a_tracker_that_is_missing_is_named(recipe_file, monkeypatch, tmp_path):
@@ -33,7 +33,7 @@ def test_a_tracker_that_is_missing_is_named(recipe_file, monkeypatch, tmp_path):
 
 def test_tensorboard_shows_curves_pictures_and_settings(recipe_file, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert train_here(recipe_file(trackers=["tensorboard"], pictures=PICTURES)) == 0
+    assert train_here(recipe_file(trackers=["tensorboard"], images=IMAGES)) == 0
     (folder,) = {file.parent for file in (tmp_path / "run" / "echo4o").glob("events.out.tfevents.*")}
     board = events.EventAccumulator(str(folder))
     board.Reload()
@@ -42,10 +42,10 @@ def test_tensorboard_shows_curves_pictures_and_settings(recipe_file, tmp_path):
         (entry["step"] + 1, pytest.approx(entry["loss"], rel=1e-6)) for entry in log
     ]
     assert {"lr", "tokens_per_second", "data_seconds"} <= set(board.Tags()["scalars"])
-    assert board.Tags()["images"] == ["pictures/0", "pictures/1"]
-    last = board.Images("pictures/1")[-1]
+    assert board.Tags()["images"] == ["images/0", "images/1"]
+    last = board.Images("images/1")[-1]
     assert last.step == 4
-    drawn = np.asarray(Image.open(tmp_path / "run" / "pictures" / "step-00000004" / "1.png"))
+    drawn = np.asarray(Image.open(tmp_path / "run" / "images" / "step-00000004" / "1.png"))
     (tmp_path / "shown.png").write_bytes(last.encoded_image_string)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "shown.png"))[..., :3], drawn)
     (settings,) = (tmp_path / "run" / "echo4o").rglob("hparams.yml")
@@ -55,7 +55,7 @@ def test_tensorboard_shows_curves_pictures_and_settings(recipe_file, tmp_path):
 def test_wandb_writes_beside_the_run_without_a_network(recipe_file, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert train_here(recipe_file(trackers=["wandb"], pictures=PICTURES)) == 0
+    assert train_here(recipe_file(trackers=["wandb"], images=IMAGES)) == 0
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert written.stat().st_size > 1000
 
@@ -75,7 +75,7 @@ def test_a_run_that_ends_early_ends_its_trackers(recipe_file, monkeypatch):
 
 
 def test_the_log_and_the_report_say_where_a_steps_time_goes(recipe_file, tmp_path):
-    assert train_here(recipe_file(pictures=PICTURES)) == 0
+    assert train_here(recipe_file(images=IMAGES)) == 0
     log, before = log_of(tmp_path / "run"), 0.0
     for entry in log:
         parts = [entry[f"{phase}_seconds"] for phase in PHASES]

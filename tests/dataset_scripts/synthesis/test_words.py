@@ -9,7 +9,7 @@ from echo4o.dataset_scripts.synthesis.calls import Unreadable
 from echo4o.dataset_scripts.synthesis.following import Following
 from echo4o.dataset_scripts.synthesis.gates import PictureGates, Rejected
 from echo4o.dataset_scripts.synthesis.plan import make_plan
-from echo4o.dataset_scripts.synthesis.recipe import TAGS, Gates, InstructionFollowing, load_recipe, shipped_names
+from echo4o.dataset_scripts.synthesis.recipe import TAGS, Gates, InstructionFollowing, bundled_names, load_recipe
 from echo4o.dataset_scripts.synthesis.surreal import PROPERTIES, _values
 from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
@@ -92,9 +92,9 @@ def test_the_plan_is_the_same_every_time_and_has_no_two_equal_rows():
     assert 1 < plan.cost() < plan.cost(most=True) < 10
 
 
-def test_shipped_recipes_load():
-    assert shipped_names() == ["first_hundred"]
-    assert {name: load_recipe(name).version for name in shipped_names()}
+def test_bundled_recipes_load():
+    assert bundled_names() == ["first_hundred"]
+    assert {name: load_recipe(name).version for name in bundled_names()}
 
 
 def test_pictures_that_look_alike():

@@ -6,7 +6,7 @@ import torch
 
 from echo4o.modeling.bagel.convert import read_original
 from echo4o.modeling.bagel.segments_bagel import NO_LABEL, pack, patchify
-from echo4o.training.objective import add_noise, loss_terms
+from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check
@@ -93,7 +93,7 @@ def _check_forward(golden, file, sequence, check) -> None:
         transformer.register_forward_hook(lambda module, args, out: seen.update(out=out)),
     ]
     try:
-        terms = loss_terms(transformer, vision_model, sequence, noised)
+        terms = bagel_losses(transformer, vision_model, sequence, noised)
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,13 +106,13 @@ def _check_forward(golden, file, sequence, check) -> None:
     check("ce_logits", out.logits, tensors["out.ce_logits"], SINGLE)
     check("mse per token", terms.mse, tensors["out.mse"], SINGLE)
     check("ce per label", terms.cross_entropy, tensors["out.ce"], SINGLE)
-    mse_sum, mse_count, ce_sum, ce_count = terms.sums()
-    loss = mse_sum / mse_count + ce_sum / ce_count
-    reweighted = terms.sums(reweight=True)
-    check("loss.mse_mean", mse_sum / mse_count, file.json["loss"]["mse_mean"], SINGLE)
-    check("loss.ce_mean", ce_sum / ce_count, file.json["loss"]["ce_mean"], SINGLE)
+    mse, cross_entropy = terms.mse.mean(), terms.cross_entropy.mean()
+    loss = mse + cross_entropy
+    reweighted = (terms.cross_entropy * terms.weights).sum() / terms.weights.sum()
+    check("loss.mse_mean", mse, file.json["loss"]["mse_mean"], SINGLE)
+    check("loss.ce_mean", cross_entropy, file.json["loss"]["ce_mean"], SINGLE)
     check("loss.total", loss, file.json["loss"]["total"], SINGLE)
-    check("loss.ce_reweighted", reweighted[2] / reweighted[3], file.json["loss"]["ce_reweighted"], SINGLE)
+    check("loss.ce_reweighted", reweighted, file.json["loss"]["ce_reweighted"], SINGLE)
     loss.backward()
     _check_gradients(golden, file, check)
     assert int((sequence.labels != NO_LABEL).sum()) == len(terms.cross_entropy)

@@ -1,0 +1,1 @@
+"""Memory before anything is loaded: of a training run, and of generating images."""

@@ -1,0 +1,211 @@
+"""The seam between the trainer and a model.
+
+The trainer knows recipes, rows, steps, processes and checkpoints. A [`Backbone`] knows one model: which components
+train, how a row becomes a sample and samples become a batch, the losses of a batch, and what a step costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import nn
+
+from echo4o.training.recipe import TrainingRecipe
+
+
+class PreparedRow(Protocol):
+    """A row after the work that every epoch would repeat (tokenizing, encoding)."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the row's tensors."""
+        ...
+
+    def to_cache(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Named tensors to store, and JSON facts that [`Backbone.from_cache`] needs beside them."""
+        ...
+
+
+class TrainingSample(Protocol):
+    """One prepared row with everything random about it for one epoch."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def full_length(self) -> int:
+        """Tokens with all conditions present, so that no random draw decides whether the sample is too long."""
+        ...
+
+    def __len__(self) -> int:
+        """Tokens of this draw, for packing."""
+        ...
+
+
+class TrainingBatch(Protocol):
+    """Samples of one forward pass."""
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+
+class RowPreparation(Protocol):
+    """The part of a backbone that reads rows; a latent cache takes its place."""
+
+    def prepare(self, rows: Sequence[dict]) -> list[Any]: ...
+
+    def sample(self, prepared: Any, epoch: int) -> Any: ...
+
+
+class LossTerm(NamedTuple):
+    """One loss of a batch before any reduction; the trainer sums numerators and denominators over processes.
+
+    The mean loss is `(values * weights).sum() / weights.sum()`.
+    """
+
+    values: torch.Tensor  # (N,) or (N, C)
+    weights: torch.Tensor | None  # (N,); None: every value weighs 1
+    sample: torch.Tensor  # (N,) index into the batch's ids
+
+    def weighted_sum(self) -> torch.Tensor:
+        return (self.values if self.weights is None else self.values * self.weights).sum()
+
+
+class StepMemory(NamedTuple):
+    """Bytes that one forward and backward pass of one process needs beside weights and their gradients."""
+
+    activations: float  # kept between forward and backward pass, `recomputed` included
+    recomputed: float  # of which by the one layer that is computed again under gradient checkpointing
+    workspace: float  # inside the widest operation of the backward pass
+    encoding: float  # encoding one image of the largest size
+    description: str  # what was assumed, for the plan's notes
+
+
+class ImageCall(NamedTuple):
+    """A call of the pipeline to plan: `batch` prompts of one image each, with references of the largest size."""
+
+    height: int | None  # pixels; None: the largest
+    width: int | None
+    batch: int = 1
+    references: int = 1
+    text_tokens: int = 128  # of each prompt
+
+
+class CallMemory(NamedTuple):
+    """What a call of the pipeline needs, in bytes unless named otherwise."""
+
+    height: int  # pixels
+    width: int
+    branches: int  # guidance branches that an update evaluates
+    caches: float  # contexts of all prompts
+    update: float  # activations of one update
+    reference_side: int  # pixels of the largest reference to encode; 0 without references
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per value in a training step.
+
+    Args:
+        compute: inputs of matrix products and attention.
+        residual: the stream between layers; wider than `compute` where float32 weights run under autocast.
+    """
+
+    compute: int = 4
+    residual: int = 4
+
+
+class Backbone(ABC):
+    """One model as the trainer sees it. Subclasses are complete; there is no registry and no further hook.
+
+    Args:
+        pipeline: the loaded pipeline; its components are used as they are.
+        recipe: of the class [`recipe_class`].
+    """
+
+    recipe_class: ClassVar[type[TrainingRecipe]]
+    component_classes: ClassVar[dict[str, type]]  # weighted components by name, for planning without weights
+    trained_components: ClassVar[tuple[str, ...]]  # those whose weights or adapters can train
+    release_configs: ClassVar[dict[str, dict]]  # configurations of the released checkpoint, by component
+
+    def __init__(self, pipeline, recipe: TrainingRecipe):
+        self.pipeline, self.recipe = pipeline, recipe
+
+    @abstractmethod
+    def encoder_settings(self) -> dict[str, Any]:
+        """Everything that cached tensors depend on apart from the row: fingerprints and sizes (JSON values)."""
+
+    @abstractmethod
+    def prepare(self, rows: Sequence[dict]) -> list[PreparedRow]:
+        """Tokenize and encode rows with the dataset's features, images decoded. Raises ValueError for a bad row."""
+
+    @abstractmethod
+    def from_cache(self, row: dict, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> PreparedRow:
+        """The prepared row from what [`PreparedRow.to_cache`] stored; equal to `prepare` bit for bit."""
+
+    @abstractmethod
+    def sample(self, prepared: Any, epoch: int) -> TrainingSample:
+        """Draw everything random about a row for one epoch, from generators named by the row and the epoch."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any]) -> TrainingBatch:
+        """Pack samples into one batch on the CPU."""
+
+    @abstractmethod
+    def loss_weights(self) -> dict[str, float]:
+        """Name of each loss and its weight in the total, in the order in which they are logged."""
+
+    @abstractmethod
+    def denominators(self, batch: Any) -> dict[str, float]:
+        """For each loss the sum of its weights in the batch, known before the forward pass."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, LossTerm]:
+        """One forward pass of the components in `model` (attributes named as in `trained_components`)."""
+
+    @abstractmethod
+    def flops(self, batch: Any) -> float:
+        """Floating point operations of matrix products in one forward and backward pass, without recomputation."""
+
+    @staticmethod
+    @abstractmethod
+    def step_memory(
+        recipe: Any,
+        components: dict[str, nn.Module],
+        index: dict,
+        num_processes: int,
+        precision: Precision,
+    ) -> StepMemory:
+        """What a step of one process needs.
+
+        Args:
+            components: models by name, on the meta device, set up to train as the recipe says.
+            index: the checkpoint's model_index.json; empty for the release.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def call_memory(components: dict[str, nn.Module], index: dict, call: ImageCall, itemsize: int) -> CallMemory:
+        """What a call of the pipeline needs; arguments as in [`step_memory`], `itemsize` in bytes per value."""
+
+
+def named_generator(seed: int, sample_id: str, epoch: int, purpose: str) -> torch.Generator:
+    """A CPU generator seeded by a hash of its arguments.
+
+    A run thus draws the same numbers however its samples are batched or spread over processes.
+    """
+    name = f"{seed}\0{epoch}\0{purpose}\0{sample_id}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
