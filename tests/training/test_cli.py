@@ -71,7 +71,7 @@ WRONG = [
     (["full_fsdp2_8gpu", "--plan", "--num-gpus", "1"], "sharding: fsdp2 needs several GPUs: say --num-gpus."),
     (
         ["lora_single_gpu", "--set", "optimizer.speed=1"],
-        "optimizer.speed: unknown key (given: 1); known here: name, lr",
+        "optimizer.speed: unknown key; known here: name, lr",
     ),
     (["lora_single_gpu", "--set", "steps=many"], "steps: Input should be a valid integer"),
     (["lora_single_gpu", "--set", "steps"], "--set steps: write section.key=value, for example optimizer.lr=1e-5."),
