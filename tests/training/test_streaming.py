@@ -161,11 +161,11 @@ def test_other_formats_are_streamed_in_their_stored_order(recipe_file, tmp_path,
     line = {"id": "1", "instruction": "a", "reference_images": [], "image": None, "answer": "b"}
     (tmp_path / "lines" / "train.jsonl").write_text(json.dumps(line) + "\n")
     lines = {"path": str(tmp_path / "lines"), "streaming": True}
-    (source,) = open_sources(load_recipe(recipe_file(data=lines, **PACKS)))
+    (source,) = open_sources(load_recipe(recipe_file(data=lines, **PACKS)).data, True)
     assert isinstance(Rows([source], [1.0], None, 0, 0).lane(0, 2), StoredOrder)
     for changes in ({"data": lines}, {"data": [lines, two_sources[0]]} | PACKS):
         with pytest.raises(RecipeError, match="lines: several datasets, or one without packing"):
-            open_sources(load_recipe(recipe_file(**changes)))
+            open_sources(load_recipe(recipe_file(**changes)).data, True)
 
 
 def test_streamed_and_loaded_datasets_mix(recipe_file, tiny_pipeline, two_sources):
