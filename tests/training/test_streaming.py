@@ -113,7 +113,7 @@ def test_resuming_reads_no_row_group_from_before(recipe_file, two_sources):
 
     def groups():
         (source,) = open_sources(
-            load_recipe(recipe_file(data={"path": folder, "streaming": True, "shuffle_buffer": 2}))
+            load_recipe(recipe_file(data={"path": folder, "streaming": True, "shuffle_buffer": 2})).data
         )
         original, source._read = source._read, lambda group, names: read.append(group) or original(group, names)
         return source, Rows([source], [1.0], None, 0, 0, [2]).order()
@@ -165,7 +165,8 @@ def test_other_formats_are_streamed_in_their_stored_order(recipe_file, tmp_path,
     assert isinstance(Rows([source], [1.0], None, 0, 0).lane(0, 2), StoredOrder)
     for changes in ({"data": lines}, {"data": [lines, two_sources[0]]} | PACKS):
         with pytest.raises(RecipeError, match="lines: several datasets, or one without packing"):
-            open_sources(load_recipe(recipe_file(**changes)).data, True)
+            recipe = load_recipe(recipe_file(**changes))
+            open_sources(recipe.data, bool(recipe.packing))
 
 
 def test_streamed_and_loaded_datasets_mix(recipe_file, tiny_pipeline, two_sources):
