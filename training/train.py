@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -374,8 +374,10 @@ class Trainer:
         if self.recipe.images is None:
             return
         model = self.accelerator.unwrap_model(self.model).eval()
-        if self.accelerator.is_main_process:
-            self.watch.generate_images(self.pipeline, self.step)
+        # Exports hold the averages, so images must show them: a card would else show images that its weights do not make.
+        with self.average.applied(model) if self.average else nullcontext():
+            if self.accelerator.is_main_process:
+                self.watch.generate_images(self.pipeline, self.step)
         model.train()
         self.accelerator.wait_for_everyone()
 

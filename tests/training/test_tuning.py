@@ -75,6 +75,22 @@ def _fresh_process(script, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("tune", [LORA, {"method": "full"}], ids=["lora", "full"])
+def test_images_of_a_run_are_those_of_the_averages_that_it_exports(recipe_file, tmp_path, model_folder, tune):
+    images = {"every": 2, "steps": 3, "prompts": [PROMPT]}
+    changes = {"images": images, "steps": 3, "ema": {"decay": 0.5}, "optimizer": {"lr": 3e-2}}
+    changes |= {"checkpoints": {"every": 2}, "save_dtype": "float32"}
+    assert train_here(recipe_file("run", tune=tune, **changes)) == 0
+    (checkpoint,) = CheckpointFolder(tmp_path / "run" / "checkpoints").complete()
+    for step, weights in ((3, None), (2, export_checkpoint(checkpoint, tmp_path / "early", "ema"))):
+        generated = Image.open(tmp_path / "run" / "images" / f"step-{step:08d}" / "0.png")
+        folder = weights or tmp_path / "run" / ("adapter" if tune is LORA else "pipeline")
+        pipe = Echo4oPipeline.from_pretrained(model_folder if tune is LORA else folder, dtype=torch.float32)
+        if tune is LORA:
+            pipe.load_lora_weights(folder)
+        assert difference(generated, draw(pipe)) == 0, step
+
+
 def test_the_adapter_file_keeps_its_alpha(recipe_file, tmp_path):
     assert train_here(recipe_file("run", tune=LORA | {"rslora": True}, steps=2)) == 0
     with safe_open(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors", "pt") as file:
