@@ -71,9 +71,12 @@ def _is_pickle(name: str, source: Source) -> bool:
         start = stream.read(16)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return True
-    if start[:4] == b"PK\x03\x04":  # what torch.save writes, under any name
-        with zipfile.ZipFile(source) as archive:
-            return any(Path(member).suffix in _PICKLES for member in archive.namelist())
+    if start[:4] == b"PK\x03\x04":  # torch.save writes zip archives, under any name
+        try:
+            with zipfile.ZipFile(source) as archive:
+                return any(Path(member).suffix in _PICKLES for member in archive.namelist())
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{name} begins as a zip archive and cannot be read as one: {error}") from error
     if start[:6] == b"\x93NUMPY":
         return b"|O" in Path(source).read_bytes()[:1000]  # an array of objects is pickled
     return source.stat().st_size <= _SMALL and _parses_as_pickle(source.read_bytes())
