@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
+from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, is_held_out
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, IMAGE_SIZE, SHAPES, ShapeGroup, lay_out
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.quickstart.drawing import draw_and_score
-from echo4o.quickstart.prompts import Prompt, is_held_out
-from echo4o.quickstart.scene import COLOURS, PICTURE, SHAPES, Group, lay_out
-from echo4o.quickstart.shapes import draw, tint
+from echo4o.quickstart.generation import generate_and_score
 from echo4o.training.recipe import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
@@ -66,46 +66,46 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         tokenizer=tokenizer,
         presets={"text_to_image": GUIDANCE, "with_references": GUIDANCE},
-        vae_image_limits={"max_size": PICTURE, "min_size": PICTURE},
+        vae_image_limits={"max_size": IMAGE_SIZE, "min_size": IMAGE_SIZE},
         vision_image_limits={"max_size": 56, "min_size": 56},
     )
 
 
-def single_objects() -> list[Group]:
+def single_objects() -> list[ShapeGroup]:
     """Every single object that may be trained on, with its colour stated, or not where it is the typical one."""
-    stated = [Group(shape, colour) for shape in SHAPES for colour in COLOURS]
-    return [group for group in [*stated, *(Group(shape) for shape in SHAPES)] if not is_held_out([group])]
+    stated = [ShapeGroup(shape, colour) for shape in SHAPES for colour in COLOURS]
+    return [group for group in [*stated, *(ShapeGroup(shape) for shape in SHAPES)] if not is_held_out([group])]
 
 
-def _name(group: Group) -> str:
+def _name(group: ShapeGroup) -> str:
     return f"a {group.colour} {group.shape}" if group.colour else f"a {group.shape}"
 
 
 def single_object_rows(number: int, seed: int) -> list[dict]:
-    """Rows of the base's training: four of five ask for a picture, the fifth asks what a picture shows."""
+    """RowList of the base's training: four of five ask for a picture, the fifth asks what a picture shows."""
     rng = np.random.default_rng([seed, 77])
     groups, rows = single_objects(), []
     for index in range(number):
         group = groups[int(rng.integers(len(groups)))]
-        picture = draw(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
+        picture = render(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
         row = {"id": f"single-{seed}-{index}", "instruction": f"a photo of {_name(group)}", "reference_images": []}
         row |= {"image": picture, "answer": None}
         if index % 5 == 4:
-            named = Group(group.shape, group.drawn_colour)
+            named = ShapeGroup(group.shape, group.drawn_colour)
             row |= {"instruction": "what is this?", "answer": _name(named)}
             row |= {"image": None, "reference_images": [picture]}
         rows.append(row)
     return rows
 
 
-def single_object_prompts(number: int) -> list[Prompt]:
+def single_object_prompts(number: int) -> list[ShapesPrompt]:
     """The base's own domain, to score it on."""
     groups = [group for group in single_objects() if group.colour]
     chosen = [groups[i] for i in np.random.default_rng(5).permutation(len(groups))[:number]]
-    return [Prompt("single object", f"a photo of {_name(group)}", (group,)) for group in chosen]
+    return [ShapesPrompt("single object", f"a photo of {_name(group)}", (group,)) for group in chosen]
 
 
-class Rows(list):
+class RowList(list):
     """A list that answers like a `datasets.Dataset` as far as the trainer asks."""
 
     def select(self, indices) -> list[dict]:
@@ -125,10 +125,10 @@ def train_base(
         changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
         recipe = load_recipe(bundled_recipe("quickstart_base"), changes)
         pipeline = build_pipeline(tokenizer, vae, seed)
-        result = Trainer(recipe, pipeline, Rows(single_object_rows(rows, seed))).run()
+        result = Trainer(recipe, pipeline, RowList(single_object_rows(rows, seed))).run()
         _move(result.pipeline_dir, folder)
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
-    drawn = draw_and_score(pipeline, single_object_prompts(30), seed=seed)
+    drawn = generate_and_score(pipeline, single_object_prompts(30), seed=seed)
     facts = {
         "steps": len(result.log),
         "samples": result.log[-1]["samples"],

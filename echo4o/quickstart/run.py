@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 
 from echo4o.common.files import write_json
+from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, chance_of_references, held_out_prompts
+from echo4o.evaluation.benchmarks.shapes4o.upstream_release import ROWS, render_upstream
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.base_model import single_object_prompts
-from echo4o.quickstart.detector import Score
-from echo4o.quickstart.drawing import STEPS, Drawn, draw_and_score, draw_prompts
-from echo4o.quickstart.prompts import TAGS, chance_of_references, held_out_prompts
-from echo4o.quickstart.shapes import ROWS, render_upstream
+from echo4o.quickstart.generation import STEPS, GeneratedImages, generate_and_score, generate_images
 from echo4o.training.recipe import bundled_recipe, dump_recipe, load_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 
@@ -107,7 +107,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         ValueError: `base` is missing.
         RuntimeError: the reloaded pipeline draws something else than the one that was saved.
     """
-    from echo4o.quickstart.report import write_report
+    from echo4o.quickstart.quickstart_report import write_report
 
     start, out, size = time.monotonic(), Path(out), SHORT if short else FULL
     torch.set_num_threads(THREADS)
@@ -126,8 +126,8 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     with stages(f"drawing {len(prompts)} held-out prompts with the base"):
         pipeline = Echo4oPipeline.from_pretrained(base, dtype=torch.float32)
         pipeline.set_progress_bar_config(desc="drawing", leave=False)
-        before = draw_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "before")
-        own = draw_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.drawing_steps)
+        before = generate_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "before")
+        own = generate_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.drawing_steps)
     if not short:
         print(f"      {pace(stages.last)}")
     with stages("fine-tuning and saving"):
@@ -141,7 +141,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         training = Trainer(recipe, pipeline, dataset).run()
         cast(pipeline, torch.float32)  # the saved 16-bit values, computed with in float32 as before
     with stages("drawing the same prompts after fine-tuning"):
-        after = draw_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "after")
+        after = generate_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "after")
     with stages("loading the saved pipeline in a fresh process"):
         difference = redraw_difference(pipeline, training.pipeline_dir, out, seed, size.drawing_steps)
         print(f"      the same pictures: largest difference {difference} of 255")
@@ -194,8 +194,15 @@ def redraw_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) 
     request = {"prompts": REDRAWN, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
     (work / "request.json").write_text(json.dumps(request), "utf-8")
     every = held_out_prompts()
-    here = draw_prompts(pipeline, [every[i] for i in REDRAWN], seed, steps)
-    command = [sys.executable, "-m", "echo4o.quickstart.redraw", str(folder), str(work / "request.json"), str(work)]
+    here = generate_images(pipeline, [every[i] for i in REDRAWN], seed, steps)
+    command = [
+        sys.executable,
+        "-m",
+        "echo4o.quickstart.regenerate",
+        str(folder),
+        str(work / "request.json"),
+        str(work),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The saved pipeline does not load in a fresh process:\n{done.stderr[-2000:]}")
@@ -206,7 +213,7 @@ def redraw_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) 
     return difference
 
 
-def score_table(drawn: Drawn) -> dict[str, dict]:
+def score_table(drawn: GeneratedImages) -> dict[str, dict]:
     """Scores by tag as plain values: right, of, mean, low, high (95%)."""
     return {
         tag: {
@@ -220,7 +227,14 @@ def score_table(drawn: Drawn) -> dict[str, dict]:
     }
 
 
-def summary(training: TrainingResult, before: Drawn, after: Drawn, own: Drawn, size: Size, base: Path) -> dict:
+def summary(
+    training: TrainingResult,
+    before: GeneratedImages,
+    after: GeneratedImages,
+    own: GeneratedImages,
+    size: Size,
+    base: Path,
+) -> dict:
     """Everything measured, as plain values."""
     samples = int(training.log[-1]["samples"])
     notes = {name: base / f"{name}.json" for name in ("base", "control")}
@@ -252,7 +266,7 @@ def summary(training: TrainingResult, before: Drawn, after: Drawn, own: Drawn, s
     }
 
 
-def print_ending(out: Path, before: Drawn, after: Drawn, result: dict) -> None:
+def print_ending(out: Path, before: GeneratedImages, after: GeneratedImages, result: dict) -> None:
     """Scores on the terminal, what to compare them with, and where everything is."""
     print(f"\n{'right pictures':18}{'before':>26}{'after':>26}   (95% intervals)")
     for tag, score in after.scores.items():
@@ -268,4 +282,4 @@ def print_ending(out: Path, before: Drawn, after: Drawn, result: dict) -> None:
 
 def written(score: dict) -> str:
     """A score of `score_table` as on the terminal."""
-    return str(Score(score["right"], score["of"]))
+    return str(Accuracy(score["right"], score["of"]))

@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from echo4o.quickstart.prompts import captions
+from echo4o.evaluation.benchmarks.shapes4o.grammar import captions
 
 VOCABULARY = 448  # the 256 bytes, merges, then the special tokens: a cap, reached or not
 # Qwen2's, in its order. BAGEL marks text with im_start and im_end, and pictures with vision_start and vision_end.

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from echo4o.quickstart.scene import CELL, COLOURS, GRID, PICTURE, SHAPES, SIZES, SceneObject
-from echo4o.quickstart.shapes import draw
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render
+from echo4o.evaluation.benchmarks.shapes4o.scene import CELL, COLOURS, GRID, IMAGE_SIZE, SHAPES, SIZES, SceneObject
 
 CONFIG = {
     "in_channels": 3,
@@ -25,7 +25,7 @@ CONFIG = {
     "layers_per_block": 1,
     "latent_channels": 16,
     "norm_num_groups": 32,
-    "sample_size": PICTURE,
+    "sample_size": IMAGE_SIZE,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
@@ -136,7 +136,7 @@ def pictures_for_training(number: int, rng: np.random.Generator, cells: int = GR
     there = rng.random((number, GRID * GRID)) < rng.uniform(0.1, 0.9, (number, 1))
     names = (*SIZES, "medium")
     pictures = [
-        draw(
+        render(
             [
                 SceneObject(
                     SHAPES[shapes[n, i]], list(COLOURS)[colours[n, i]], i // GRID, i % GRID, names[sizes[n, i]]

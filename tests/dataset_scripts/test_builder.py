@@ -6,8 +6,8 @@ from PIL import Image
 
 from echo4o.dataset_scripts.builder import Echo4oImage
 from echo4o.dataset_scripts.features import features
-from echo4o.quickstart.detector import check, detect
-from echo4o.quickstart.shapes import render_upstream, sample
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream, sample
 from tests.dataset_scripts.layout import picture, write_rows, write_tar
 
 ROWS = {"surreal_fantasy": 11, "multi_reference": 9, "instruction_following": 28}

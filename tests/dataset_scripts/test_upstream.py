@@ -13,7 +13,7 @@ from echo4o.dataset_scripts.findings import Reason, Remark, Report
 from echo4o.dataset_scripts.schema import RowMap, SchemaError
 from echo4o.dataset_scripts.source import Source
 from echo4o.dataset_scripts.upstream import ReadOptions, Shard, read_events, read_upstream
-from echo4o.quickstart.shapes import render_upstream, sample
+from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream, sample
 from tests.dataset_scripts.layout import (
     FOLLOWING,
     REFERENCE,

@@ -17,8 +17,8 @@ NO_PROBE = Options(probe=False)
 
 def shapes():
     """Prompts of Shapes-4o, as rows, with pictures: right, wrong count, wrong place, right."""
-    from echo4o.quickstart.scene import Group, lay_out
-    from echo4o.quickstart.shapes import draw
+    from echo4o.evaluation.benchmarks.shapes4o.rendering import render
+    from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup, lay_out
 
     rows = [
         {
@@ -45,12 +45,12 @@ def shapes():
         },
     ]
     shown = [
-        [Group("star", "red")],
-        [Group("heart", count=2)],
-        [Group("cross", "blue", 1, "right"), Group("circle", "green", 1, "left")],
-        [Group("star", None, 1, "left", "large"), Group("heart", None, 1, "right", "small")],
+        [ShapeGroup("star", "red")],
+        [ShapeGroup("heart", count=2)],
+        [ShapeGroup("cross", "blue", 1, "right"), ShapeGroup("circle", "green", 1, "left")],
+        [ShapeGroup("star", None, 1, "left", "large"), ShapeGroup("heart", None, 1, "right", "small")],
     ]
-    return rows, {str(number): draw(lay_out(groups)) for number, groups in enumerate(shown, start=1)}
+    return rows, {str(number): render(lay_out(groups)) for number, groups in enumerate(shown, start=1)}
 
 
 def test_pixels(tmp_path):

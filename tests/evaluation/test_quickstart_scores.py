@@ -4,17 +4,17 @@ import json
 
 from PIL import Image
 
-from echo4o.quickstart.detector import check, detect
-from echo4o.quickstart.drawing import judge
-from echo4o.quickstart.prompts import held_out_prompts
-from echo4o.quickstart.scene import lay_out
-from echo4o.quickstart.shapes import draw
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.grammar import held_out_prompts
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render
+from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out
+from echo4o.quickstart.generation import judge
 
 
 def test_all_held_out_prompts(tmp_path):
     prompts = held_out_prompts()
     # Every third picture is that of another prompt, every tenth is blank.
-    pictures = [draw(lay_out(prompts[(i + 7 * (i % 3 == 0)) % len(prompts)].groups)) for i in range(len(prompts))]
+    pictures = [render(lay_out(prompts[(i + 7 * (i % 3 == 0)) % len(prompts)].groups)) for i in range(len(prompts))]
     pictures[::10] = [Image.new("RGB", (64, 64), "white")] * len(pictures[::10])
     reasons = judge(prompts, pictures, tmp_path / "evaluation")
     assert reasons == [check(prompt.groups, detect(picture))[1] for prompt, picture in zip(prompts, pictures)]
@@ -28,6 +28,6 @@ def test_all_held_out_prompts(tmp_path):
 
 def test_a_second_run_starts_over(tmp_path):
     prompts = held_out_prompts()[:2]
-    right = [draw(lay_out(prompt.groups)) for prompt in prompts]
+    right = [render(lay_out(prompt.groups)) for prompt in prompts]
     assert judge(prompts, right, tmp_path) == [[], []]
     assert all(judge(prompts[:1], [Image.new("RGB", (64, 64), "white")], tmp_path)[0])

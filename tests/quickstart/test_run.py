@@ -6,14 +6,15 @@ import re
 import pytest
 from PIL import Image
 
+from echo4o.evaluation.benchmarks.shapes4o.accuracy import scores_by_tag
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, held_out_contents, held_out_prompts, is_held_out
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render
+from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup, lay_out
 from echo4o.quickstart import run as quickstart
 from echo4o.quickstart.base_model import single_object_prompts, single_object_rows, single_objects
-from echo4o.quickstart.detector import check, detect, scores_by_tag
-from echo4o.quickstart.drawing import Drawn
-from echo4o.quickstart.prompts import TAGS, held_out_contents, held_out_prompts, is_held_out
-from echo4o.quickstart.report import loss_curve, write_report
-from echo4o.quickstart.scene import Group, lay_out
-from echo4o.quickstart.shapes import draw
+from echo4o.quickstart.generation import GeneratedImages
+from echo4o.quickstart.quickstart_report import loss_curve, write_report
 from echo4o.training.recipe import bundled_recipe, load_recipe
 
 RESULT = {
@@ -35,11 +36,13 @@ RESULT = {
 LOG = [{"samples": 32 * (i + 1), "loss": 1 / (i + 1)} for i in range(30)]
 
 
-def drawn(right: bool) -> Drawn:
+def drawn(right: bool) -> GeneratedImages:
     prompts = [held_out_prompts()[0], next(p for p in held_out_prompts() if p.references)]
-    pictures = [draw(lay_out(p.groups)) if right else Image.new("RGB", (64, 64), "white") for p in prompts]
+    pictures = [render(lay_out(p.groups)) if right else Image.new("RGB", (64, 64), "white") for p in prompts]
     reasons = [check(p.groups, detect(picture))[1] for p, picture in zip(prompts, pictures)]
-    return Drawn(prompts, pictures, reasons, scores_by_tag([p.tag for p in prompts], [not why for why in reasons]))
+    return GeneratedImages(
+        prompts, pictures, reasons, scores_by_tag([p.tag for p in prompts], [not why for why in reasons])
+    )
 
 
 def test_report_is_one_file_with_pictures_and_intervals(tmp_path):
@@ -67,7 +70,7 @@ def test_the_base_sees_no_held_out_content():
     assert sum(row["answer"] is not None for row in rows) == 10
     assert any(len(content) == 1 for content in held_out_contents()), "then the check above checks something"
     prompts = single_object_prompts(10)
-    assert all(check(p.groups, detect(draw(lay_out(p.groups))))[0] for p in prompts)
+    assert all(check(p.groups, detect(render(lay_out(p.groups))))[0] for p in prompts)
 
 
 @pytest.mark.parametrize(
@@ -125,5 +128,5 @@ def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
 
 def test_group_words_match_the_detector():
     """A group without a colour is drawn in its typical one and found as such."""
-    found = detect(draw(lay_out([Group("heart")])))
+    found = detect(render(lay_out([ShapeGroup("heart")])))
     assert [(thing.shape, thing.colour) for thing in found] == [("heart", "red")]

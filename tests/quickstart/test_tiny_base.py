@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from echo4o.quickstart.detector import check, detect
-from echo4o.quickstart.prompts import TAGS, captions, held_out_prompts, training_prompt
-from echo4o.quickstart.scene import lay_out
-from echo4o.quickstart.shapes import draw, tint
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, captions, held_out_prompts, training_prompt
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out
 from echo4o.quickstart.tiny_base import BASE, load_tokenizer, load_vae, main
 from echo4o.quickstart.tiny_tokenizer import SPECIAL_TOKENS, train_tokenizer
 from echo4o.quickstart.tiny_vae import CONFIG, VaeTraining, pictures_for_training, through, train_vae
@@ -53,7 +53,7 @@ def test_instructions_are_short_and_any_text_survives(tokenizer):
 def test_pictures_survive_the_vae(vae):
     rng = np.random.default_rng(7)
     prompts = [training_prompt(TAGS[index % len(TAGS)], rng) for index in range(108)]
-    drawn = [np.asarray(draw(lay_out(p.groups, "prompt", rng), tint(i))) for i, p in enumerate(prompts)]
+    drawn = [np.asarray(render(lay_out(p.groups, "prompt", rng), tint(i))) for i, p in enumerate(prompts)]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
     right = [check(p.groups, detect(picture))[0] for p, picture in zip(prompts, through(vae, pictures))]
     assert sum(right) >= 0.97 * len(right), [p.text for p, ok in zip(prompts, right) if not ok]

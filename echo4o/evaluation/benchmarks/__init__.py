@@ -4,7 +4,7 @@ from echo4o.evaluation.benchmarks.base import Benchmark
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
 from echo4o.evaluation.benchmarks.imagine_bench import ImagineBench
 from echo4o.evaluation.benchmarks.omnicontext import OmniContext
-from echo4o.evaluation.benchmarks.shapes4o import Shapes4o
+from echo4o.evaluation.benchmarks.shapes4o.benchmark import Shapes4o
 
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (GenEvalPP(), ImagineBench(), OmniContext(), Shapes4o())}
 

@@ -17,14 +17,14 @@ class PixelsJudge(Judge):
     parallel = 1
 
     def identity(self) -> dict[str, Any]:
-        from echo4o.quickstart import detector
+        from echo4o.evaluation.benchmarks.shapes4o import detector
 
         return {"judge": self.name, "detector": hashlib.sha256(Path(detector.__file__).read_bytes()).hexdigest()[:16]}
 
     async def ask(self, question: Question, key: str) -> Answer:
         from PIL import Image
 
-        from echo4o.quickstart.detector import check, detect
+        from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
 
         if "include" not in question.facts:
             raise JudgeFault("wrong_benchmark", "the judge pixels can only check lists of objects", fatal=True)
@@ -41,7 +41,9 @@ class PixelsJudge(Judge):
 
 def group_of(item: dict[str, Any]):
     """The detector's group of an entry of a checklist."""
-    from echo4o.quickstart.scene import Group
+    from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup
 
     size = item.get("size")
-    return Group(item["class"], item.get("color"), item.get("count", 1), item.get("region"), _SIZES.get(size, size))
+    return ShapeGroup(
+        item["class"], item.get("color"), item.get("count", 1), item.get("region"), _SIZES.get(size, size)
+    )

@@ -6,9 +6,9 @@ import re
 
 from PIL import Image
 
-from echo4o.quickstart.detector import check, detect
-from echo4o.quickstart.scene import COLOURS, SHAPES, TYPICAL_COLOUR, Group, lay_out
-from echo4o.quickstart.shapes import draw, png, tint
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.rendering import png, render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, SHAPES, TYPICAL_COLOUR, ShapeGroup, lay_out
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 REGIONS = {"left": "left", "right": "right", "top": "above", "bottom": "below"}
@@ -19,10 +19,10 @@ _PHRASE = re.compile(
 _SIZES = {"larger": "large", "smaller": "small"}
 
 
-def groups_in(text: str) -> list[Group]:
+def groups_in(text: str) -> list[ShapeGroup]:
     """The things that an instruction asks for."""
     return [
-        Group(shape, colour or None, NUMBERS[number], REGIONS.get(region), _SIZES.get(size))
+        ShapeGroup(shape, colour or None, NUMBERS[number], REGIONS.get(region), _SIZES.get(size))
         for number, size, colour, shape, region in _PHRASE.findall(text.lower())
     ]
 
@@ -46,10 +46,10 @@ class Artist:
         for text, left in self.wrong.items():
             if left and text in call.text:
                 self.wrong[text] -= 1
-                return png(draw((), background))
+                return png(render((), background))
         if call.kind == "edit":
             return png(_joined(call.images))
-        return png(draw(lay_out(groups_in(call.text)), background))
+        return png(render(lay_out(groups_in(call.text)), background))
 
     def write(self, call) -> str:
         text = call.text
@@ -86,7 +86,7 @@ def _opened(data: bytes) -> Image.Image:
 def _joined(references) -> Image.Image:
     """One thing of every reference, side by side: as a model does that looked at its inputs."""
     things = [detect(_opened(data))[0] for data in references]
-    return draw(lay_out([Group(thing.shape, thing.colour) for thing in _apart(things)]), tint(len(references)))
+    return render(lay_out([ShapeGroup(thing.shape, thing.colour) for thing in _apart(things)]), tint(len(references)))
 
 
 def _apart(things):
@@ -95,4 +95,4 @@ def _apart(things):
 
 
 def reference(shape: str, colour: str, number: int) -> bytes:
-    return png(draw(lay_out([Group(shape, colour)]), tint(number)))
+    return png(render(lay_out([ShapeGroup(shape, colour)]), tint(number)))

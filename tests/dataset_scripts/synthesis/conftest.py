@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from echo4o.quickstart.scene import COLOURS, SHAPES
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, SHAPES
 from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.dataset_scripts.synthesis.artist import Artist, reference
 

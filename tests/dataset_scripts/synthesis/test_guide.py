@@ -19,7 +19,7 @@ from echo4o.dataset_scripts.synthesis.gates import Reason
 from echo4o.dataset_scripts.synthesis.plan import make_plan
 from echo4o.dataset_scripts.synthesis.recipe import load_recipe
 from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
-from echo4o.quickstart.shapes import png
+from echo4o.evaluation.benchmarks.shapes4o.rendering import png
 from echo4o.testing.openai_server import API_KEY
 from tests.dataset_scripts.synthesis.artist import reference
 from tests.test_readme import BLOCK, EXAMPLE

@@ -10,10 +10,19 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage, special
+from scipy import ndimage
 
-from echo4o.quickstart.scene import BACKGROUND, CELL, COLOURS, GRID, PICTURE, SHAPES, SIZES, Group
-from echo4o.quickstart.shapes import coverage
+from echo4o.evaluation.benchmarks.shapes4o.rendering import coverage
+from echo4o.evaluation.benchmarks.shapes4o.scene import (
+    BACKGROUND,
+    CELL,
+    COLOURS,
+    GRID,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    ShapeGroup,
+)
 
 SCALE = 2  # the working size is 128 pixels: outlines of 8-pixel objects are too coarse to compare at 64
 TEMPLATE = 32
@@ -64,9 +73,11 @@ def detect(picture: Image.Image | np.ndarray) -> list[FoundObject]:
     """
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    if picture.size != (PICTURE, PICTURE):
-        raise ValueError(f"the picture is {picture.size[0]} x {picture.size[1]}; it must be {PICTURE} x {PICTURE}")
-    large = picture.convert("RGB").resize((PICTURE * SCALE, PICTURE * SCALE), Image.Resampling.BICUBIC)
+    if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"the picture is {picture.size[0]} x {picture.size[1]}; it must be {IMAGE_SIZE} x {IMAGE_SIZE}"
+        )
+    large = picture.convert("RGB").resize((IMAGE_SIZE * SCALE, IMAGE_SIZE * SCALE), Image.Resampling.BICUBIC)
     pixels = np.asarray(large, np.float32)
     cover, nearest = _colours(pixels - _background(pixels))
     found = [
@@ -147,7 +158,7 @@ def _unit_area(shape: str) -> float:
 # --- does the picture show what the prompt asks for? --------------------------------------------------------------
 
 
-def check(groups: Sequence[Group], found: Sequence[FoundObject]) -> tuple[bool, list[str]]:
+def check(groups: Sequence[ShapeGroup], found: Sequence[FoundObject]) -> tuple[bool, list[str]]:
     """Whether exactly the asked objects were found, and nothing else; and every reason why not.
 
     Only what is stated counts: a group without a colour may have any, a group without a region may be anywhere.
@@ -175,12 +186,12 @@ def check(groups: Sequence[Group], found: Sequence[FoundObject]) -> tuple[bool, 
     return not reasons, reasons
 
 
-def _is_of(group: Group, thing: FoundObject) -> bool:
+def _is_of(group: ShapeGroup, thing: FoundObject) -> bool:
     return thing.shape == group.shape and group.colour in (None, thing.colour)
 
 
 def _in_region(region: str | None, thing: FoundObject) -> bool:
-    middle = PICTURE / 2
+    middle = IMAGE_SIZE / 2
     inside = {
         "left": thing.x < middle,
         "right": thing.x > middle,
@@ -190,7 +201,7 @@ def _in_region(region: str | None, thing: FoundObject) -> bool:
     return inside.get(region, True)
 
 
-def _relations(groups: Sequence[Group], members: Sequence[Sequence[FoundObject]]) -> list[str]:
+def _relations(groups: Sequence[ShapeGroup], members: Sequence[Sequence[FoundObject]]) -> list[str]:
     """What is wrong between groups whose objects are all there."""
     reasons = []
     large = [thing for group, of in zip(groups, members) if group.size == "large" for thing in of]
@@ -205,50 +216,3 @@ def _relations(groups: Sequence[Group], members: Sequence[Sequence[FoundObject]]
         if down > CELL / 2 or not CELL / 2 < across < 2 * CELL:
             reasons.append(f"{one.shape} and {other.shape} are {across:.0f} across and {down:.0f} down: not beside")
     return reasons
-
-
-# --- scores -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Score:
-    """A share of right pictures with its 95% interval (Wilson's, which also holds at 0 and 1 and for few pictures)."""
-
-    right: int
-    of: int
-
-    @property
-    def mean(self) -> float:
-        return self.right / self.of
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.right, self.of)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.mean:.2f} [{low:.2f}, {high:.2f}] ({self.right}/{self.of})"
-
-
-def wilson(right: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share.
-
-    Raises:
-        ValueError: not 0 <= right <= of with of at least 1.
-    """
-    if of < 1 or not 0 <= right <= of:
-        raise ValueError(f"wilson: {right} right of {of}; of must be at least 1 and right between 0 and of")
-    z = float(special.ndtri(0.5 + confidence / 2))
-    share, weight = right / of, z * z / of
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * np.sqrt(share * (1 - share) / of + weight / of / 4) / (1 + weight)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
-
-
-def scores_by_tag(tags: Sequence[str], right: Sequence[bool]) -> dict[str, Score]:
-    """The score of each tag in the order of appearance, then of all pictures as "overall"."""
-    if len(tags) != len(right) or not tags:
-        raise ValueError(f"scores_by_tag: {len(tags)} tags and {len(right)} results; they must be equally many, not 0")
-    by_tag = {tag: [ok for of, ok in zip(tags, right) if of == tag] for tag in dict.fromkeys(tags)}
-    scores = {tag: Score(sum(oks), len(oks)) for tag, oks in by_tag.items()}
-    return scores | {"overall": Score(sum(map(bool, right)), len(right))}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PICTURE = 64
+IMAGE_SIZE = 64
 GRID = 4
-CELL = PICTURE // GRID
+CELL = IMAGE_SIZE // GRID
 
 BACKGROUND = (244, 244, 244)
 COLOURS = {
@@ -38,7 +38,7 @@ LAYOUTS = ("prompt", "free")
 
 
 @dataclass(frozen=True, order=True)
-class Group:
+class ShapeGroup:
     """Equal objects that a prompt asks for. ``colour``, ``region`` and ``size`` are None where it does not say."""
 
     shape: str
@@ -80,7 +80,7 @@ class SceneObject:
 
 
 def lay_out(
-    groups: Sequence[Group], layout: str = "prompt", rng: np.random.Generator | None = None
+    groups: Sequence[ShapeGroup], layout: str = "prompt", rng: np.random.Generator | None = None
 ) -> tuple[SceneObject, ...]:
     """Gives every object of the groups a cell.
 
@@ -106,7 +106,7 @@ def lay_out(
 
 
 def lay_out_reference(
-    group: Group, layout: str = "prompt", rng: np.random.Generator | None = None
+    group: ShapeGroup, layout: str = "prompt", rng: np.random.Generator | None = None
 ) -> tuple[SceneObject, ...]:
     """A reference picture: one object, in cell (1, 1) or, with ``layout="free"``, in any cell."""
     if layout == "free":
@@ -114,7 +114,7 @@ def lay_out_reference(
     return (SceneObject(group.shape, group.drawn_colour, 1, 1, group.size or "medium"),)
 
 
-def _by_prompt(groups: Sequence[Group], rng) -> list[list[tuple[int, int]]]:
+def _by_prompt(groups: Sequence[ShapeGroup], rng) -> list[list[tuple[int, int]]]:
     cells, row = [], 0
     for index, group in enumerate(groups):
         if group.region is None:
@@ -133,7 +133,7 @@ def _edge_cell(region: str, n: int) -> tuple[int, int]:
     return {"left": (n, 0), "right": (n, GRID - 1), "above": (0, n), "below": (GRID - 1, n)}[region]
 
 
-def _freely(groups: Sequence[Group], rng: np.random.Generator) -> list[list[tuple[int, int]]]:
+def _freely(groups: Sequence[ShapeGroup], rng: np.random.Generator) -> list[list[tuple[int, int]]]:
     half = GRID // 2
     permitted = {
         None: lambda r, c: True,

@@ -1,4 +1,4 @@
-"""Draws Shapes-4o, a miniature of Echo-4o-Image, and writes it in the upstream release's layout."""
+"""Writes Shapes-4o, a miniature of Echo-4o-Image, in the upstream release's layout."""
 
 import gzip
 import io
@@ -6,28 +6,13 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from echo4o.quickstart.prompts import PARTS, Prompt, tags_of, training_prompt
-from echo4o.quickstart.scene import (
-    BACKGROUND,
-    CELL,
-    COLOURS,
-    LAYOUTS,
-    PICTURE,
-    SHAPES,
-    SIZES,
-    SceneObject,
-    lay_out,
-    lay_out_reference,
-)
-
-_SUPERSAMPLE = 8
-_TINTS = 13  # per colour channel
+from echo4o.evaluation.benchmarks.shapes4o.grammar import PARTS, ShapesPrompt, tags_of, training_prompt
+from echo4o.evaluation.benchmarks.shapes4o.rendering import png, render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import BACKGROUND, LAYOUTS, SceneObject, lay_out, lay_out_reference
 
 ROWS = {"surreal_fantasy": 900, "multi_reference": 1500, "instruction_following": 6000}
 
@@ -49,90 +34,17 @@ _FOLDERS = {
 }
 
 
-def draw(objects: Iterable[SceneObject], background: tuple[int, int, int] = BACKGROUND) -> Image.Image:
-    """Draws the objects, anti-aliased, on a plain background: an RGB picture of 64 x 64 pixels."""
-    canvas = np.empty((PICTURE, PICTURE, 3), np.float32)
-    canvas[:] = background
-    for thing in objects:
-        alpha = coverage(thing.shape, thing.size)[..., None]
-        cell = canvas[thing.row * CELL : (thing.row + 1) * CELL, thing.column * CELL : (thing.column + 1) * CELL]
-        cell += alpha * (np.asarray(COLOURS[thing.colour], np.float32) - cell)
-    return Image.fromarray((canvas + 0.5).astype(np.uint8))
-
-
-def tint(index: int) -> tuple[int, int, int]:
-    """A light background near BACKGROUND: 2197 different ones, then again from the first."""
-    steps = index * 1000 % _TINTS**3  # 1000 shares no divisor with 13, so every tint is met once in a round
-    return tuple(base - _TINTS // 2 + steps // _TINTS**axis % _TINTS for axis, base in enumerate(BACKGROUND))
-
-
-@lru_cache(maxsize=len(SHAPES) * len(SIZES))
-def coverage(shape: str, size: str) -> np.ndarray:
-    """How much of each pixel of a cell the shape covers: float32 (16, 16) in [0, 1], read-only."""
-    steps = CELL * _SUPERSAMPLE
-    axis = ((np.arange(steps) + 0.5) / _SUPERSAMPLE - CELL / 2) / (SIZES[size] / 2)
-    inside = _INSIDE[shape](axis[None, :], -axis[:, None])
-    inside = np.broadcast_to(inside, (steps, steps)).astype(np.float32)
-    alpha = inside.reshape(CELL, _SUPERSAMPLE, CELL, _SUPERSAMPLE).mean((1, 3))
-    alpha.flags.writeable = False
-    return alpha
-
-
-def _circle(x, y):
-    return x**2 + y**2 <= 1
-
-
-def _square(x, y):
-    return np.maximum(abs(x), abs(y)) <= 0.9
-
-
-def _triangle(x, y):
-    return (y >= -0.9) & (abs(x) <= (0.95 - y) / 1.85)
-
-
-def _cross(x, y):
-    return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1)
-
-
-def _heart(x, y):
-    y = 1.12 * y + 0.2
-    return x**2 + (y - 0.7 * np.sqrt(abs(x))) ** 2 <= 1
-
-
-def _star(x, y):
-    # Folded into the wedge between a tip (angle 0, radius 1) and its notch (angle pi / 5, radius 0.45): one edge.
-    radius = np.hypot(x, y + 0.05)
-    angle = np.arctan2(x, y + 0.05) % (2 * np.pi / 5)
-    angle = np.minimum(angle, 2 * np.pi / 5 - angle)
-    edge = 0.45 * np.exp(1j * np.pi / 5) - 1
-    tip_to_point = radius * np.exp(1j * angle) - 1
-    return edge.real * tip_to_point.imag - edge.imag * tip_to_point.real >= 0
-
-
-_INSIDE = {
-    "heart": _heart,
-    "star": _star,
-    "triangle": _triangle,
-    "cross": _cross,
-    "circle": _circle,
-    "square": _square,
-}
-
-
-# --- the upstream layout ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Sample:
+class ShapesRow:
     """One row of Shapes-4o: what is asked, what is shown beside it, and the picture that answers."""
 
-    prompt: Prompt
+    prompt: ShapesPrompt
     picture: tuple[SceneObject, ...]
     references: tuple[tuple[SceneObject, ...], ...] = ()
     background: tuple[int, int, int] = BACKGROUND
 
 
-def sample(part: str, index: int, seed: int = 0, layout: str = "prompt") -> Sample:
+def sample(part: str, index: int, seed: int = 0, layout: str = "prompt") -> ShapesRow:
     """Row ``index`` of a part: the same for the same arguments, and never a held-out content.
 
     Few words have only a handful of pictures ("two stars" has one where the words decide the layout), so each row has
@@ -148,7 +60,7 @@ def sample(part: str, index: int, seed: int = 0, layout: str = "prompt") -> Samp
     rng = np.random.default_rng([seed, PARTS.index(part), index])
     prompt = training_prompt(tags[index % len(tags)], rng)
     references = tuple(lay_out_reference(group, layout, rng) for group in prompt.references)
-    return Sample(prompt, lay_out(prompt.groups, layout, rng), references, tint(index))
+    return ShapesRow(prompt, lay_out(prompt.groups, layout, rng), references, tint(index))
 
 
 def render_upstream(
@@ -193,7 +105,7 @@ def render_upstream(
     return dict(rows)
 
 
-def _row(part: str, index: int, of: Sample) -> str:
+def _row(part: str, index: int, of: ShapesRow) -> str:
     images = f"/Echo-4o-Image/{_FOLDERS[part].name}/images"
     row = {"task_type": _FOLDERS[part].task_type, "instruction": of.prompt.text}
     if of.references:
@@ -201,22 +113,15 @@ def _row(part: str, index: int, of: Sample) -> str:
     return json.dumps(row | {"output_image": f"{images}/{index:05d}.png", "type": of.prompt.tag})
 
 
-def _reference_names(index: int, of: Sample) -> list[str]:
+def _reference_names(index: int, of: ShapesRow) -> list[str]:
     return [f"{index:05d}_{number}.png" for number in range(1, len(of.references) + 1)]
 
 
-def _members(start: int, samples: Iterable[Sample]) -> Iterator[tuple[str, bytes]]:
+def _members(start: int, samples: Iterable[ShapesRow]) -> Iterator[tuple[str, bytes]]:
     for index, of in enumerate(samples, start):
         for name, objects in zip(_reference_names(index, of), of.references):
-            yield name, png(draw(objects, of.background))
-        yield f"{index:05d}.png", png(draw(of.picture, of.background))
-
-
-def png(picture: Image.Image) -> bytes:
-    """The picture as PNG bytes, the same every time."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=6)
-    return buffer.getvalue()
+            yield name, png(render(objects, of.background))
+        yield f"{index:05d}.png", png(render(of.picture, of.background))
 
 
 def _write_archive(path: Path, members: Iterable[tuple[str, bytes]]) -> None:

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from echo4o.quickstart.detector import Score, check, detect, scores_by_tag, wilson
-from echo4o.quickstart.prompts import TAGS, training_prompt
-from echo4o.quickstart.scene import COLOURS, SHAPES, SIZES, Group, SceneObject, lay_out
-from echo4o.quickstart.shapes import draw, tint
+from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy, scores_by_tag, wilson
+from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, training_prompt
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, SHAPES, SIZES, SceneObject, ShapeGroup, lay_out
 
 
 def _truth(objects):
@@ -25,7 +26,7 @@ def test_right_on_rendered_truth():
     for index in range(360):
         prompt = training_prompt(TAGS[index % len(TAGS)], rng)
         objects = lay_out(prompt.groups, ("prompt", "free")[index % 2], rng)
-        found = detect(draw(objects, tint(index)))
+        found = detect(render(objects, tint(index)))
         right += _seen(found) == _truth(objects) and check(prompt.groups, found)[0]
     assert right >= 0.99 * 360
 
@@ -42,58 +43,58 @@ def test_right_on_crowded_scenes():
             SceneObject(shape, colour, int(cell) // 4, int(cell) % 4, size)
             for shape, colour, size, cell in zip(*words, cells)
         ]
-        right += _seen(detect(draw(objects))) == _truth(objects)
+        right += _seen(detect(render(objects))) == _truth(objects)
     assert right >= 99
 
 
 def test_two_toned_things_are_no_objects():
-    pixels = np.array(draw([SceneObject("square", "red", 0, 0)]))
-    pixels[8:16] = np.asarray(draw([SceneObject("square", "blue", 0, 0)]))[8:16]
-    assert not check([Group("square", "red")], detect(pixels))[0]
+    pixels = np.array(render([SceneObject("square", "red", 0, 0)]))
+    pixels[8:16] = np.asarray(render([SceneObject("square", "blue", 0, 0)]))[8:16]
+    assert not check([ShapeGroup("square", "red")], detect(pixels))[0]
     assert [thing.shape for thing in detect(pixels)] == [None, None]
-    assert "a red thing of no clear shape at (8, 5)" in check([Group("square")], detect(pixels))[1]
+    assert "a red thing of no clear shape at (8, 5)" in check([ShapeGroup("square")], detect(pixels))[1]
 
 
 def test_an_empty_picture_has_no_objects():
-    assert detect(draw([])) == []
-    assert check([Group("star")], []) == (False, ["0 x star, asked for 1"])
+    assert detect(render([])) == []
+    assert check([ShapeGroup("star")], []) == (False, ["0 x star, asked for 1"])
 
 
 @pytest.mark.parametrize(
     ("asked", "drawn", "reason"),
     [
-        ([Group("star", None, 2)], [("star", "red", 0, 0)], "1 x star, asked for 2"),
-        ([Group("star")], [("star", "red", 0, 0), ("star", "red", 0, 1)], "2 x star, asked for 1"),
-        ([Group("star", "red")], [("star", "blue", 0, 0)], "an unasked blue star"),
-        ([Group("star")], [("star", "red", 0, 0), ("heart", "red", 3, 3)], "an unasked red heart"),
-        ([Group("star", None, 1, "left")], [("star", "red", 0, 3)], "star at .* is not left"),
-        ([Group("star", None, 1, "below")], [("star", "red", 0, 3)], "star at .* is not below"),
+        ([ShapeGroup("star", None, 2)], [("star", "red", 0, 0)], "1 x star, asked for 2"),
+        ([ShapeGroup("star")], [("star", "red", 0, 0), ("star", "red", 0, 1)], "2 x star, asked for 1"),
+        ([ShapeGroup("star", "red")], [("star", "blue", 0, 0)], "an unasked blue star"),
+        ([ShapeGroup("star")], [("star", "red", 0, 0), ("heart", "red", 3, 3)], "an unasked red heart"),
+        ([ShapeGroup("star", None, 1, "left")], [("star", "red", 0, 3)], "star at .* is not left"),
+        ([ShapeGroup("star", None, 1, "below")], [("star", "red", 0, 3)], "star at .* is not below"),
         (
-            [Group("star", size="large"), Group("heart", size="small")],
+            [ShapeGroup("star", size="large"), ShapeGroup("heart", size="small")],
             [("star", "red", 0, 0), ("heart", "red", 1, 0)],
             "the larger is .* times the smaller",
         ),
         (
-            [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
+            [ShapeGroup("star", "red", 1, "beside"), ShapeGroup("heart", "red", 1, "beside")],
             [("star", "red", 0, 0), ("heart", "red", 1, 1)],
             "16 across and 1[567] down: not beside",
         ),
         (
-            [Group("star", "red", 1, "beside"), Group("heart", "red", 1, "beside")],
+            [ShapeGroup("star", "red", 1, "beside"), ShapeGroup("heart", "red", 1, "beside")],
             [("star", "red", 0, 0), ("heart", "red", 0, 3)],
             "48 across and . down: not beside",
         ),
     ],
 )
 def test_what_is_wrong_is_said(asked, drawn, reason):
-    ok, reasons = check(asked, detect(draw(SceneObject(*of) for of in drawn)))
+    ok, reasons = check(asked, detect(render(SceneObject(*of) for of in drawn)))
     assert not ok
     assert any(re.search(reason, line) for line in reasons), reasons
 
 
 def test_only_what_is_stated_counts():
-    found = detect(draw([SceneObject("star", "purple", 3, 2, "small")]))
-    assert check([Group("star")], found) == (True, [])
+    found = detect(render([SceneObject("star", "purple", 3, 2, "small")]))
+    assert check([ShapeGroup("star")], found) == (True, [])
 
 
 def test_pictures_of_another_size_are_refused():
@@ -111,5 +112,5 @@ def test_wilson_intervals():
 
 def test_scores_by_tag():
     scores = scores_by_tag(["count", "colour", "count"], [True, False, False])
-    assert scores == {"count": Score(1, 2), "colour": Score(0, 1), "overall": Score(1, 3)}
+    assert scores == {"count": Accuracy(1, 2), "colour": Accuracy(0, 1), "overall": Accuracy(1, 3)}
     assert str(scores["count"]).startswith("0.50 [0.09, 0.91]")

@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from echo4o.quickstart.prompts import TAGS
-from echo4o.quickstart.scene import SceneObject
-from echo4o.quickstart.shapes import draw, png, render_upstream, sample, tint
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS
+from echo4o.evaluation.benchmarks.shapes4o.rendering import png, render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import SceneObject
+from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream, sample
 
 ROWS = {"surreal_fantasy": 12, "multi_reference": 6, "instruction_following": 25}
 
@@ -53,12 +54,12 @@ def test_a_row_does_not_depend_on_the_others():
 def test_no_two_rows_are_duplicates():
     assert len({tint(index) for index in range(2197)}) == 2197
     rows = [sample("surreal_fantasy", index) for index in range(600)]
-    pictures = Counter((row.prompt.text, png(draw(row.picture, row.background))) for row in rows)
+    pictures = Counter((row.prompt.text, png(render(row.picture, row.background))) for row in rows)
     assert max(pictures.values()) == 1
 
 
 def test_pictures_are_anti_aliased_on_a_plain_background():
-    pixels = np.asarray(draw([SceneObject("circle", "blue", 1, 2)], (240, 244, 248)))
+    pixels = np.asarray(render([SceneObject("circle", "blue", 1, 2)], (240, 244, 248)))
     assert pixels.shape == (64, 64, 3)
     assert (pixels[:16] == (240, 244, 248)).all() and (pixels[24, 40] == (44, 76, 200)).all()
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) >= 8  # edges have shades of their own

@@ -12,7 +12,7 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 
-from echo4o.quickstart.scene import COLOURS, SHAPES, TYPICAL_COLOUR, Group
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, SHAPES, TYPICAL_COLOUR, ShapeGroup
 
 HELD_OUT_PER_TAG = 10
 _HELD_OUT_SEED = 4
@@ -26,16 +26,16 @@ Content = frozenset  # of (shape, drawn colour, count, region, size)
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ShapesPrompt:
     """An instruction, the objects that it asks for in their order of mention, and what its references show."""
 
     tag: str
     text: str
-    groups: tuple[Group, ...]
-    references: tuple[Group, ...] = ()
+    groups: tuple[ShapeGroup, ...]
+    references: tuple[ShapeGroup, ...] = ()
 
 
-def content(groups: Iterable[Group]) -> Content:
+def content(groups: Iterable[ShapeGroup]) -> Content:
     """What a picture of the groups shows, whatever the order of mention and whether a typical colour is stated."""
     return frozenset((g.shape, g.drawn_colour, g.count, g.region, g.size) for g in groups)
 
@@ -43,24 +43,24 @@ def content(groups: Iterable[Group]) -> Content:
 # --- the contents of each tag: tuples of groups, one order of each ------------------------------------------------
 
 
-def _colours() -> Iterator[tuple[Group, ...]]:
+def _colours() -> Iterator[tuple[ShapeGroup, ...]]:
     for number in (2, 3):
         for shapes in combinations(SHAPES, number):
             for colours in product(COLOURS, repeat=number):
-                yield tuple(Group(shape, colour) for shape, colour in zip(shapes, colours))
+                yield tuple(ShapeGroup(shape, colour) for shape, colour in zip(shapes, colours))
 
 
-def _counts() -> Iterator[tuple[Group, ...]]:
+def _counts() -> Iterator[tuple[ShapeGroup, ...]]:
     for shape, count in product(SHAPES, range(2, 9)):
-        yield (Group(shape, count=count),)
+        yield (ShapeGroup(shape, count=count),)
 
 
-def _colours_and_counts() -> Iterator[tuple[Group, ...]]:
+def _colours_and_counts() -> Iterator[tuple[ShapeGroup, ...]]:
     for shapes in combinations(SHAPES, 2):
         for colours in product(COLOURS, repeat=2):
             for counts in product(range(1, 5), repeat=2):
                 if counts != (1, 1):
-                    yield tuple(Group(*of) for of in zip(shapes, colours, counts))
+                    yield tuple(ShapeGroup(*of) for of in zip(shapes, colours, counts))
 
 
 def _places() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
@@ -70,42 +70,48 @@ def _places() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
             yield shapes, regions
 
 
-def _colours_and_places() -> Iterator[tuple[Group, ...]]:
+def _colours_and_places() -> Iterator[tuple[ShapeGroup, ...]]:
     for shapes, regions in _places():
         for colours in product(COLOURS, repeat=2):
-            yield tuple(Group(shape, colour, 1, region) for shape, colour, region in zip(shapes, colours, regions))
+            yield tuple(
+                ShapeGroup(shape, colour, 1, region) for shape, colour, region in zip(shapes, colours, regions)
+            )
 
 
-def _places_and_counts() -> Iterator[tuple[Group, ...]]:
+def _places_and_counts() -> Iterator[tuple[ShapeGroup, ...]]:
     for shapes, regions in _places():
         for counts in product(range(1, 4), repeat=2):
-            yield tuple(Group(shape, None, count, region) for shape, count, region in zip(shapes, counts, regions))
+            yield tuple(
+                ShapeGroup(shape, None, count, region) for shape, count, region in zip(shapes, counts, regions)
+            )
 
 
-def _places_and_sizes() -> Iterator[tuple[Group, ...]]:
+def _places_and_sizes() -> Iterator[tuple[ShapeGroup, ...]]:
     for shapes, regions in _places():
         for sizes in (("large", "small"), ("small", "large")):
-            yield tuple(Group(shape, None, 1, region, size) for shape, region, size in zip(shapes, regions, sizes))
+            yield tuple(
+                ShapeGroup(shape, None, 1, region, size) for shape, region, size in zip(shapes, regions, sizes)
+            )
 
 
-def _several_counts() -> Iterator[tuple[Group, ...]]:
+def _several_counts() -> Iterator[tuple[ShapeGroup, ...]]:
     for shapes in combinations(SHAPES, 3):
         for counts in product(range(1, 4), repeat=3):
-            yield tuple(Group(shape, None, count) for shape, count in zip(shapes, counts))
+            yield tuple(ShapeGroup(shape, None, count) for shape, count in zip(shapes, counts))
 
 
-def _pairs_of_references() -> Iterator[tuple[Group, ...]]:
+def _pairs_of_references() -> Iterator[tuple[ShapeGroup, ...]]:
     single = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     for pair in combinations(single, 2):
-        yield tuple(Group(shape, colour, 1, "beside") for shape, colour in pair)
+        yield tuple(ShapeGroup(shape, colour, 1, "beside") for shape, colour in pair)
 
 
-def _surreal() -> Iterator[tuple[Group, ...]]:
+def _surreal() -> Iterator[tuple[ShapeGroup, ...]]:
     for shape, colour in product(SHAPES, COLOURS):
         if colour != TYPICAL_COLOUR[shape]:
-            yield (Group(shape, colour),)
+            yield (ShapeGroup(shape, colour),)
     for giant, tiny in permutations(SHAPES, 2):
-        yield (Group(giant, size="large"), Group(tiny, size="small"))
+        yield (ShapeGroup(giant, size="large"), ShapeGroup(tiny, size="small"))
 
 
 @lru_cache
@@ -117,14 +123,14 @@ def chance_of_references() -> float:
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def thing(group: Group, article: str = "a", size: str | None = None) -> str:
+def thing(group: ShapeGroup, article: str = "a", size: str | None = None) -> str:
     """The group in words, as in "a red star" or "three crosses"."""
     noun = group.shape if group.count == 1 else _PLURALS.get(group.shape, group.shape + "s")
     number = article if group.count == 1 else _NUMBERS[group.count - 1]
     return " ".join(filter(None, (number, size, group.colour, noun)))
 
 
-def placed(group: Group, article: str = "a") -> str:
+def placed(group: ShapeGroup, article: str = "a") -> str:
     """The group in words with its size and its place, as in "a larger star on the left"."""
     words = thing(group, article, _COMPARED.get(group.size))
     return f"{words} {_PLACES[group.region]}" if group.region else words
@@ -167,8 +173,8 @@ def _say_surreal(groups, rng) -> str:
 
 @dataclass(frozen=True)
 class _Tag:
-    contents: Callable[[], Iterator[tuple[Group, ...]]]
-    say: Callable[[Sequence[Group], np.random.Generator], str]
+    contents: Callable[[], Iterator[tuple[ShapeGroup, ...]]]
+    say: Callable[[Sequence[ShapeGroup], np.random.Generator], str]
     part: str
 
 
@@ -203,7 +209,7 @@ def tags_of(part: str) -> tuple[str, ...]:
 
 
 @lru_cache
-def _split(tag: str) -> tuple[tuple[tuple[Group, ...], ...], tuple[tuple[Group, ...], ...]]:
+def _split(tag: str) -> tuple[tuple[tuple[ShapeGroup, ...], ...], tuple[tuple[ShapeGroup, ...], ...]]:
     """A tag's contents: those that may be trained on, and those of its own held-out prompts."""
     every = list(_tag(tag).contents())
     rng = np.random.default_rng([_HELD_OUT_SEED, TAGS.index(tag)])
@@ -217,18 +223,18 @@ def held_out_contents() -> frozenset[Content]:
     return frozenset(content(groups) for tag in TAGS for groups in _split(tag)[1])
 
 
-def is_held_out(groups: Iterable[Group]) -> bool:
+def is_held_out(groups: Iterable[ShapeGroup]) -> bool:
     """Whether the groups, in any order, are a held-out content: ask before training on anything."""
     return content(groups) in held_out_contents()
 
 
 @lru_cache
-def _trainable(tag: str) -> tuple[tuple[Group, ...], ...]:
+def _trainable(tag: str) -> tuple[tuple[ShapeGroup, ...], ...]:
     # Tags overlap: two objects of typical colours, each once, belong to several of them.
     return tuple(groups for groups in _split(tag)[0] if not is_held_out(groups))
 
 
-def held_out_prompts(tags: Sequence[str] = TAGS) -> list[Prompt]:
+def held_out_prompts(tags: Sequence[str] = TAGS) -> list[ShapesPrompt]:
     """The prompts that scores are measured on: ten of each tag, always the same."""
     prompts = []
     for tag in tags:
@@ -237,16 +243,16 @@ def held_out_prompts(tags: Sequence[str] = TAGS) -> list[Prompt]:
     return prompts
 
 
-def training_prompt(tag: str, rng: np.random.Generator) -> Prompt:
+def training_prompt(tag: str, rng: np.random.Generator) -> ShapesPrompt:
     """Draws a prompt of a tag, in a random order of mention, whose content is not held out."""
     contents = _trainable(tag)
     return _prompt(tag, contents[int(rng.integers(len(contents)))], rng)
 
 
-def _prompt(tag: str, groups: Sequence[Group], rng: np.random.Generator) -> Prompt:
+def _prompt(tag: str, groups: Sequence[ShapeGroup], rng: np.random.Generator) -> ShapesPrompt:
     mentioned = tuple(groups[i] for i in rng.permutation(len(groups)))
-    shown = tuple(Group(g.shape, g.colour) for g in mentioned) if tag == "multi_reference" else ()
-    return Prompt(tag, _TAGS[tag].say(mentioned, rng), mentioned, shown)
+    shown = tuple(ShapeGroup(g.shape, g.colour) for g in mentioned) if tag == "multi_reference" else ()
+    return ShapesPrompt(tag, _TAGS[tag].say(mentioned, rng), mentioned, shown)
 
 
 def _tag(tag: str) -> _Tag:

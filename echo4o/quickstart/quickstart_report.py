@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import png_uri
-from echo4o.quickstart.drawing import Drawn, reference_pictures
+from echo4o.quickstart.generation import GeneratedImages, reference_images_of
 
 
-def write_report(path: Path, result: dict, before: Drawn, after: Drawn, log: list[dict]) -> None:
+def write_report(path: Path, result: dict, before: GeneratedImages, after: GeneratedImages, log: list[dict]) -> None:
     """Write `path`.
 
     Args:
@@ -27,14 +27,14 @@ def write_report(path: Path, result: dict, before: Drawn, after: Drawn, log: lis
     for index, prompt in enumerate(after.prompts):
         item = {
             "text": prompt.text,
-            "references": [png_uri(picture) for picture in reference_pictures(prompt)],
+            "references": [png_uri(picture) for picture in reference_images_of(prompt)],
             "before": png_uri(before.pictures[index]),
             "after": png_uri(after.pictures[index]),
             "why_before": before.reasons[index],
             "why_after": after.reasons[index],
         }
         pictures.setdefault(prompt.tag, []).append(item)
-    html = environment.get_template("report.html.j2").render(
+    html = environment.get_template("quickstart_report.html.j2").render(
         r=result,
         rows=sum(result["rows"].values()),
         own=result["base_on_single_objects"],

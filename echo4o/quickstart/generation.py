@@ -11,58 +11,62 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 
-from echo4o.quickstart.detector import Score, scores_by_tag
-from echo4o.quickstart.prompts import Prompt
-from echo4o.quickstart.scene import lay_out_reference
-from echo4o.quickstart.shapes import draw
+from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy, scores_by_tag
+from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render
+from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out_reference
 
 STEPS = 24
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImages:
     """Prompts, their pictures, and what the detector says of each."""
 
-    prompts: list[Prompt]
+    prompts: list[ShapesPrompt]
     pictures: list[Image.Image]
     reasons: list[list[str]]  # why a picture is wrong; empty where it is right
-    scores: dict[str, Score]  # by tag, and "overall"
+    scores: dict[str, Accuracy]  # by tag, and "overall"
 
 
-def reference_pictures(prompt: Prompt) -> list[Image.Image]:
+def reference_images_of(prompt: ShapesPrompt) -> list[Image.Image]:
     """What is shown beside a prompt."""
-    return [draw(lay_out_reference(group)) for group in prompt.references]
+    return [render(lay_out_reference(group)) for group in prompt.references]
 
 
-def draw_prompts(pipeline, prompts: Sequence[Prompt], seed: int, steps: int = STEPS, **options) -> list[Image.Image]:
+def generate_images(
+    pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int = STEPS, **options
+) -> list[Image.Image]:
     """One picture per prompt in one batched call; picture i has a generator of its own, so order does not matter."""
     return pipeline(
         [prompt.text for prompt in prompts],
-        image=[reference_pictures(prompt) or None for prompt in prompts],
+        image=[reference_images_of(prompt) or None for prompt in prompts],
         generator=[torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(prompts))],
         num_inference_steps=steps,
         **options,
     ).images
 
 
-def draw_and_score(
-    pipeline, prompts: Sequence[Prompt], seed: int, steps: int = STEPS, out: Path | None = None, **options
-) -> Drawn:
+def generate_and_score(
+    pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int = STEPS, out: Path | None = None, **options
+) -> GeneratedImages:
     """Draw the prompts and check each picture strictly: exactly the asked objects, nothing else.
 
     Scored as every model is, by `echo4o.evaluation`; `out`: the folder for its pictures, records and report.
     """
-    pictures = draw_prompts(pipeline, prompts, seed, steps, **options)
+    pictures = generate_images(pipeline, prompts, seed, steps, **options)
     reasons = judge(prompts, pictures, out)
     scores = scores_by_tag([prompt.tag for prompt in prompts], [not why for why in reasons])
-    return Drawn(list(prompts), pictures, reasons, scores)
+    return GeneratedImages(list(prompts), pictures, reasons, scores)
 
 
-def judge(prompts: Sequence[Prompt], pictures: Sequence[Image.Image], out: Path | None = None) -> list[list[str]]:
+def judge(
+    prompts: Sequence[ShapesPrompt], pictures: Sequence[Image.Image], out: Path | None = None
+) -> list[list[str]]:
     """Why each picture is wrong, in the words of the judge `pixels`; empty where it is right."""
     from echo4o.common.json_lines import JsonLines
     from echo4o.evaluation import evaluate_images
-    from echo4o.evaluation.benchmarks.shapes4o import rows_of
+    from echo4o.evaluation.benchmarks.shapes4o.benchmark import rows_of
     from echo4o.evaluation.judge import Options
 
     if out is None:

@@ -6,10 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from echo4o.quickstart import prompts
-from echo4o.quickstart.prompts import TAGS, captions, content, held_out_prompts, is_held_out, training_prompt
-from echo4o.quickstart.scene import COLOURS, SHAPES, TYPICAL_COLOUR, Group, lay_out
-from echo4o.quickstart.shapes import render_upstream
+from echo4o.evaluation.benchmarks.shapes4o import grammar as prompts
+from echo4o.evaluation.benchmarks.shapes4o.grammar import (
+    TAGS,
+    captions,
+    content,
+    held_out_prompts,
+    is_held_out,
+    training_prompt,
+)
+from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, SHAPES, TYPICAL_COLOUR, ShapeGroup, lay_out
+from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream
 
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 SIZE_WORDS = {"larger": "large", "giant": "large", "smaller": "small", "tiny": "small"}
@@ -47,15 +54,15 @@ def test_words_say_the_content(tag):
 
 
 def test_content_has_no_order_and_knows_typical_colours():
-    star, heart = Group("star", "yellow"), Group("heart")
-    assert content([star, heart]) == content([heart, Group("star")])
-    assert content([star]) != content([Group("star", "red")]) != content([Group("star", "red", count=2)])
+    star, heart = ShapeGroup("star", "yellow"), ShapeGroup("heart")
+    assert content([star, heart]) == content([heart, ShapeGroup("star")])
+    assert content([star]) != content([ShapeGroup("star", "red")]) != content([ShapeGroup("star", "red", count=2)])
 
 
 def test_reordered_held_out_contents_are_held_out():
     for prompt in held_out_prompts():
         assert is_held_out(prompt.groups) and is_held_out(prompt.groups[::-1])
-    assert is_held_out([Group("square", "purple", 3)])  # "three squares", its typical colour stated
+    assert is_held_out([ShapeGroup("square", "purple", 3)])  # "three squares", its typical colour stated
 
 
 def test_no_training_prompt_is_held_out():
@@ -84,12 +91,12 @@ def test_every_shape_and_number_can_be_learned():
 
 
 def test_layout_by_prompt():
-    groups = [Group("star", "red"), Group("heart", None, 2)]
+    groups = [ShapeGroup("star", "red"), ShapeGroup("heart", None, 2)]
     assert [(o.row, o.column) for o in lay_out(groups)] == [(0, 0), (1, 0), (1, 1)]
-    groups = [Group("star", None, 2, "below"), Group("heart", None, 1, "above")]
+    groups = [ShapeGroup("star", None, 2, "below"), ShapeGroup("heart", None, 1, "above")]
     assert [(o.row, o.column) for o in lay_out(groups)] == [(3, 0), (3, 1), (0, 0)]
     with pytest.raises(ValueError, match="does not fit"):
-        lay_out([Group("star", None, 8), Group("heart", None, 8), Group("cross")])
+        lay_out([ShapeGroup("star", None, 8), ShapeGroup("heart", None, 8), ShapeGroup("cross")])
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -107,13 +114,13 @@ def test_free_layout_keeps_the_relations(tag):
 
 def test_bad_words_are_named():
     with pytest.raises(ValueError, match="shape is 'moon'; allowed are heart, star"):
-        Group("moon")
+        ShapeGroup("moon")
     with pytest.raises(ValueError, match="tag is 'poem'; allowed are colour, count"):
         training_prompt("poem", np.random.default_rng(0))
     with pytest.raises(ValueError, match="layout is 'grid'; allowed are prompt, free"):
-        lay_out([Group("star")], "grid")
+        lay_out([ShapeGroup("star")], "grid")
     with pytest.raises(ValueError, match="needs rng"):
-        lay_out([Group("star")], "free")
+        lay_out([ShapeGroup("star")], "free")
 
 
 def test_captions_hold_no_held_out_content():
