@@ -25,7 +25,7 @@ from echo4o.cli.frame import finish, say
 from echo4o.cli.pictures import check_model, choose_device, load_pipeline
 
 if TYPE_CHECKING:
-    from echo4o.evaluation.generate import Settings
+    from echo4o.evaluation.generate import GenerationSettings
 
 
 class _RunByDefault(TyperGroup):
@@ -170,7 +170,7 @@ def make_prompts(
     Example: [bold]echo4o evaluate make-prompts genevalpp --seed 7 --exclude Geneval++.jsonl --out fresh.jsonl[/bold]
     """
     from echo4o.evaluation.benchmarks import get_benchmark
-    from echo4o.evaluation.make_prompts import make_genevalpp, write_prompts
+    from echo4o.evaluation.fresh_prompts import make_genevalpp, write_prompts
     from echo4o.evaluation.prompt_files import read_prompts
 
     chosen = get_benchmark(benchmark)
@@ -213,9 +213,9 @@ class _Steps:
         if os.environ.get("RANK", "0") == "0":
             keep_prompts(self.benchmark, self.prompts, out)
 
-    def draw(self, settings: "Settings", machine: Machine) -> bool:
+    def draw(self, settings: "GenerationSettings", machine: Machine) -> bool:
         """Draw what is missing; returns whether this process goes on to the next step."""
-        from echo4o.evaluation.generate import generate_pictures, world
+        from echo4o.evaluation.generate import generate_images, world
 
         state = world(cpu=machine.device == "cpu")
         where = state.device if machine.device == "auto" else choose_device(machine.device)
@@ -230,13 +230,13 @@ class _Steps:
             return pipe
 
         with progress("pictures", state.is_main_process) as advance:
-            generate_pictures(self.prompts.prompts, settings, self.out, load, state, advance)
+            generate_images(self.prompts.prompts, settings, self.out, load, state, advance)
         return state.is_main_process
 
     def judging(self, judging: Judging, machine: Machine, model: str | None, images: Path | None):
         """Check everything about the judge now; returns what asks it."""
+        from echo4o.evaluation.judge_prompts import load_judge_prompts
         from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
-        from echo4o.evaluation.questions import load_judge_prompts
 
         name = judging.judge or DEFAULT_JUDGE
         judge = make_judge(
@@ -270,8 +270,8 @@ class _Steps:
         return ask
 
     def score(self, scoring: Scoring) -> None:
-        from echo4o.evaluation.report import write_report
         from echo4o.evaluation.score import score_folder
+        from echo4o.evaluation.score_report import write_report
 
         result = score_folder(self.out, scoring.min_coverage, scoring.bootstrap_seed)
         report = write_report(self.out)

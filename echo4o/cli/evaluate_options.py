@@ -13,8 +13,8 @@ import typer
 from echo4o.cli.pictures import Device, Dtype, DtypeOption, Think
 
 if TYPE_CHECKING:
-    from echo4o.evaluation.generate import Settings
-    from echo4o.evaluation.judge import Options
+    from echo4o.evaluation.generate import GenerationSettings
+    from echo4o.evaluation.judging import JudgingOptions
 
 Benchmark = Annotated[str, typer.Argument(help="genevalpp, imagine_bench, omnicontext.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the evaluation.")]
@@ -55,10 +55,10 @@ class Drawing:
     think: Think = False
     adapter: Annotated[str | None, typer.Option(help="LoRA weights to load on top.")] = None
 
-    def settings(self, model: str, per_prompt: int, dtype: Dtype) -> "Settings":
-        from echo4o.evaluation.generate import Settings
+    def settings(self, model: str, per_prompt: int, dtype: Dtype) -> "GenerationSettings":
+        from echo4o.evaluation.generate import GenerationSettings
 
-        return Settings(model, per_prompt=per_prompt, requested_dtype=dtype.value, **asdict(self))
+        return GenerationSettings(model, per_prompt=per_prompt, requested_dtype=dtype.value, **asdict(self))
 
 
 @dataclass
@@ -117,16 +117,17 @@ class Judging:
             "timeout": self.timeout,
         }
 
-    def options(self, judge_name: str, paid: bool) -> "Options":
-        from echo4o.evaluation.calls import KNOWN_PRICES, Policy
-        from echo4o.evaluation.judge import Options
+    def options(self, judge_name: str, paid: bool) -> "JudgingOptions":
+        from echo4o.endpoints.budget import KNOWN_PRICES
+        from echo4o.endpoints.limits import CallPolicy
+        from echo4o.evaluation.judging import JudgingOptions
         from echo4o.evaluation.prompt_files import cache_folder
 
         price = _price(self.price) or KNOWN_PRICES.get(judge_name.partition(":")[2])
         if self.budget is not None and paid and price is None:
             raise ValueError("--budget needs the price of the judge's tokens: --price IN,OUT in USD per million")
-        return Options(
-            policy=Policy(concurrency=self.concurrency, tries=self.tries),
+        return JudgingOptions(
+            policy=CallPolicy(concurrency=self.concurrency, tries=self.tries),
             price=price,
             budget=self.budget,
             cache=None if self.no_cache else cache_folder() / "answers",

@@ -110,20 +110,21 @@ def _prompts(recipe):
 
 
 def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
-    """Run the engine over the robust calls: (outcome, USD spent in all, what ended the run early)."""
+    """Run the engine: (outcome, USD spent in all, what ended the run early)."""
     from tqdm.auto import tqdm
 
     from echo4o.dataset_scripts.synthesis.engine import Synthesis
-    from echo4o.evaluation.judge import run_async
-    from echo4o.evaluation.synthesis_calls import RobustCalls
+    from echo4o.endpoints.calls import run_async
+    from echo4o.endpoints.synthesis_calls import SynthesisCalls
+    from echo4o.evaluation.image_checks import ImageChecker
 
     roles = [calls.role for calls in plan.calls]  # none when every row is decided
-    calls = RobustCalls(recipe, folder.path, roles, budget, probe) if roles else None
+    calls = SynthesisCalls(recipe, folder.path, roles, ImageChecker, budget, probe) if roles else None
     bar = tqdm(total=len(tasks), desc="synthesizing", unit=" rows", disable=None, leave=False)
 
     def progress(outcome) -> None:
         bar.n = outcome.decided
-        bar.set_postfix_str(f"{outcome.rejected.total()} rejected, {calls.purse.spent:.2f} USD", refresh=False)
+        bar.set_postfix_str(f"{outcome.rejected.total()} rejected, {calls.ledger.spent:.2f} USD", refresh=False)
         bar.update(0)
 
     engine = Synthesis(recipe, chains, tasks, calls, folder, prompts, progress)
@@ -135,7 +136,7 @@ def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
     with bar:
         if calls:
             run_async(run)
-    return engine.outcome, calls.purse.spent if calls else _spent(folder.path), calls.reason if calls else None
+    return engine.outcome, calls.ledger.spent if calls else _spent(folder.path), calls.reason if calls else None
 
 
 @contextmanager
@@ -152,6 +153,6 @@ def _disk(out: Path):
 
 def _spent(out: Path) -> float:
     from echo4o.dataset_scripts.synthesis.folder import SPENDING
-    from echo4o.evaluation.purse import Purse
+    from echo4o.endpoints.budget import Ledger
 
-    return Purse(out / SPENDING).spent
+    return Ledger(out / SPENDING).spent

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.common.files import read_json, write_bytes, write_json
-from echo4o.evaluation.benchmarks.base import Prompt
+from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 from echo4o.evaluation.folder import GENERATION, IMAGES
-from echo4o.evaluation.pictures import picture_name, why_unreadable
+from echo4o.evaluation.images import image_name, why_unreadable
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What the pictures depend on beside the model; None leaves a setting to the model's presets.
 
     Args:
@@ -37,7 +37,7 @@ class Settings:
     requested_dtype: str = "auto"
 
 
-def picture_seed(seed: int, prompt_id: str, picture: int) -> int:
+def image_seed(seed: int, prompt_id: str, picture: int) -> int:
     """The seed of one picture: of nothing but the run's seed, the prompt's id and the picture's number."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{picture}".encode()).digest()[:7])
 
@@ -55,9 +55,9 @@ def _launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def generate_pictures(
-    prompts: Sequence[Prompt],
-    settings: Settings,
+def generate_images(
+    prompts: Sequence[BenchmarkPrompt],
+    settings: GenerationSettings,
     out: Path,
     load_pipeline: Callable[[], Any],
     state=None,
@@ -99,23 +99,23 @@ def generate_pictures(
     return drawn
 
 
-def _paths(folder: Path, settings: Settings, batch: Sequence[Prompt]) -> list[Path]:
+def _paths(folder: Path, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list[Path]:
     return [
-        folder / f"{picture_name(prompt.id, number, settings.per_prompt)}.png"
+        folder / f"{image_name(prompt.id, number, settings.per_prompt)}.png"
         for prompt in batch
         for number in range(1, settings.per_prompt + 1)
     ]
 
 
-def _missing(folder: Path, settings: Settings, batch: Sequence[Prompt]) -> list[Path]:
+def _missing(folder: Path, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list[Path]:
     return [path for path in _paths(folder, settings, batch) if not path.is_file() or why_unreadable(path)]
 
 
-def _draw(pipe, settings: Settings, batch: Sequence[Prompt]) -> list:
+def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list:
     import torch
 
     generators = [
-        torch.Generator().manual_seed(picture_seed(settings.seed, prompt.id, number))
+        torch.Generator().manual_seed(image_seed(settings.seed, prompt.id, number))
         for prompt in batch
         for number in range(1, settings.per_prompt + 1)
     ]
@@ -148,12 +148,12 @@ def _open(paths: Sequence[Path]) -> list:
     return pictures
 
 
-def _description(settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _description(settings: GenerationSettings, prompts: Sequence[BenchmarkPrompt]) -> dict[str, Any]:
     texts = "\n".join(f"{prompt.id} {prompt.text}" for prompt in prompts)
     return asdict(settings) | {"prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()}
 
 
-def _require_same_settings(out: Path, settings: Settings, prompts: Sequence[Prompt]) -> None:
+def _require_same_settings(out: Path, settings: GenerationSettings, prompts: Sequence[BenchmarkPrompt]) -> None:
     known, wanted = read_json(out / GENERATION), _description(settings, prompts)
     if known is not None:
         for name, value in wanted.items():
@@ -167,7 +167,7 @@ def _require_same_settings(out: Path, settings: Settings, prompts: Sequence[Prom
     write_json(out / GENERATION, wanted)
 
 
-def describe_model(pipe, settings: Settings) -> dict[str, Any]:
+def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
     """What the pictures depend on in the loaded model: revision, type, and the presets that were used."""
     presets = dict(pipe.config.get("presets") or {})
     guidance = settings.guidance if settings.guidance is not None else _of_presets(presets, "guidance_scale")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from echo4o.common.files import write_bytes
-from echo4o.evaluation.benchmarks.base import Benchmark, Prompt, Source
+from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, PromptSource
 
 # An id names files: no separators, no leading dot.
 _ID = re.compile(r"[^./\\\0][^/\\\0]*")
@@ -28,7 +28,7 @@ class PromptSet:
         part: what was picked out of the file, in words; None: all of it.
     """
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[BenchmarkPrompt, ...]
     sha256: str
     official: bool | None
     part: str | None = None
@@ -68,7 +68,7 @@ def load_prompts(
     return PromptSet(tuple(kept), digest, official, ", ".join(part) or None)
 
 
-def read_prompts(benchmark: Benchmark, file: Path) -> list[Prompt]:
+def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
     """Read a prompt file, JSON lines or one JSON list; ValueError names the bad line."""
     text = file.read_text("utf-8-sig")
     is_list = text.lstrip().startswith("[")
@@ -107,13 +107,13 @@ def _read_list(text: str, file: Path) -> list[tuple[int, object]]:
         raise ValueError(f"{file}: this is no JSON ({error})") from None
 
 
-def to_row(prompt: Prompt) -> dict:
+def to_row(prompt: BenchmarkPrompt) -> dict:
     """A prompt as JSON, for the folder of the evaluation."""
     return asdict(prompt) | {"references": [str(path) for path in prompt.references]}
 
 
-def from_row(row: dict) -> Prompt:
-    return Prompt(**(row | {"references": tuple(Path(path) for path in row["references"])}))
+def from_row(row: dict) -> BenchmarkPrompt:
+    return BenchmarkPrompt(**(row | {"references": tuple(Path(path) for path in row["references"])}))
 
 
 def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
@@ -127,7 +127,7 @@ def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
     return fetch(benchmark.source, benchmark.name, cache_folder() / "prompts")
 
 
-def fetch(source: Source, name: str, cache: Path) -> Path:
+def fetch(source: PromptSource, name: str, cache: Path) -> Path:
     """Download a file and check it, or take the kept copy, checked again."""
     target = cache / f"{name}-{source.revision[:12]}.jsonl"
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == source.sha256:

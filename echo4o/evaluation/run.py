@@ -8,15 +8,15 @@ from typing import Any
 from echo4o.common.files import write_bytes, write_text
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.benchmarks.base import Benchmark, Prompt
+from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
 from echo4o.evaluation.folder import IMAGES, PROMPTS
-from echo4o.evaluation.judge import Options, Outcome, Setup, judge_pictures
+from echo4o.evaluation.images import find_images, require_all
+from echo4o.evaluation.judge_prompts import JudgePrompt, load_judge_prompts
 from echo4o.evaluation.judges import Judge, make_judge
-from echo4o.evaluation.pictures import find_pictures, require_all
+from echo4o.evaluation.judging import JudgingOptions, JudgingOutcome, JudgingSetup, judge_images
 from echo4o.evaluation.prompt_files import PromptSet, from_row, to_row
-from echo4o.evaluation.questions import JudgePrompt, load_judge_prompts
-from echo4o.evaluation.report import write_report
 from echo4o.evaluation.score import score_folder
+from echo4o.evaluation.score_report import write_report
 
 
 def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
@@ -52,7 +52,7 @@ def kept_prompts(out: Path) -> tuple[Benchmark, PromptSet]:
 
 def judge_folder(
     benchmark: Benchmark,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[BenchmarkPrompt],
     judge: Judge,
     out: Path,
     images: Path | None = None,
@@ -60,19 +60,19 @@ def judge_folder(
     repeats: int = 1,
     judge_prompts: Mapping[str, JudgePrompt] | None = None,
     allow_missing: bool = False,
-    options: Options | None = None,
-) -> Outcome:
+    options: JudgingOptions | None = None,
+) -> JudgingOutcome:
     """Judge the pictures of a folder (`out/images` if none is named)."""
     if benchmark.only_judge and judge.name != benchmark.only_judge:
         raise ValueError(f"{benchmark.title} can only be judged by {benchmark.only_judge}, not by {judge.name}")
     folder = images or out / IMAGES
-    found = find_pictures(folder, prompts, per_prompt)
+    found = find_images(folder, prompts, per_prompt)
     if not allow_missing:
         require_all(found, folder, per_prompt)
-    setup = Setup(
+    setup = JudgingSetup(
         benchmark, judge.identity(), dict(judge_prompts or load_judge_prompts(benchmark)), per_prompt, repeats
     )
-    return judge_pictures(setup, prompts, found, judge, out, options)
+    return judge_images(setup, prompts, found, judge, out, options)
 
 
 def evaluate_images(
@@ -83,7 +83,7 @@ def evaluate_images(
     rows: Sequence[dict] | None = None,
     prompts: str | Path | None = None,
     min_coverage: float = 1.0,
-    options: Options | None = None,
+    options: JudgingOptions | None = None,
 ) -> dict[str, Any]:
     """Judge and score pictures that are at hand; returns what `out/result.json` holds.
 

@@ -14,9 +14,9 @@ from echo4o.common.files import read_json, write_json
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.benchmarks.base import Benchmark, Prompt
+from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
 from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
-from echo4o.evaluation.pictures import picture_name
+from echo4o.evaluation.images import image_name
 from echo4o.evaluation.prompt_files import from_row
 
 STATUSES = ("scored", "judge_error", "missing_image", "not_judged")
@@ -28,10 +28,10 @@ _FROM_GENERATION = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class JudgedImage:
     """One picture judged once, with all aspects: how it ended, and its score if it has one."""
 
-    prompt: Prompt
+    prompt: BenchmarkPrompt
     picture: int
     repeat: int
     status: str
@@ -44,11 +44,11 @@ class Evaluation:
     """A judged folder as it was read."""
 
     benchmark: Benchmark
-    prompts: list[Prompt]
+    prompts: list[BenchmarkPrompt]
     header: dict[str, Any]  # of the prompts' file
     judge: dict[str, Any]
     generation: dict[str, Any]
-    samples: list[Sample]
+    samples: list[JudgedImage]
     out: Path
 
     def values(self) -> dict[str, dict[str, float]]:
@@ -89,7 +89,7 @@ def _require_unchanged(judge: dict) -> None:
         )
 
 
-def _samples(benchmark: Benchmark, prompts: Sequence[Prompt], judge: dict, records: JsonLines):
+def _samples(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], judge: dict, records: JsonLines):
     latest = {}
     for record in records:
         if record["judge"] == judge["fingerprint"]:
@@ -99,14 +99,14 @@ def _samples(benchmark: Benchmark, prompts: Sequence[Prompt], judge: dict, recor
     per_prompt = judge["pictures_per_prompt"]
     for prompt in prompts:
         for picture in range(1, per_prompt + 1):
-            digest = judge["pictures"].get(picture_name(prompt.id, picture, per_prompt))
+            digest = judge["pictures"].get(image_name(prompt.id, picture, per_prompt))
             for repeat in range(1, judge["repeats"] + 1):
                 keys = [(prompt.id, picture, repeat, aspect.name, digest) for aspect in benchmark.aspects]
                 found = tuple(latest[key] for key in keys if key in latest)
                 yield _sample(benchmark, prompt, picture, repeat, digest, found)
 
 
-def _sample(benchmark: Benchmark, prompt: Prompt, picture: int, repeat: int, digest, found) -> Sample:
+def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, picture: int, repeat: int, digest, found) -> JudgedImage:
     statuses = {record["status"] for record in found}
     score = None
     if digest is None:
@@ -119,7 +119,7 @@ def _sample(benchmark: Benchmark, prompt: Prompt, picture: int, repeat: int, dig
         status = "scored"
         scores = {name: value for record in found for name, value in record["scores"].items()}
         score = benchmark.sample_score(scores)
-    return Sample(prompt, picture, repeat, status, score, found)
+    return JudgedImage(prompt, picture, repeat, status, score, found)
 
 
 def score_folder(out: Path, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def _why_withheld(evaluation: Evaluation, values: dict, coverage: float, min_cov
     return None
 
 
-def _count(samples: Sequence[Sample], field: str, name: str) -> dict[str, int]:
+def _count(samples: Sequence[JudgedImage], field: str, name: str) -> dict[str, int]:
     of = [sample for sample in samples if getattr(sample.prompt, field) == name]
     return {"scored": sum(sample.score is not None for sample in of), "total": len(of)}
 
 
-def _field_means(samples: Sequence[Sample]) -> dict[str, float]:
+def _field_means(samples: Sequence[JudgedImage]) -> dict[str, float]:
     """The mean of each field of the verdicts, over the scored samples."""
     fields = defaultdict(list)
     for sample in samples:

@@ -67,14 +67,14 @@ def judge(
     from echo4o.common.json_lines import JsonLines
     from echo4o.evaluation import evaluate_images
     from echo4o.evaluation.benchmarks.shapes4o.benchmark import rows_of
-    from echo4o.evaluation.judge import Options
+    from echo4o.evaluation.judging import JudgingOptions
 
     if out is None:
         with TemporaryDirectory() as folder:
             return judge(prompts, pictures, Path(folder))
     shutil.rmtree(out, ignore_errors=True)
     named = {str(number): picture for number, picture in enumerate(pictures, start=1)}
-    evaluate_images("shapes4o", named, "pixels", out, rows=rows_of(prompts), options=Options(probe=False))
+    evaluate_images("shapes4o", named, "pixels", out, rows=rows_of(prompts), options=JudgingOptions(probe=False))
     records = {record["id"]: record for record in JsonLines(out / "records.jsonl")}
     found = [records[name] for name in named]
     return [[] if of["scores"]["correct"] else of["reason"].split("; ") for of in found]

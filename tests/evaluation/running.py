@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from echo4o.endpoints.limits import CallPolicy
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.calls import Policy
-from echo4o.evaluation.judge import Options
-from echo4o.evaluation.judges.endpoint import OpenAIJudge
+from echo4o.evaluation.judges.hosted import OpenAIJudge
+from echo4o.evaluation.judging import JudgingOptions
 from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import judge_folder, keep_prompts
 
@@ -14,7 +14,7 @@ def judge(url: str, prompts: Path, pictures: Path, out: Path, cache: Path | None
     benchmark = get_benchmark("genevalpp")
     of_file = load_prompts(benchmark, prompts)
     keep_prompts(benchmark, of_file, out)
-    options = Options(policy=Policy(concurrency=concurrency, first_wait=0.01), cache=cache)
+    options = JudgingOptions(policy=CallPolicy(concurrency=concurrency, first_wait=0.01), cache=cache)
     judge_folder(benchmark, of_file.prompts, OpenAIJudge("judge", url=url), out, pictures, options=options)
 
 

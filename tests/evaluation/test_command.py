@@ -124,7 +124,7 @@ def test_repeats_show_the_judges_own_variance(given, server, tmp_path):
 def test_the_budget_is_a_limit(given, server, tmp_path):
     # 1000 tokens in at 10 USD and 100 out at 10 USD per million: 0.011 per call.
     refused = run(*given, "--price", "10,10", "--budget", 0.01)
-    assert refused.exit_code == 2 and "expected to cost about 0.06; nothing was asked" in words(refused.stderr)
+    assert refused.exit_code == 2 and "expected to cost about 0.06; no call was made" in words(refused.stderr)
     assert server.calls == []
     stopped = run(*given, "--price", "10,10", "--budget", 0.068, "--concurrency", 2)
     assert stopped.exit_code == 2 and "the budget of 0.07 USD is reached" in words(stopped.stderr)
@@ -153,7 +153,7 @@ def test_missing_pictures_have_to_be_allowed(given, server, pictures, tmp_path):
     (pictures / "5.png").write_bytes(b"\x89PNG not really")
     refused = run(*given)
     assert refused.exit_code == 2
-    assert "2 of 8 pictures are missing: 3 (there is no such file), 5 (it does not decode" in words(refused.stderr)
+    assert "2 of 8 images are missing: 3 (there is no such file), 5 (it does not decode" in words(refused.stderr)
     assert server.calls == []
     assert run(*given, "--allow-missing").exit_code == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -171,8 +171,8 @@ MISTAKES = {
     "another variable": (["--judge-key-env", "OTHER_KEY"], "the environment variable OTHER_KEY is not set"),
     "unknown benchmark": (["genevalplus"], "there is no benchmark 'genevalplus'; known are genevalpp"),
     "unknown group": (["--group", "colours"], "there is no group or type 'colours'"),
-    "unknown judge": (["--judge", "human"], "there is no judge 'human'; known are openai:MODEL"),
-    "no pictures": (["--images", "nowhere"], "nowhere: there is no such folder of pictures"),
+    "unknown judge": (["--judge", "human"], "there is no judge 'human'; the judges are openai:MODEL"),
+    "no pictures": (["--images", "nowhere"], "nowhere: there is no such folder of images"),
     "both": (["--model", "x"], "give --model to draw pictures, or --images"),
     "self without a model": (["--judge", "self"], "--judge self asks the evaluated model: give --model"),
     "no prompt file": (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
@@ -180,7 +180,7 @@ MISTAKES = {
     "bad price": (["--price", "cheap"], "--price cheap: two numbers are needed"),
     "bad temperature": (["--temperature", "hot"], "--temperature hot: a number or 'default' is needed"),
     "no judge prompt": (["--judge-prompt", "none.md"], "none.md: No such file or directory"),
-    "several per prompt": (["--pictures", "2"], "16 of 16 pictures are missing"),
+    "several per prompt": (["--pictures", "2"], "16 of 16 images are missing"),
     "pixels": (["--judge", "pixels"], "the judge pixels knows Shapes-4o only"),
 }
 
@@ -200,9 +200,9 @@ def test_mistakes_are_one_line_before_anything_is_asked(name, given, server, tmp
 
 def test_two_pictures_for_one_id(given, pictures):
     Image.new("RGB", (8, 8)).save(pictures / "3.jpg")
-    assert "3.jpg and 3.png are two pictures for the one id 3" in words(run(*given).stderr)
+    assert "3.jpg and 3.png are two images for the one id 3" in words(run(*given).stderr)
     (pictures / "3.jpg").rename(pictures / "003.jpg")
-    assert "003.jpg and 3.png are two pictures for the one id 3" in words(run(*given).stderr)
+    assert "003.jpg and 3.png are two images for the one id 3" in words(run(*given).stderr)
 
 
 def test_pictures_named_as_the_original_asks(given, pictures, tmp_path):
@@ -236,7 +236,7 @@ def test_a_wrong_key_is_one_line(given, monkeypatch, server):
 
 def test_a_blind_judge_is_one_line(given, server):
     server.vision = False
-    assert "does not seem to see pictures" in words(run(*given).stderr)
+    assert "does not seem to see images" in words(run(*given).stderr)
     assert run(*given, "--no-probe").exit_code == 0
 
 

@@ -5,16 +5,17 @@ import json
 import pytest
 
 from echo4o.common.json_lines import JsonLines
+from echo4o.endpoints.limits import CallPolicy
+from echo4o.endpoints.openai_connection import duration, wait_of
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.calls import Policy
-from echo4o.evaluation.judge import Options
-from echo4o.evaluation.judges.endpoint import OpenAIJudge, duration, wait_of
+from echo4o.evaluation.judges.hosted import OpenAIJudge
+from echo4o.evaluation.judging import JudgingOptions
 from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import judge_folder, keep_prompts
 from echo4o.evaluation.score import score_folder
 from echo4o.testing.openai_server import API_KEY, EndpointFault
 
-FAST = Policy(concurrency=4, tries=3, answers=2, first_wait=0.01, longest_wait=0.05)
+FAST = CallPolicy(concurrency=4, tries=3, answers=2, first_wait=0.01, longest_wait=0.05)
 # The question about picture 3 (of an odd number: incorrect) meets the fault.
 THIRD = "number 3"
 
@@ -24,7 +25,9 @@ def judge(server, prompts, pictures, out, policy=FAST, timeout=5.0, url=None, **
     of_file = load_prompts(benchmark, prompts)
     keep_prompts(benchmark, of_file, out)
     endpoint = OpenAIJudge("judge", url=url or server.url, timeout=timeout)
-    return judge_folder(benchmark, of_file.prompts, endpoint, out, pictures, options=Options(policy=policy, **options))
+    return judge_folder(
+        benchmark, of_file.prompts, endpoint, out, pictures, options=JudgingOptions(policy=policy, **options)
+    )
 
 
 def third(out) -> dict:
@@ -166,7 +169,7 @@ def test_what_no_retry_can_help_stops_at_once(name, server, prompts, pictures, t
 
 def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pictures, tmp_path):
     server.inject(EndpointFault("http_401", times=1, match="number 7"))
-    policy = Policy(concurrency=1, tries=1)
+    policy = CallPolicy(concurrency=1, tries=1)
     with pytest.raises(ValueError, match="http_401"):
         judge(server, prompts, pictures, tmp_path / "out", policy)
     assert [record["id"] for record in JsonLines(tmp_path / "out" / "records.jsonl")] == ["1", "2", "3", "4", "5", "6"]
@@ -175,16 +178,16 @@ def test_a_fatal_fault_in_the_middle_keeps_what_was_judged(server, prompts, pict
 
 
 def test_a_dead_endpoint_stops_the_run(server, prompts, pictures, tmp_path):
-    policy = Policy(concurrency=2, tries=2, first_wait=0.01, longest_wait=0.02, give_up_after=3)
+    policy = CallPolicy(concurrency=2, tries=2, first_wait=0.01, longest_wait=0.02, give_up_after=3)
     server.inject(EndpointFault("http_502", times=999))
-    with pytest.raises(ValueError, match="3 judgements in a row failed.*run again to go on"):
+    with pytest.raises(ValueError, match="3 calls in a row failed.*run again to continue"):
         judge(server, prompts, pictures, tmp_path / "out", policy)
     assert len(server.judged) <= 8
 
 
 def test_a_judge_that_cannot_see(server, prompts, pictures, tmp_path):
     server.vision = False
-    with pytest.raises(ValueError, match='does not seem to see pictures.*"red" and "green"'):
+    with pytest.raises(ValueError, match='does not seem to see images.*"red" and "green"'):
         judge(server, prompts, pictures, tmp_path / "out")
     assert server.judged == []
 
@@ -207,7 +210,7 @@ def test_the_key_is_nowhere(server, prompts, pictures, tmp_path, capfd):
     )
     judge(server, prompts, pictures, tmp_path / "out", cache=tmp_path / "cache")
     score_folder(tmp_path / "out")
-    from echo4o.evaluation.report import write_report
+    from echo4o.evaluation.score_report import write_report
 
     write_report(tmp_path / "out")
     printed = capfd.readouterr()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.generate import Settings, generate_pictures, picture_seed
+from echo4o.evaluation.generate import GenerationSettings, generate_images, image_seed
 from echo4o.evaluation.prompt_files import read_prompts
 
 
@@ -40,7 +40,7 @@ def draw(prompts, out, settings=None, processes=1):
     drawers = [Drawer() for _ in range(processes)]
     for index, drawer in enumerate(drawers):
         state = process(index, processes)
-        generate_pictures(prompts, settings or Settings("model"), out, lambda drawer=drawer: drawer, state)
+        generate_images(prompts, settings or GenerationSettings("model"), out, lambda drawer=drawer: drawer, state)
     return drawers
 
 
@@ -55,7 +55,7 @@ def eight(prompts):
 
 @pytest.mark.parametrize("processes", [2, 3, 11])
 def test_the_number_of_processes_changes_nothing(processes, eight, tmp_path):
-    settings = Settings("model", per_prompt=2, batch_size=3)
+    settings = GenerationSettings("model", per_prompt=2, batch_size=3)
     draw(eight, tmp_path / "one", settings)
     drawers = draw(eight, tmp_path / "many", settings, processes)
     assert pictures(tmp_path / "one") == pictures(tmp_path / "many")
@@ -64,9 +64,9 @@ def test_the_number_of_processes_changes_nothing(processes, eight, tmp_path):
 
 
 def test_each_picture_has_a_seed_of_its_own():
-    seeds = {picture_seed(seed, name, number) for seed in (0, 1) for name in ("1", "11", "1_1") for number in (1, 11)}
+    seeds = {image_seed(seed, name, number) for seed in (0, 1) for name in ("1", "11", "1_1") for number in (1, 11)}
     assert len(seeds) == 12
-    assert picture_seed(0, "1", 1) == picture_seed(0, "1", 1)
+    assert image_seed(0, "1", 1) == image_seed(0, "1", 1)
 
 
 def test_a_second_run_draws_only_what_is_missing_or_broken(eight, tmp_path):
@@ -82,7 +82,7 @@ def test_a_second_run_draws_only_what_is_missing_or_broken(eight, tmp_path):
 
 
 def test_a_broken_batch_is_drawn_as_a_batch(eight, tmp_path):
-    settings = Settings("model", batch_size=4)
+    settings = GenerationSettings("model", batch_size=4)
     draw(eight, tmp_path, settings)
     before = pictures(tmp_path)
     (tmp_path / "images" / "2.png").unlink()
@@ -92,16 +92,16 @@ def test_a_broken_batch_is_drawn_as_a_batch(eight, tmp_path):
 
 
 def test_other_settings_need_another_folder(eight, tmp_path):
-    draw(eight, tmp_path, Settings("model", steps=3))
-    draw(eight, tmp_path, Settings("model", steps=3))
+    draw(eight, tmp_path, GenerationSettings("model", steps=3))
+    draw(eight, tmp_path, GenerationSettings("model", steps=3))
     with pytest.raises(ValueError, match="drawn with steps 3, not 4: use another --out"):
-        draw(eight, tmp_path, Settings("model", steps=4))
+        draw(eight, tmp_path, GenerationSettings("model", steps=4))
     with pytest.raises(ValueError, match="drawn with seed 0, not 1"):
-        draw(eight, tmp_path, Settings("model", steps=3, seed=1))
+        draw(eight, tmp_path, GenerationSettings("model", steps=3, seed=1))
 
 
 def test_what_the_pictures_depend_on_is_written_down(eight, tmp_path):
-    (drawer,) = draw(eight, tmp_path, Settings("model", guidance=3.0, height=64))
+    (drawer,) = draw(eight, tmp_path, GenerationSettings("model", guidance=3.0, height=64))
     assert drawer.options[0] == {
         "guidance_scale": 3.0, "height": 64, "image": None, "think": False, "num_inference_steps": 49,
     }  # fmt: skip

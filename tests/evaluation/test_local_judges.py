@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from echo4o.common.json_lines import JsonLines
-from echo4o.evaluation.judge import Options
 from echo4o.evaluation.judges import make_judge
+from echo4o.evaluation.judging import JudgingOptions
 from echo4o.evaluation.run import evaluate_images
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
-NO_PROBE = Options(probe=False)
+NO_PROBE = JudgingOptions(probe=False)
 
 
 def shapes():
@@ -179,11 +179,11 @@ def test_a_transformers_model_is_asked(tiny_llava, tmp_path):
     assert record["faults"][0]["kind"] in ("no_json", "empty")
     # The probe finds out before anything is judged.
     judge = make_judge(f"hf:{tiny_llava}", device="cpu", max_tokens=4)
-    with pytest.raises(ValueError, match="does not seem to see pictures"):
+    with pytest.raises(ValueError, match="does not seem to see images"):
         evaluate_images("genevalpp", pictures, judge, tmp_path / "probed", rows=rows)
 
 
 def test_a_transformers_model_without_vision(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ValueError, match="a qwen2 model sees no pictures; a judge has to"):
+    with pytest.raises(ValueError, match="a qwen2 model does not see images, and a judge must"):
         make_judge(f"hf:{tmp_path}")

@@ -11,10 +11,10 @@ import pytest
 
 from echo4o.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from echo4o.evaluation.benchmarks.genevalpp import checklist
-from echo4o.evaluation.make_prompts import content, make_genevalpp, write_prompts
-from echo4o.evaluation.pictures import find_pictures
+from echo4o.evaluation.fresh_prompts import content, make_genevalpp, write_prompts
+from echo4o.evaluation.images import find_images
+from echo4o.evaluation.judge_prompts import load_judge_prompts
 from echo4o.evaluation.prompt_files import fetch, load_prompts, read_prompts
-from echo4o.evaluation.questions import load_judge_prompts
 from tests.evaluation.conftest import official, write_pictures
 
 
@@ -41,7 +41,7 @@ def test_the_official_imagine_bench():
 def test_every_official_prompt_makes_a_question(name, tmp_path):
     benchmark = get_benchmark(name)
     prompts = load_prompts(benchmark, official(f"{name}.jsonl")).prompts
-    picture = find_pictures(write_pictures(tmp_path, 1), prompts[:1]).pictures["1", 1]
+    picture = find_images(write_pictures(tmp_path, 1), prompts[:1]).images["1", 1]
     words = load_judge_prompts(benchmark)[benchmark.aspects[0].name]
     for prompt in prompts:
         question = words.ask(benchmark, benchmark.aspects[0], prompt, picture)

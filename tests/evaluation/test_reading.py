@@ -4,18 +4,19 @@ import json
 
 import pytest
 
+from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.json_answers import UnreadableAnswer, json_schema, read_json_answer
 from echo4o.evaluation.benchmarks.genevalpp import Correct
 from echo4o.evaluation.benchmarks.imagine_bench import Grades
-from echo4o.evaluation.judges.base import Answer, answer_format, json_schema
-from echo4o.evaluation.judges.reading import Unreadable, read_verdict
+from echo4o.evaluation.judge_prompts import answer_format
 
 
 def read(said, verdict=Correct, **more):
-    return read_verdict(Answer(said if isinstance(said, str) else json.dumps(said), **more), verdict).scores()
+    return read_json_answer(Answer(said if isinstance(said, str) else json.dumps(said), **more), verdict).scores()
 
 
 def why(said, verdict=Correct, **more):
-    with pytest.raises(Unreadable) as unreadable:
+    with pytest.raises(UnreadableAnswer) as unreadable:
         read(said, verdict, **more)
     return unreadable.value.kind
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from echo4o.evaluation.report import load_published, write_report
+from echo4o.evaluation.score_report import load_published, write_report
 from tests.evaluation.test_scores import cups, fantasy, grades, run
 
 
@@ -69,7 +69,7 @@ def test_grades_are_shown(tmp_path):
 
 
 def test_the_report_can_be_moved(tmp_path):
-    from echo4o.evaluation.judge import Options
+    from echo4o.evaluation.judging import JudgingOptions
     from echo4o.evaluation.run import evaluate_images
     from tests.evaluation.conftest import write_pictures
     from tests.evaluation.test_scores import Scripted
@@ -78,7 +78,7 @@ def test_the_report_can_be_moved(tmp_path):
     judge = Scripted({"a": {"correct": 1}})
     images = {"1": tmp_path / "pictures" / "1.png"}
     evaluate_images(
-        "genevalpp", images, judge, tmp_path / "out", rows=[cups("counting", "a")], options=Options(probe=False)
+        "genevalpp", images, judge, tmp_path / "out", rows=[cups("counting", "a")], options=JudgingOptions(probe=False)
     )
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'href="images/1.png"' in page and str(tmp_path) not in page

@@ -6,14 +6,15 @@ from math import comb
 
 import pytest
 
+from echo4o.endpoints.endpoint import Answer
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.compare import compare
-from echo4o.evaluation.judge import Options, Setup, judge_pictures
-from echo4o.evaluation.judges.base import Answer, Judge
-from echo4o.evaluation.pictures import find_pictures
+from echo4o.evaluation.images import find_images
+from echo4o.evaluation.judge_prompts import load_judge_prompts
+from echo4o.evaluation.judges.base import Judge
+from echo4o.evaluation.judging import JudgingOptions, JudgingSetup, judge_images
 from echo4o.evaluation.prompt_files import load_prompts
-from echo4o.evaluation.questions import load_judge_prompts
 from echo4o.evaluation.run import evaluate_images, keep_prompts
 from echo4o.evaluation.score import score_folder
 from tests.evaluation.conftest import write_pictures
@@ -52,9 +53,9 @@ def run(benchmark, rows, table, folder, per_prompt=1, repeats=1, count=None, **r
     if not pictures.is_dir():
         write_pictures(pictures, len(rows) if count is None else count)
     judge = Scripted(table)
-    setup = Setup(chosen, judge.identity(), load_judge_prompts(chosen), per_prompt, repeats)
-    found = find_pictures(pictures, of_file.prompts, per_prompt)
-    judge_pictures(setup, of_file.prompts, found, judge, out, Options(probe=False))
+    setup = JudgingSetup(chosen, judge.identity(), load_judge_prompts(chosen), per_prompt, repeats)
+    found = find_images(pictures, of_file.prompts, per_prompt)
+    judge_images(setup, of_file.prompts, found, judge, out, JudgingOptions(probe=False))
     return score_folder(out, **rest)
 
 
@@ -126,11 +127,11 @@ def test_the_scene_is_compared_in_scene_tasks_only(tmp_path):
     ]
     chosen = get_benchmark("omnicontext")
     of_file = load_prompts(chosen, write_rows(tmp_path / "rows.jsonl", rows))
-    found = find_pictures(tmp_path / "pictures", of_file.prompts)
+    found = find_images(tmp_path / "pictures", of_file.prompts)
     words = load_judge_prompts(chosen)["subject_consistency"]
-    asked = [words.ask(chosen, chosen.aspects[1], prompt, found.pictures[prompt.id, 1]) for prompt in of_file.prompts]
+    asked = [words.ask(chosen, chosen.aspects[1], prompt, found.images[prompt.id, 1]) for prompt in of_file.prompts]
     assert ["background" in question.text for question in asked] == [True, False]
-    assert [shown.label for shown in asked[0].shown] == [
+    assert [shown.label for shown in asked[0].images] == [
         "Reference picture 1",
         "Reference picture 2",
         "Picture to grade",
@@ -280,7 +281,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path):
         compare(tmp_path / "a", tmp_path / "c")
     judge = Scripted(table, version=2)
     images = {"1": tmp_path / "pictures" / "1.png"}
-    evaluate_images("genevalpp", images, judge, tmp_path / "d", rows=rows, options=Options(probe=False))
+    evaluate_images("genevalpp", images, judge, tmp_path / "d", rows=rows, options=JudgingOptions(probe=False))
     with pytest.raises(ValueError, match="were judged differently"):
         compare(tmp_path / "a", tmp_path / "d")
     assert compare(tmp_path / "a", tmp_path / "d", any_judge=True)["score"]["difference"] == 0

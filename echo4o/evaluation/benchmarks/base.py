@@ -11,7 +11,7 @@ PROMPTS = Path(__file__).parents[1] / "prompts"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class BenchmarkPrompt:
     """One thing to draw.
 
     Args:
@@ -56,7 +56,7 @@ class Aspect:
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptSource:
     """Where the official prompts are: a file at a pinned revision, and the checksum of its content."""
 
     url: str
@@ -77,18 +77,18 @@ class Benchmark(ABC):
     groups: tuple[str, ...]
     aspects: tuple[Aspect, ...]
     scale: float  # the best score
-    source: Source | None = None
+    source: PromptSource | None = None
     # The number of result.json that published ones are compared with.
     published_as: str = "score"
     # The judges that can answer; None: whoever reads text and sees pictures.
     only_judge: str | None = None
 
     @abstractmethod
-    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+    def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         """A prompt from line `number` (from 1) of a prompt file in `folder`; ValueError says what is wrong with it."""
 
     @abstractmethod
-    def question(self, prompt: Prompt) -> dict[str, Any]:
+    def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
         """What the judge's prompt file is filled with."""
 
     @abstractmethod

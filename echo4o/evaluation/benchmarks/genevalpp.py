@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Prompt, Source, Verdict, known_field, text_field
+from echo4o.evaluation.benchmarks.base import (
+    Aspect,
+    Benchmark,
+    BenchmarkPrompt,
+    PromptSource,
+    Verdict,
+    known_field,
+    text_field,
+)
 from echo4o.evaluation.metrics.genevalpp import formula
 
 REGIONS = {"left": "left half", "right": "right half", "above": "upper half", "below": "lower half"}
@@ -31,14 +39,14 @@ class GenEvalPP(Benchmark):
     aspects = (Aspect("correct", "genevalpp.md", Correct),)
     scale = 1.0
     # Another project's notes state this revision, path and checksum; the copy that the tests read has the same one.
-    source = Source(
+    source = PromptSource(
         url="https://raw.githubusercontent.com/yejy53/Echo-4o/{revision}/test_scripts/Geneval%2B%2B.jsonl",
         revision="28f36d76558e5f53b9deceda78bf025ef0d0ea24",
         sha256="9c1216a3f6fe2d99e4ffd63f3a6dba71f3dd7ab30a7c09cb41f03629b35d3e8f",
         count=280,
     )
 
-    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+    def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         tag, text = known_field(row, "tag", self.groups), text_field(row, "prompt")
         if not row.get("include"):
             raise ValueError('"include" is missing: it lists what the picture must show')
@@ -48,9 +56,9 @@ class GenEvalPP(Benchmark):
                 raise ValueError(f'"{key}" must be a list, it is {items!r}')
             for item in items:
                 check_item(item, key)
-        return Prompt(str(row.get("id", number)), tag, text, tag, facts)
+        return BenchmarkPrompt(str(row.get("id", number)), tag, text, tag, facts)
 
-    def question(self, prompt: Prompt) -> dict[str, Any]:
+    def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
         return {"instruction": prompt.text, "checklist": checklist(prompt.facts), "tag": prompt.group}
 
     def sample_score(self, scores: dict[str, float]) -> float:

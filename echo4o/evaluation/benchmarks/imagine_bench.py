@@ -6,9 +6,9 @@ from typing import Any
 from echo4o.evaluation.benchmarks.base import (
     Aspect,
     Benchmark,
+    BenchmarkPrompt,
     Grade,
-    Prompt,
-    Source,
+    PromptSource,
     Verdict,
     known_field,
     text_field,
@@ -30,19 +30,19 @@ class ImagineBench(Benchmark):
     scale = 10.0
     # Revision and path: as for GenEval++, in the same repository. The checksum is that of the copy which the tests
     # read; it equals the repository's stored text in length and end, no published checksum is known.
-    source = Source(
+    source = PromptSource(
         url="https://raw.githubusercontent.com/yejy53/Echo-4o/{revision}/test_scripts/Imagine.jsonl",
         revision="28f36d76558e5f53b9deceda78bf025ef0d0ea24",
         sha256="e22e33dd5e2722b9fedfb7ecddeb56841ec6ea93b3f0246a04d8dd374ab5a19e",
         count=270,
     )
 
-    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+    def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         kind = known_field(row, "type", formula.GROUP_OF)
         text, note = text_field(row, "instruction"), text_field(row, "note")
-        return Prompt(str(row.get("id", number)), formula.GROUP_OF[kind], text, kind, {"note": note})
+        return BenchmarkPrompt(str(row.get("id", number)), formula.GROUP_OF[kind], text, kind, {"note": note})
 
-    def question(self, prompt: Prompt) -> dict[str, Any]:
+    def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
         return {"instruction": prompt.text, "note": prompt.facts["note"], "type": prompt.type}
 
     def sample_score(self, scores: dict[str, float]) -> float:

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.common.files import write_text
-from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Grade, Prompt, Verdict, known_field, text_field
+from echo4o.evaluation.benchmarks.base import (
+    Aspect,
+    Benchmark,
+    BenchmarkPrompt,
+    Grade,
+    Verdict,
+    known_field,
+    text_field,
+)
 from echo4o.evaluation.metrics.omnicontext import formula
 
 REPOSITORY = "OmniGen2/OmniContext"
@@ -29,7 +37,7 @@ class OmniContext(Benchmark):
     scale = 10.0
     published_as = "score_6_tasks"
 
-    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+    def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         """Our fields, or those of the original's converter (`ins_en`, `ori_img`; pictures in `images/<task>/`)."""
         task = known_field(row, "task_type", self.groups)
         text = text_field(row, "instruction" if "instruction" in row else "ins_en")
@@ -38,9 +46,9 @@ class OmniContext(Benchmark):
             raise ValueError('"input_images" must list at least one picture file')
         references = tuple(_find(folder, task, name) for name in names)
         key = str(row.get("key", row.get("id", number)))
-        return Prompt(key, task, text, task, {"references": len(references)}, references)
+        return BenchmarkPrompt(key, task, text, task, {"references": len(references)}, references)
 
-    def question(self, prompt: Prompt) -> dict[str, Any]:
+    def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
         return {
             "instruction": prompt.text,
             "task": prompt.group,

@@ -4,23 +4,25 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question
+from echo4o.endpoints.chat_endpoint import ChatRequest
+from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.evaluation.judges.base import Judge
 
 MAX_TOKENS = 512
 
 
 class _LocalJudge(Judge):
-    """Answers one question at a time, in a thread, so that an interrupt is heard meanwhile."""
+    """Answers one question at a time, in a thread, so that the event loop can handle an interrupt meanwhile."""
 
     parallel = 1
 
-    async def ask(self, question: Question, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> Answer:
         try:
-            return await asyncio.to_thread(self.answer, question)
+            return await asyncio.to_thread(self.answer, request)
         except (ValueError, RuntimeError) as error:
-            raise JudgeFault("model_error", f"{self.name}: {error}") from error
+            raise CallFault("model_error", f"{self.name}: {error}") from error
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, request: ChatRequest) -> Answer:
         raise NotImplementedError
 
 
@@ -34,13 +36,13 @@ class TransformersJudge(_LocalJudge):
         self._require_vision()
 
     def _require_vision(self) -> None:
-        """Before anything is drawn for it, from the configuration alone."""
+        """Check the configuration alone, before any image is generated."""
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
         config = AutoConfig.from_pretrained(self.model_id)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ValueError(f"--judge {self.name}: a {config.model_type} model sees no pictures; a judge has to")
+            raise ValueError(f"--judge {self.name}: a {config.model_type} model does not see images, and a judge must")
 
     def identity(self) -> dict[str, Any]:
         self.prepare()
@@ -59,27 +61,25 @@ class TransformersJudge(_LocalJudge):
 
         self._processor = AutoProcessor.from_pretrained(self.model_id)
         if not getattr(self._processor, "chat_template", None):
-            raise ValueError(f"--judge {self.name}: its processor has no chat template")
+            raise ValueError(f"--judge {self.name}: its processor does not have a chat template")
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForImageTextToText.from_pretrained(self.model_id, dtype="auto").to(device).eval()
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, request: ChatRequest) -> Answer:
         import torch
         from PIL import Image
 
         content = []
-        for shown in question.shown:
-            with Image.open(shown.picture.path) as picture:
+        for labelled in request.images:
+            with Image.open(labelled.image.path) as image:
                 content += [
-                    {"type": "text", "text": f"{shown.label}:"},
-                    {"type": "image", "image": picture.convert("RGB")},
+                    {"type": "text", "text": f"{labelled.label}:"},
+                    {"type": "image", "image": image.convert("RGB")},
                 ]
-        content.append({"type": "text", "text": question.text})
-        system = (
-            [{"role": "system", "content": [{"type": "text", "text": question.system}]}] if question.system else []
-        )
+        content.append({"type": "text", "text": request.text})
+        system = [{"role": "system", "content": [{"type": "text", "text": request.system}]}] if request.system else []
         inputs = self._processor.apply_chat_template(
             [*system, {"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -89,13 +89,13 @@ class TransformersJudge(_LocalJudge):
         ).to(self._model.device, self._model.dtype)
         with torch.no_grad():
             output = self._model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
-        said = output[0, inputs["input_ids"].shape[1] :]
-        text = self._processor.decode(said, skip_special_tokens=True)
-        return Answer(text, cut=False, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(said))
+        tokens = output[0, inputs["input_ids"].shape[1] :]
+        text = self._processor.decode(tokens, skip_special_tokens=True)
+        return Answer(text, cut=False, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(tokens))
 
 
 class PipelineJudge(_LocalJudge):
-    """The evaluated pipeline itself, through its `chat`: what it thinks of its own pictures."""
+    """The evaluated pipeline itself, which judges its own images through its `chat`."""
 
     def __init__(self, model: str, load_pipeline: Callable | None = None, max_tokens: int | None = None):
         self.model_id, self.name = model, f"self:{model}"
@@ -108,19 +108,19 @@ class PipelineJudge(_LocalJudge):
     def prepare(self) -> None:
         if self._pipe is None:
             if self._load is None:
-                from echo4o import Echo4oPipeline
+                from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 
                 self._load = Echo4oPipeline.from_pretrained
             self._pipe = self._load(self.model_id)
             self._pipe.set_progress_bar_config(disable=True)
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, request: ChatRequest) -> Answer:
         from PIL import Image
 
         self.prepare()
-        pictures = []
-        for shown in question.shown:
-            with Image.open(shown.picture.path) as picture:
-                pictures.append(picture.convert("RGB"))
-        prompt = "\n\n".join(part for part in (question.system, question.text) if part)
-        return Answer(self._pipe.chat(prompt, image=pictures, max_new_tokens=self.max_tokens))
+        images = []
+        for labelled in request.images:
+            with Image.open(labelled.image.path) as image:
+                images.append(image.convert("RGB"))
+        prompt = "\n\n".join(part for part in (request.system, request.text) if part)
+        return Answer(self._pipe.chat(prompt, image=images, max_new_tokens=self.max_tokens))

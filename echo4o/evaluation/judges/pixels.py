@@ -1,17 +1,19 @@
-"""`pixels`: the quickstart's detector, which reads Shapes-4o pictures exactly and costs nothing."""
+"""`pixels`: the detector of Shapes-4o, which reads its images exactly and costs nothing."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluation.judges.base import Answer, Judge, JudgeFault, Question
+from echo4o.endpoints.chat_endpoint import ChatRequest
+from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.evaluation.judges.base import Judge, Question
 
 _SIZES = {"larger": "large", "smaller": "small"}
 
 
 class PixelsJudge(Judge):
-    """Answers what a picture of Shapes-4o shows from its pixels; knows only its shapes and colours."""
+    """Judges images of Shapes-4o by their pixels; knows only its shapes and colours."""
 
     name = "pixels"
     parallel = 1
@@ -21,19 +23,20 @@ class PixelsJudge(Judge):
 
         return {"judge": self.name, "detector": hashlib.sha256(Path(detector.__file__).read_bytes()).hexdigest()[:16]}
 
-    async def ask(self, question: Question, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> Answer:
         from PIL import Image
 
         from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
 
-        if "include" not in question.facts:
-            raise JudgeFault("wrong_benchmark", "the judge pixels can only check lists of objects", fatal=True)
+        facts = request.facts if isinstance(request, Question) else {}
+        if "include" not in facts:
+            raise CallFault("wrong_benchmark", "the judge pixels can only check lists of objects", fatal=True)
         try:
-            groups = [group_of(item) for item in question.facts["include"]]
+            groups = [group_of(item) for item in facts["include"]]
         except ValueError as error:
-            raise JudgeFault("unknown_object", f"the judge pixels knows Shapes-4o only: {error}", fatal=True) from None
-        with Image.open(question.shown[-1].picture.path) as picture:
-            found = detect(picture)
+            raise CallFault("unknown_object", f"the judge pixels knows Shapes-4o only: {error}", fatal=True) from None
+        with Image.open(request.images[-1].image.path) as image:
+            found = detect(image)
         right, reasons = check(groups, found)
         reason = "; ".join(reasons) or "exactly the objects that were asked for"
         return Answer(json.dumps({"reason": reason, "correct": int(right)}))

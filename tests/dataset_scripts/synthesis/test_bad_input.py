@@ -205,7 +205,7 @@ def test_a_key_that_a_server_quotes_across_the_cut(server, recipe, tmp_path):
 def test_a_judge_that_sees_nothing(server, recipe, tmp_path):
     server.vision = False
     said = run("synthesize", recipe(), "--out", tmp_path / "made", code=2)
-    assert "does not seem to see pictures" in said and len(server.calls) == 1
+    assert "does not seem to see images" in said and len(server.calls) == 1
 
 
 def test_benchmark_prompts_that_cannot_be_had(server, recipe, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_a_server_that_only_fails_stops_the_run(server, recipe, tmp_path):
     server.inject(EndpointFault("http_500", times=10_000, call_kind="generate"))
     file = one_part(recipe, rows=60, rate__give_up_after=3, rate__tries=1)
     said = run("synthesize", file, "--out", tmp_path / "made", code=2)
-    assert "judgements in a row failed" in said and not ends(tmp_path / "made")
+    assert "calls in a row failed" in said and not ends(tmp_path / "made")
 
 
 def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):

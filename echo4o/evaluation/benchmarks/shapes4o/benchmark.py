@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, Prompt, text_field
+from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, BenchmarkPrompt, text_field
 from echo4o.evaluation.benchmarks.genevalpp import Correct
 from echo4o.evaluation.metrics.genevalpp import formula
 
@@ -30,13 +30,13 @@ class Shapes4o(Benchmark):
     scale = 1.0
     only_judge = "pixels"
 
-    def read_row(self, row: dict, number: int, folder: Path) -> Prompt:
+    def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         tag, text = text_field(row, "tag"), text_field(row, "prompt")
         if not isinstance(row.get("include"), list) or not row["include"]:
             raise ValueError('"include" is missing: it lists what the picture must show')
-        return Prompt(str(row.get("id", number)), tag, text, tag, {"include": row["include"]})
+        return BenchmarkPrompt(str(row.get("id", number)), tag, text, tag, {"include": row["include"]})
 
-    def question(self, prompt: Prompt) -> dict[str, Any]:
+    def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
         lines = [", ".join(f"{name}: {value}" for name, value in item.items()) for item in prompt.facts["include"]]
         return {"instruction": prompt.text, "checklist": lines, "tag": prompt.group}
 

@@ -6,8 +6,8 @@ from typing import Any
 from echo4o.common.files import read_json, write_text
 from echo4o.common.thumbnails import thumbnail_uri
 from echo4o.evaluation.folder import REPORT, RESULT
-from echo4o.evaluation.pictures import picture_name
-from echo4o.evaluation.score import Evaluation, Sample, read_evaluation
+from echo4o.evaluation.images import image_name
+from echo4o.evaluation.score import Evaluation, JudgedImage, read_evaluation
 
 _THUMBNAIL = 256
 _WIDTH, _LABELS, _ROW = 760, 190, 34  # of the chart, in units of its view box
@@ -23,7 +23,7 @@ def write_report(out: Path) -> Path:
     evaluation = read_evaluation(out)
     environment = Environment(loader=PackageLoader("echo4o.evaluation", "."), autoescape=True)
     published = load_published()
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("score_report.html.j2").render(
         result=result,
         title=evaluation.benchmark.title,
         scale=evaluation.benchmark.scale,
@@ -89,7 +89,7 @@ def _outcomes(evaluation: Evaluation) -> list[str]:
     return list(dict.fromkeys(_outcome(evaluation, sample) for sample in evaluation.samples))
 
 
-def _outcome(evaluation: Evaluation, sample: Sample) -> str:
+def _outcome(evaluation: Evaluation, sample: JudgedImage) -> str:
     if sample.score is None or evaluation.benchmark.scale != 1.0:
         return sample.status
     return "correct" if sample.score == 1.0 else "incorrect"
@@ -101,9 +101,9 @@ def cards(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [_card(evaluation, sample) for sample in samples]
 
 
-def _card(evaluation: Evaluation, sample: Sample) -> dict[str, Any]:
+def _card(evaluation: Evaluation, sample: JudgedImage) -> dict[str, Any]:
     per_prompt = evaluation.judge["pictures_per_prompt"]
-    name = picture_name(sample.prompt.id, sample.picture, per_prompt)
+    name = image_name(sample.prompt.id, sample.picture, per_prompt)
     file = evaluation.judge["files"].get(name)
     verdicts = []
     for record in sample.records:

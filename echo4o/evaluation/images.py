@@ -1,60 +1,48 @@
-"""Which picture belongs to which prompt; all of them are opened before anything is paid for."""
+"""Finds the image of every prompt; all images are decoded before anything is paid for."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from echo4o.evaluation.benchmarks.base import Prompt
+from echo4o.endpoints.chat_endpoint import ImageFile
+from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture file and the hash of its bytes."""
-
-    path: Path
-    sha256: str
-
-    @classmethod
-    def read(cls, path: Path) -> "Picture":
-        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 @dataclass
-class Found:
-    """The pictures of a folder by (prompt id, number from 1), and why others are missing."""
+class FoundImages:
+    """The images of a folder by (prompt id, number from 1), and why others are missing."""
 
-    pictures: dict[tuple[str, int], Picture] = field(default_factory=dict)
+    images: dict[tuple[str, int], ImageFile] = field(default_factory=dict)
     missing: dict[tuple[str, int], str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
 
 
-def picture_name(prompt_id: str, number: int, per_prompt: int) -> str:
-    """The name without suffix: `7`, or `7_2` with several pictures per prompt."""
+def image_name(prompt_id: str, number: int, per_prompt: int) -> str:
+    """The file name without suffix: `7`, or `7_2` with several images per prompt."""
     return prompt_id if per_prompt == 1 else f"{prompt_id}_{number}"
 
 
-def find_pictures(folder: Path, prompts: Sequence[Prompt], per_prompt: int = 1) -> Found:
-    """Look for every prompt's pictures in a folder, or in its subfolder `<group>/`.
+def find_images(folder: Path, prompts: Sequence[BenchmarkPrompt], per_prompt: int = 1) -> FoundImages:
+    """Find every prompt's images in a folder, or in its subfolder `<group>/`.
 
     Raises:
-        ValueError: the folder is not there, or two files claim to be the same picture.
+        ValueError: the folder is missing, or two files have the name of one image.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder of pictures")
+        raise ValueError(f"{folder}: there is no such folder of images")
     files = _by_name(folder)
-    found, used = Found(), set()
+    found, used = FoundImages(), set()
     for prompt in prompts:
         for number in range(1, per_prompt + 1):
-            name = _plain(picture_name(prompt.id, number, per_prompt))
+            name = _plain(image_name(prompt.id, number, per_prompt))
             candidates = files.get(("", name), []) + files.get((prompt.group, name), [])
             if len(candidates) > 1:
                 names = " and ".join(str(path.relative_to(folder)) for path in sorted(candidates))
-                raise ValueError(f"{folder}: {names} are two pictures for the one id {prompt.id}")
+                raise ValueError(f"{folder}: {names} are two images for the one id {prompt.id}")
             key = (prompt.id, number)
             if not candidates:
                 found.missing[key] = "there is no such file"
@@ -64,7 +52,7 @@ def find_pictures(folder: Path, prompts: Sequence[Prompt], per_prompt: int = 1) 
             if reason:
                 found.missing[key] = reason
             else:
-                found.pictures[key] = Picture.read(candidates[0])
+                found.images[key] = ImageFile.read(candidates[0])
     found.unexpected = sorted(str(p.relative_to(folder)) for of in files.values() for p in of if p not in used)
     return found
 
@@ -84,32 +72,32 @@ def _plain(name: str) -> str:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why a picture cannot be decoded to its last pixel, or None if it can."""
+    """Why an image cannot be decoded to its last pixel; None if it can."""
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"it does not decode ({error})"
     return None
 
 
-def require_all(found: Found, folder: Path, per_prompt: int) -> None:
-    """Refuse a folder in which pictures are missing or broken, saying which."""
+def require_all(found: FoundImages, folder: Path, per_prompt: int) -> None:
+    """Raise ValueError if images of the folder are missing or broken; the message names them."""
     if not found.missing:
         return
-    total = len(found.missing) + len(found.pictures)
+    total = len(found.missing) + len(found.images)
     listed = [
-        f"{picture_name(prompt_id, number, per_prompt)} ({reason})"
+        f"{image_name(prompt_id, number, per_prompt)} ({reason})"
         for (prompt_id, number), reason in list(found.missing.items())[:_SHOWN]
     ]
     more = len(found.missing) - len(listed)
     hint = ""
-    if not found.pictures and found.unexpected:
-        hint = f"; what lies there is called {', '.join(found.unexpected[:3])}: are there several per prompt (--pictures)?"
+    if not found.images and found.unexpected:
+        hint = f"; the folder holds {', '.join(found.unexpected[:3])}: are there several per prompt (--pictures)?"
     raise ValueError(
-        f"{folder}: {len(found.missing)} of {total} pictures are missing: {', '.join(listed)}"
+        f"{folder}: {len(found.missing)} of {total} images are missing: {', '.join(listed)}"
         f"{f' and {more} more' if more else ''}{hint}\n"
         "add them, or give --allow-missing to score the others"
     )

@@ -1,0 +1,153 @@
+"""Chat models behind an OpenAI-compatible endpoint: text and images in, text out."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
+
+_MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file and the hash of its bytes."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> "ImageFile":
+        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image of a request, with the text that stands before it."""
+
+    label: str
+    image: ImageFile
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One request to a chat model. With a `schema`, the answer is to be JSON of this schema."""
+
+    text: str
+    system: str = ""
+    images: tuple[LabelledImage, ...] = ()
+    schema: dict[str, Any] | None = None
+
+    def estimate_tokens(self) -> int:
+        """About how many input tokens it has: 4 letters each, images in tiles of 512 pixels as OpenAI counts them."""
+        from PIL import Image
+
+        total = (len(self.text) + len(self.system)) // 4
+        for labelled in self.images:
+            with Image.open(labelled.image.path) as image:
+                width, height = image.size
+            scale = min(1.0, 2048 / max(width, height))
+            scale *= min(1.0, 768 / (min(width, height) * scale))
+            tiles = -(-int(width * scale) // 512) * -(-int(height * scale) // 512)
+            total += 85 + 170 * tiles
+        return total
+
+
+class ChatEndpoint(OpenAIEndpoint):
+    """A chat model behind an OpenAI-compatible endpoint; answers a [`ChatRequest`].
+
+    Args:
+        model, url, key_variable, timeout, what: see [`OpenAIEndpoint`].
+        temperature: None leaves it to the endpoint (some models accept no other).
+        max_tokens: the length limit of an answer; None: 1024.
+        structured: request structured outputs for requests with a schema, until the endpoint refuses them.
+        detail: the resolution at which the endpoint reads images ("low", "high", "auto").
+    """
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
+        temperature: float | None = 0.0,
+        max_tokens: int | None = None,
+        structured: bool = True,
+        detail: str = "high",
+        timeout: float = 120.0,
+        what: str = "chat model",
+    ):
+        super().__init__(model, url, key_variable, timeout, what)
+        self.temperature, self.max_tokens, self.detail = temperature, max_tokens or 1024, detail
+        self.structured, self.asks_structured = structured, structured
+
+    def identity(self) -> dict[str, Any]:
+        # Answers that version 0.1 kept are found by a hash of this: names and values must stay.
+        return {
+            "judge": self.name,
+            "endpoint": public_url(self.url),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "detail": self.detail,
+            "structured": self.asks_structured,
+        }
+
+    async def ask(self, request: ChatRequest, key: str) -> Answer:
+        """Answer a request. Raises [`CallFault`]."""
+        import openai
+
+        client = self.connect()
+        structured = self.structured and request.schema is not None
+        body = self._body(request, structured)
+        try:
+            response = await client.chat.completions.create(**body, extra_headers={"Idempotency-Key": key})
+        except (openai.APIError, ValueError, TypeError) as error:
+            refused = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
+            if structured and refused and _is_about_schema(str(error)):
+                self.structured = False
+                return await ChatEndpoint.ask(self, request, f"{key}-plain")
+            raise self.fault_of(error) from None
+        return self._answer(response)
+
+    def _body(self, request: ChatRequest, structured: bool) -> dict[str, Any]:
+        content: list[dict] = []
+        for labelled in request.images:
+            path = labelled.image.path
+            data = base64.b64encode(path.read_bytes()).decode()
+            link = f"data:{_MIME[path.suffix.lower()]};base64,{data}"
+            content.append({"type": "text", "text": f"{labelled.label}:"})
+            content.append({"type": "image_url", "image_url": {"url": link, "detail": self.detail}})
+        content.append({"type": "text", "text": request.text})
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        body = {"model": self.model, "messages": [*messages, {"role": "user", "content": content}]}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+            body["max_tokens"] = self.max_tokens
+        else:  # models that do not accept a temperature do not accept max_tokens either
+            body["max_completion_tokens"] = self.max_tokens
+        if structured:
+            schema = {"name": "verdict", "strict": True, "schema": request.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return body
+
+    def _answer(self, response) -> Answer:
+        choices = getattr(response, "choices", None)
+        if not choices or choices[0].message is None:
+            raise CallFault("bad_response", "the response does not hold an answer", retry=True)
+        choice, usage = choices[0], response.usage
+        refusal = getattr(choice.message, "refusal", None)
+        if choice.finish_reason == "content_filter":
+            refusal = refusal or "stopped by the content filter"
+        return Answer(
+            text=self.redact(choice.message.content or ""),
+            refusal=self.redact(refusal) if refusal else None,
+            cut=choice.finish_reason == "length",
+            input_tokens=getattr(usage, "prompt_tokens", 0) or 0,
+            output_tokens=getattr(usage, "completion_tokens", 0) or 0,
+        )
+
+
+def _is_about_schema(message: str) -> bool:
+    return any(word in message for word in ("response_format", "json_schema", "structured", "guided", "grammar"))
