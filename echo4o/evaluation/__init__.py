@@ -1,7 +1,7 @@
-"""Scores that can be believed and repeated: GenEval++, Imagine-Bench and OmniContext.
+"""Scores of models and images: GenEval++, Imagine-Bench and OmniContext.
 
-Three steps, each restartable and callable alone: [`generate`](generate.py) draws, [`judge`](judge.py) asks a judge about
-every picture and keeps each answer, [`score`](score.py) turns the answers into numbers with intervals and a report.
+Three steps, each restartable and callable alone: [`generate`](generate.py) generates the images, [`judging`](judging.py) asks a judge about
+every image and keeps each answer, [`score`](score.py) turns the answers into numbers with intervals and a report.
 """
 
 from importlib import import_module

@@ -127,7 +127,7 @@ def test_the_budget_is_a_limit(given, server, tmp_path):
     assert refused.exit_code == 2 and "expected to cost about 0.06; no call was made" in words(refused.stderr)
     assert server.calls == []
     stopped = run(*given, "--price", "10,10", "--budget", 0.068, "--concurrency", 2)
-    assert stopped.exit_code == 2 and "the budget of 0.07 USD is reached" in words(stopped.stderr)
+    assert stopped.exit_code == 2 and "the budget of 0.068 USD is reached" in words(stopped.stderr)
     assert sum(server.paid.values()) * 0.011 <= 0.068
     kept = len(list(JsonLines(tmp_path / "out" / "records.jsonl")))
     assert kept == len(server.judged) > 0

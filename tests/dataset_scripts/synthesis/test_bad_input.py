@@ -135,7 +135,7 @@ def test_a_budget_of_nothing(server, recipe, tmp_path, budget):
 
 def test_a_budget_without_prices(server, recipe, tmp_path):
     said = told(server, tmp_path, recipe(models__image__price={}), "--budget", 5)
-    assert "say models.image.price in the recipe" in said
+    assert "set models.image.price in the recipe" in said
 
 
 def test_a_model_that_the_endpoint_does_not_know(server, recipe, tmp_path):
@@ -193,13 +193,13 @@ def test_no_key_and_a_wrong_one(server, recipe, tmp_path, monkeypatch):
 def test_a_key_that_was_copied_with_something_else(server, recipe, tmp_path, monkeypatch, wrong):
     monkeypatch.setenv("OPENAI_API_KEY", f"sk-wrong-but-secret{wrong}")
     said = told(server, tmp_path, recipe())
-    assert "the key in OPENAI_API_KEY holds a character that no key has" in said and "sk-wrong" not in said
+    assert "the key in OPENAI_API_KEY holds a character that keys do not have" in said and "sk-wrong" not in said
 
 
 def test_a_key_that_a_server_quotes_across_the_cut(server, recipe, tmp_path):
     server.inject(EndpointFault("http_400", message="x" * 285 + " {key}", times=99, call_kind="generate"))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
-    assert "does not take our request" in said and "sk-" not in said
+    assert "does not accept our request" in said and "sk-" not in said
 
 
 def test_a_judge_that_sees_nothing(server, recipe, tmp_path):

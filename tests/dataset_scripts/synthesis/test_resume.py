@@ -66,7 +66,7 @@ def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):
 def test_a_request_that_is_never_taken_stops_the_run(server, recipe, tmp_path):
     server.inject(EndpointFault("http_400", message="size 64x64 is not supported", times=99, call_kind="generate"))
     said = run("synthesize", one_part(recipe), "--out", tmp_path / "made", code=2)
-    assert "models.image: openai:painter does not take our request: size 64x64 is not supported" in said
+    assert "models.image: openai:painter does not accept our request: size 64x64 is not supported" in said
     assert not ends(tmp_path / "made")
 
 

@@ -116,7 +116,7 @@ def test_requests_that_are_not_taken_any_more_stop_the_run(server, recipe, tmp_p
     out, file = tmp_path / "made", one_part(recipe, rows=30, rate__give_up_after=4)
     run("synthesize", file, "--out", out, "--preview", 2)
     server.inject(EndpointFault("http_400", message="odd", times=999, call_kind="generate"))
-    assert "does not take our request: odd" in run("synthesize", file, "--out", out, code=2)
+    assert "does not accept our request: odd" in run("synthesize", file, "--out", out, code=2)
     assert len(lines(out / "rejected.jsonl")) == 3
 
 
@@ -145,7 +145,7 @@ def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, rec
 def test_what_has_no_price_is_not_told_as_free(server, recipe, tmp_path):
     file = one_part(recipe, models__image__price={})
     said = " ".join(run("synthesize", file, "--plan").split())
-    assert "no price in the recipe" in said and "cost: unknown; say models.image.price" in said and "about 0.0" in said
+    assert "no price in the recipe" in said and "cost: unknown; set models.image.price" in said and "about 0.0" in said
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made").split())
     assert "USD spent in all, and what no price was given for (models.image.price)" in said
 
