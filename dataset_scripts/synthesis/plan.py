@@ -65,7 +65,7 @@ class Plan:
             lines.append(f"{calls.role}: {calls.model}: {calls.least:,} to {calls.most:,} calls, {price}")
         cost = self.cost()
         if cost is None:
-            lines.append(f"cost: unknown; say {', '.join(self.unpriced())}, from your provider's price list")
+            lines.append(f"cost: unknown; set {', '.join(self.unpriced())}, from your provider's price list")
         else:
             lines.append(
                 f"cost, at the recipe's prices: about {cost:.2f} USD if every answer passes at once, "
