@@ -94,7 +94,7 @@ def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
     import tempfile
     from pathlib import Path
 
-    from echo4o.training.recipe import load_recipe
+    from echo4o.training.recipe_files import load_recipe
     from echo4o.training.run_log import phase_shares
     from echo4o.training.train import Trainer
 

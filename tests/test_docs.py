@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from echo4o.cli import app
 from echo4o.testing.hub import LoopbackHub
 from echo4o.testing.openai_server import API_KEY, OpenAIServer
-from echo4o.training.recipe import bundled_names, load_recipe, parse_changes
+from echo4o.training.recipe_files import bundled_names, load_recipe, parse_changes
 from tests.commands import arguments_of, parse
 from tests.dataset_scripts.layout import small_release
 from tests.documents import BLOCK, CHECKPOINT, DOCUMENTS, ROOT, blocks, commands, prose, scripts, starts_with

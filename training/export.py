@@ -22,7 +22,8 @@ from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class
 from echo4o.training.checkpoints import WEIGHTS, Checkpoint, quiet
 from echo4o.training.model import ADAPTER, base_folder, cast, lora_config
-from echo4o.training.recipe import LoraTuning, RecipeError, load_recipe, read_recipe
+from echo4o.training.recipe import LoraTuning, RecipeError
+from echo4o.training.recipe_files import load_recipe, read_recipe
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SHARD_BYTES = 5_000_000_000

@@ -19,7 +19,9 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,12 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from echo4o.common import files
+from echo4o.common.locks import FolderLock
 from echo4o.modeling.bagel.image_processor_bagel import to_rgb
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
 from echo4o.training.data import open_sources
 from echo4o.training.model import load_backbone
-from echo4o.training.recipe import DataSource, read_recipe
+from echo4o.training.recipe import DataSource
+from echo4o.training.recipe_files import read_recipe
 
 ABOUT, VERSION = "cache.json", 1
 ROWS_PER_FILE = 64  # at 1024 x 1024, 2 MB of moments per image
@@ -127,6 +131,11 @@ def precompute(
         CacheError: `out` holds a cache with other settings or of another dataset, or an image is unreadable.
     """
     dataset = undecoded(dataset)
+    twice = [id for id, count in Counter(dataset["id"]).items() if count > 1]
+    if twice:
+        raise CacheError(
+            f"{len(twice)} ids stand in more than one row, for example {twice[0]!r}: a cache holds one row per id."
+        )
     about = settings_of(backbone) | {"rows": len(dataset), "rows_per_file": rows_per_file}
     about["ids"] = hashlib.blake2b("\0".join(dataset["id"]).encode(), digest_size=16).hexdigest()
     if (out / ABOUT).is_file():
@@ -264,6 +273,12 @@ def run(dataset: str, model: str, out: Path, name: str | None = None, split: str
         dataset, name, split: as in a recipe's `data`.
         model: pipeline folder or repository whose encoders are used; of its trained components only sizes are read.
     """
+    first = os.environ.get("RANK", "0") == "0"
+    with FolderLock(out) if first else nullcontext():
+        return _run(DataSource(path=dataset, name=name, split=split), model, out)
+
+
+def _run(data: DataSource, model: str, out: Path) -> int:
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
@@ -271,7 +286,6 @@ def run(dataset: str, model: str, out: Path, name: str | None = None, split: str
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise CacheError(f"{started} processes were started, but Accelerate runs {accelerator.num_processes}.")
-    data = DataSource(path=dataset, name=name, split=split)
     (rows,) = open_sources([data])
     recipe = read_recipe(
         {"backbone": backbone_of(model), "model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}

@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import data_uri, figure_uri
-from echo4o.training.recipe import TrainingRecipe, dump_recipe
+from echo4o.training.recipe import TrainingRecipe
+from echo4o.training.recipe_files import dump_recipe
 from echo4o.training.run_log import PHASES, phase_shares
 
 CURVES = {  # beside the losses

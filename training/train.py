@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from echo4o.common.files import replacing_folder, write_text
+from echo4o.common.locks import FolderLock
 from echo4o.training import checkpoints, export
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBatch
@@ -39,15 +40,8 @@ from echo4o.training.optimizers import build_optimizers
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
 from echo4o.training.precompute import CachedBackbone, undecoded
 from echo4o.training.prefetch import Prefetch
-from echo4o.training.recipe import (
-    LoraTuning,
-    RecipeError,
-    TrainingRecipe,
-    dump_recipe,
-    load_recipe,
-    parse_changes,
-    read_recipe,
-)
+from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
+from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes, read_recipe
 from echo4o.training.run_log import PHASES
 from echo4o.training.step import StepTotals, non_finite_samples, sum_over_processes, weighted_loss
 from echo4o.training.watch import Watch
@@ -426,10 +420,12 @@ def parse_arguments(arguments: list[str]) -> TrainingRecipe:
 
 def train(recipe: TrainingRecipe) -> TrainingResult:
     """Run the recipe as the command line does: signals save a checkpoint, and the recipe is kept beside the result."""
-    trainer = Trainer(recipe)
-    if trainer.accelerator.is_main_process:
-        write_text(recipe.output_dir / "recipe.yaml", dump_recipe(recipe))
-    return trainer.run(catch_signals=True)
+    first = os.environ.get("RANK", "0") == "0"
+    with FolderLock(recipe.output_dir) if first else nullcontext():
+        trainer = Trainer(recipe)
+        if trainer.accelerator.is_main_process:
+            write_text(recipe.output_dir / "recipe.yaml", dump_recipe(recipe))
+        return trainer.run(catch_signals=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def train(
       [bold]accelerate launch -m echo4o.training.train full_fsdp2_multinode ...[/bold]
     - quickstart_cpu: a tiny model
     """
-    from echo4o.training.recipe import load_recipe, parse_changes
+    from echo4o.training.recipe_files import load_recipe, parse_changes
 
     if not plan and (gpu is not None or num_gpus is not None):
         raise ValueError(f"--{'gpu' if gpu is not None else 'num-gpus'} has no effect without --plan.")

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from echo4o.common.locks import FolderLock
+
 # All writes of this package go through `write`, `sync` and `rename`: tests interrupt them at every call.
 
 
@@ -96,21 +98,25 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new hidden folder to write into; it replaces `folder` when the block ends, or is removed if it raises."""
+    """Yield a new hidden folder to write into; it replaces `folder` when the block ends, or is removed if it raises.
+
+    Raises ValueError if another process is writing this folder.
+    """
     work, old = folder.parent / f".{folder.name}.tmp", folder.parent / f".{folder.name}.old"
-    for leftover in (work, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        sync_tree(work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.replace(folder, old)
-    rename(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with FolderLock(folder):
+        for leftover in (work, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            yield work
+            sync_tree(work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if folder.exists():
+            os.replace(folder, old)
+        rename(work, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

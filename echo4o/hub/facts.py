@@ -13,7 +13,7 @@ from echo4o.dataset_scripts.manifest import MANIFEST
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT
 from echo4o.model_cards.facts import About, Dataset, Result, Training
-from echo4o.training.recipe import load_recipe
+from echo4o.training.recipe_files import load_recipe
 
 RECIPE, LOG = "recipe.yaml", "train_log.jsonl"
 SHOWN = 4  # pictures of a card

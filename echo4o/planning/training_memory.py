@@ -22,14 +22,8 @@ from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, Precision, StepMemory
 from echo4o.training.model import clean_name, frozen_dtype, set_up
-from echo4o.training.recipe import (
-    LoraTuning,
-    RecipeError,
-    TrainingRecipe,
-    bundled_names,
-    bundled_recipe,
-    load_recipe,
-)
+from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
+from echo4o.training.recipe_files import bundled_names, bundled_recipe, load_recipe
 
 HOST_PER_PROCESS = 3e9  # bytes: Python with torch, diffusers, datasets and a CUDA context; assumed
 EXPORT_SHARD = 5e9  # bytes

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from echo4o.common.locks import FolderLock
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder, load, missing_from
 
 from .running import assert_same, log_of, losses_of, run, start, train_here, weights_of
@@ -227,6 +228,14 @@ def test_incomplete_ones_are_named_and_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step-00000004 is ignored" in said and "__0_0.distcp has another size" in said and "never finished" in said
     assert missing_from(tmp_path / "step-00000001") is None
+
+
+def test_a_second_run_into_the_folder_of_a_running_one_is_refused(recipe_file, tmp_path, capsys):
+    file = recipe_file("run")
+    with FolderLock(tmp_path / "run"):
+        assert train_here(file) == 2
+    assert "run is in use by another process" in capsys.readouterr().err
+    assert train_here(file) == 0
 
 
 def test_a_full_disk_ends_the_run_with_one_line(recipe_file, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from echo4o.cli import app
-from echo4o.training.recipe import bundled_names
+from echo4o.training.recipe_files import bundled_names
 
 from .running import run, train_here
 

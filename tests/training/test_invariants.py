@@ -9,7 +9,7 @@ from echo4o.training.backbones.bagel import collate
 from echo4o.training.data import Rows
 from echo4o.training.model import TrainedModel
 from echo4o.training.packing import PackedBatches
-from echo4o.training.recipe import load_recipe
+from echo4o.training.recipe_files import load_recipe
 
 from .conftest import make_backbone
 from .running import log_of, losses_of, run, torchrun, train_here, weights_of

@@ -10,7 +10,8 @@ from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, p
 from echo4o.planning.training_memory import _share, nearest, plan, precision_of, print_plan, skeleton
 from echo4o.training.backbones.bagel import BagelBatch, BagelRecipe
 from echo4o.training.model import TrainedModel, load_backbone, set_up
-from echo4o.training.recipe import RecipeError, bundled_recipe, load_recipe
+from echo4o.training.recipe import RecipeError
+from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
 ACTIVATION_TOLERANCE = 0.06  # with checkpointing, where little is kept on so small a model, twice that

@@ -111,6 +111,14 @@ def test_another_dataset_is_refused_and_a_part_is_no_cache(cache, rows, backbone
         LatentCache(cache, settings_of(backbone))
 
 
+def test_an_id_that_stands_in_two_rows_is_refused_before_the_first_is_encoded(tmp_path, rows, backbone):
+    from datasets import concatenate_datasets
+
+    with pytest.raises(CacheError, match="1 ids stand in more than one row, for example 'row-0'"):
+        precompute(concatenate_datasets([rows, rows.select([0])]), backbone, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
 def test_any_number_of_processes_writes_the_same(tmp_path, rows, backbone, cache):
     for rank in (0, 1):  # one after the other: what each does depends on its number alone
         precompute(rows, backbone, tmp_path / "two", rank=rank, processes=2, rows_per_file=3)

@@ -16,7 +16,7 @@ from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.training.checkpoints import Checkpoint, CheckpointFolder
 from echo4o.training.export import export_checkpoint
-from echo4o.training.recipe import load_recipe
+from echo4o.training.recipe_files import load_recipe
 
 from .running import assert_same, finished, log_of, losses_of, start, torchrun, weights_of
 from .test_invariants import close

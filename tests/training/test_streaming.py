@@ -9,7 +9,8 @@ import pytest
 from echo4o.dataset_scripts.row_groups import RowGroups
 from echo4o.training.data import Rows, StoredOrder, StreamedOrder, open_sources
 from echo4o.training.packing import FixedBatches, PackedBatches
-from echo4o.training.recipe import RecipeError, load_recipe
+from echo4o.training.recipe import RecipeError
+from echo4o.training.recipe_files import load_recipe
 
 from .conftest import make_backbone, make_rows
 from .running import assert_same, losses_of, run, start, train_here, weights_of

@@ -14,14 +14,8 @@ from echo4o.training.data import Order
 from echo4o.training.model import TrainedModel
 from echo4o.training.optimizers import Muon
 from echo4o.training.packing import FixedBatches, best_fit
-from echo4o.training.recipe import (
-    RecipeError,
-    bundled_names,
-    bundled_recipe,
-    dump_recipe,
-    load_recipe,
-    parse_changes,
-)
+from echo4o.training.recipe import RecipeError
+from echo4o.training.recipe_files import bundled_names, bundled_recipe, dump_recipe, load_recipe, parse_changes
 from echo4o.training.step import weighted_loss
 from echo4o.training.train import NonFiniteLoss, Trainer, learning_rate_factor, main
 

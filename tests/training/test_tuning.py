@@ -14,7 +14,8 @@ from echo4o.training.backbones.bagel import BagelBackbone
 from echo4o.training.checkpoints import CheckpointFolder
 from echo4o.training.export import ExportError, check_keys, export_checkpoint, merge_run
 from echo4o.training.model import TrainedModel, part_of, set_up
-from echo4o.training.recipe import RecipeError, load_recipe
+from echo4o.training.recipe import RecipeError
+from echo4o.training.recipe_files import load_recipe
 
 from .conftest import make_backbone
 from .running import assert_same, run, train_here, weights_of

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from echo4o.training.prefetch import Prefetch
-from echo4o.training.recipe import RecipeError, load_recipe
+from echo4o.training.recipe import RecipeError
+from echo4o.training.recipe_files import load_recipe
 from echo4o.training.run_log import PHASES, phase_shares
 from echo4o.training.train import Trainer
 

@@ -1,0 +1,70 @@
+"""One process at a time per output folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+
+class FolderLock:
+    """Holds an output folder for this process, so that a second run into it is refused instead of mixed in.
+
+    The lock is a file beside the folder, which may not exist yet and whose content may be published. It ends with
+    `release`, with the `with` block, or with the process. Where the operating system has no `flock`, nothing is locked.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        absolute = self.folder.absolute()
+        self._file = absolute.parent / f".{absolute.name}.lock"
+        self._descriptor: int | None = None
+
+    def acquire(self) -> Self:
+        """Take the folder. Raises ValueError naming the process that holds it, or if the folder cannot be made."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return self
+        while True:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+                raise ValueError(f"{self.folder} cannot be made: {reason}") from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.read(descriptor, 100).decode("utf-8", "replace").strip() or "unknown"
+                os.close(descriptor)
+                raise ValueError(
+                    f"{self.folder} is in use by another process (process {owner}): wait until it ends, or choose "
+                    "another folder"
+                ) from None
+            if self._is_current(descriptor):
+                break
+            os.close(descriptor)  # its owner removed the file between our open and our lock
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        self._descriptor = descriptor
+        return self
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._file))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give the folder up; a second call does nothing."""
+        if self._descriptor is not None:
+            self._file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *error) -> None:
+        self.release()

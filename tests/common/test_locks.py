@@ -1,0 +1,50 @@
+"""A folder belongs to one process at a time, and to nobody after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from echo4o.common.locks import FolderLock
+
+HOLD = """
+import sys, time
+from echo4o.common.locks import FolderLock
+with FolderLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
+    with pytest.raises(ValueError, match=f"out is in use by another process .process {holder.pid}."):
+        FolderLock(tmp_path / "out").acquire()
+
+
+def test_a_killed_process_holds_nothing(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with FolderLock(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == [], "the lock leaves no file behind, and makes no folder"
+
+
+def test_it_can_be_taken_again_after_its_release(tmp_path):
+    lock = FolderLock(tmp_path / "out").acquire()
+    with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        FolderLock(tmp_path / "out").acquire()
+    lock.release()
+    lock.release()
+    with FolderLock(tmp_path / "out"):
+        pass
