@@ -96,7 +96,7 @@ def call(transformer, batch: int):
     from echo4o.modeling.bagel.guidance_bagel import Guidance
     from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, sample
     from echo4o.modeling.bagel.segments_bagel import SpecialTokens, pack, text_segment
-    from echo4o.modeling.bagel.step_cache_bagel import whole_pass
+    from echo4o.modeling.common.step_cache import whole_pass
 
     tokens = SpecialTokens(1, 2, 3, 4)
     guidance = Guidance(4.0, 1.0, (0.4, 1.0), "global")

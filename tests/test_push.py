@@ -384,11 +384,13 @@ def test_what_comes_back_altered_is_an_error(folder, hub, api):
 def adapter(tmp_path_factory) -> Path:
     from peft import LoraConfig
 
-    from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
+    from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     pipeline = Echo4oPipeline.from_pretrained(BASE, dtype=torch.float32)
-    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS["gen"]))
+    pipeline.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, target_modules=BagelTransformer2DModel._lora_targets["gen"])
+    )
     pipeline.save_lora_adapter(folder)
     return folder
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from echo4o.common.files import replacing_folder
-from echo4o.modeling.bagel.loading_bagel import component_tensors
+from echo4o.modeling.common.weights import component_tensors
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class
 from echo4o.training.checkpoints import WEIGHTS, Checkpoint, quiet

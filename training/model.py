@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from echo4o.modeling.bagel.loading_bagel import component_tensors
+from echo4o.modeling.common.weights import component_tensors
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class, backbone_names
 from echo4o.training.backbones.base import Backbone, LossTerm

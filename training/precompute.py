@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from echo4o.common import files
 from echo4o.common.locks import FolderLock
-from echo4o.modeling.bagel.image_processor_bagel import to_rgb
+from echo4o.modeling.common.images import to_rgb
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
 from echo4o.training.data import open_sources

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from echo4o.hub.remote import Source
-from echo4o.modeling.bagel.weights_bagel import PICKLE_SUFFIXES
+from echo4o.modeling.common.weights import PICKLE_SUFFIXES
 
 _PICKLES = (*PICKLE_SUFFIXES, ".joblib", ".dill", ".mar")
 _SMALL = 1_000_000  # a pickle of the old protocols is looked for in files up to here

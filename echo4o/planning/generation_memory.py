@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from echo4o.common.hub_names import is_repository_name
-from echo4o.modeling.bagel.loading_bagel import INDEX_NAME
-from echo4o.modeling.bagel.weights_bagel import DTYPES, component_tensors, read_json
+from echo4o.modeling.common.publishing import INDEX_NAME
+from echo4o.modeling.common.weights import DTYPES, component_tensors, read_json
 from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.planning.dry_run import vae_bytes
 from echo4o.training.backbones import backbone_class, backbone_of

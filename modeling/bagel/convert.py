@@ -3,37 +3,40 @@
 Neither direction fills a model or decodes a tensor: the headers of the source say what is there, one table
 (original_keys.py) says what it is called on the other side, and bytes are copied chunk by chunk into new files. Memory
 stays at a few chunks for a checkpoint of any size. Names, shapes and configurations are checked before anything is
-written; a file gets its name when it is complete, and an interrupted conversion goes on where it stopped.
+written.
 """
 
-import hashlib
 import importlib
 import inspect
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from .loading_bagel import INDEX_NAME, pipeline_sources, require_flat, standing_alone, write_sources
-from .original_configs import (
-    JSON_FILES,
-    Configs,
-    component_configs,
-    original_jsons,
-    original_sizes,
-    read_original_jsons,
-    sizes_of,
+from ..common.conversion import (
+    SHARD_BYTES,
+    component_files,
+    copy_files,
+    files_fingerprint,
+    finish,
+    raise_problems,
     write_json,
+    write_weights,
 )
-from .original_keys import Key, all_keys, differences
-from .safetensors_stream import Output, is_written, split_shards, write_file
-from .weights_bagel import (
+from ..common.publishing import (
+    INDEX_NAME,
+    ComponentCode,
+    class_code,
+    require_closed,
+    require_standalone,
+    write_sources,
+)
+from ..common.safetensors_stream import Output
+from ..common.weights import (
     StoredTensor,
     component_tensors,
     indexed_tensors,
@@ -42,11 +45,19 @@ from .weights_bagel import (
     read_header,
     read_json,
     refuse_pickles,
-    shortened,
 )
+from .original_configs import (
+    JSON_FILES,
+    Configs,
+    component_configs,
+    original_jsons,
+    original_sizes,
+    read_original_jsons,
+    sizes_of,
+)
+from .original_keys import Key, all_keys, differences
+from .pipeline_echo4o import Echo4oPipeline
 
-SHARD_BYTES = 2_000_000_000
-PIPELINE_CLASS = "Echo4oPipeline"
 # Component -> (file stem, class) of the components that are published with their own file.
 OWN_CODE = {
     "transformer": ("transformer_bagel", "BagelTransformer2DModel"),
@@ -70,10 +81,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 KEPT_FOLDER = "original"  # the JSON files of the original, kept as they were, for the way back
-WEIGHTS = "diffusion_pytorch_model"
 _DESCRIBED = "components.json"  # beside them: the component configurations that they describe
-_MARKER = ".conversion.json"
-_LARGE = 256_000_000  # bytes from which on a progress bar is shown
 
 
 @dataclass(frozen=True)
@@ -101,23 +109,24 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
     """
     src, dst = Path(src), Path(dst)
     original = read_original(src)
-    index, code = _pipeline_index(original.configs), _read_code()
+    index, codes = _pipeline_index(original.configs), _component_codes()
     files: dict[Path, list[Output]] = {}
     for component in ORIGINAL_FILES:
         outputs = [Output(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component]
-        files |= _component_files(dst / component, outputs, shard_bytes)
-    _write(dst, _fingerprint(original.tensors.values()), files)
+        files |= component_files(dst / component, outputs, shard_bytes)
+    write_weights(dst, files_fingerprint(original.tensors.values()), files)
 
     for component, config in original.configs.items():
         write_json(dst / component / "config.json", _class_entry(component) | config)
     (dst / "scheduler").mkdir(exist_ok=True)
     write_json(dst / "scheduler" / "scheduler_config.json", _scheduler_config())
-    _copy(src, dst / "tokenizer", TOKENIZER_FILES)
-    _copy(src, dst / KEPT_FOLDER, JSON_FILES)
+    copy_files(src, dst / "tokenizer", TOKENIZER_FILES)
+    copy_files(src, dst / KEPT_FOLDER, JSON_FILES)
     write_json(dst / KEPT_FOLDER / _DESCRIBED, original.configs)
-    write_sources(dst, *code)
+    require_closed(Echo4oPipeline._published_sources)
+    write_sources(dst, Echo4oPipeline._published_sources, codes)
     write_json(dst / INDEX_NAME, index)
-    (dst / _MARKER).unlink()
+    finish(dst)
 
 
 def convert_to_original(src: Path, dst: Path) -> None:
@@ -143,13 +152,13 @@ def convert_to_original(src: Path, dst: Path) -> None:
         problems += differences({k.name: k.shape for k in own}, tensors, f"{component}/")
         outputs = [Output(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
         files[dst / ORIGINAL_FILES[component]] += outputs
-    _raise_all(src, problems)
-    _write(dst, _fingerprint(t for tensors in stored.values() for t in tensors.values()), files)
+    raise_problems(src, problems)
+    write_weights(dst, files_fingerprint(t for tensors in stored.values() for t in tensors.values()), files)
 
     _write_original_jsons(src, dst, configs, main_dtype(stored["transformer"]))
-    _copy(src / "tokenizer", dst, TOKENIZER_FILES)
+    copy_files(src / "tokenizer", dst, TOKENIZER_FILES)
     _write_vocabulary(dst)
-    (dst / _MARKER).unlink()
+    finish(dst)
 
 
 def components_from_original(
@@ -199,8 +208,8 @@ def read_original(folder: Path) -> Original:
     for where, tensors in (("ema.safetensors", ema), ("ae.safetensors", ae)):
         expected = {k.original: k.original_shape for k in keys if ORIGINAL_FILES[k.component] == where}
         problems += differences(expected, tensors, where)
-    _raise_all(folder, problems)
-    _raise_all(folder, _what_cannot_be_built(configs))
+    raise_problems(folder, problems)
+    raise_problems(folder, _what_cannot_be_built(configs))
     return Original(folder, keys, {**ema, **ae}, configs)
 
 
@@ -232,68 +241,7 @@ def _original_weights(folder: Path) -> dict[str, StoredTensor]:
     return indexed_tensors(indexes[0])
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
-def _component_files(folder: Path, outputs: list[Output], shard_bytes: int) -> dict[Path, list[Output]]:
-    shards = split_shards(outputs, shard_bytes)
-    if len(shards) == 1:
-        return {folder / f"{WEIGHTS}.safetensors": shards[0]}
-    return {folder / f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def _write(dst: Path, fingerprint: str, files: Mapping[Path, list[Output]]) -> None:
-    """Write the weight files (and the index of each folder with shards), leaving out those already complete."""
-    if dst.exists() and not dst.is_dir():
-        raise FileExistsError(f"{dst} is a file.")
-    marker = dst / _MARKER
-    if dst.is_dir() and any(dst.iterdir()):
-        if not marker.is_file() or read_json(marker).get("source") != fingerprint:
-            raise FileExistsError(
-                f"{dst} is not empty, and not an interrupted conversion of the same weights; remove it."
-            )
-    dst.mkdir(parents=True, exist_ok=True)
-    todo = {path: outputs for path, outputs in files.items() if not is_written(path, outputs)}
-    total = sum(o.source.nbytes for outputs in todo.values() for o in outputs)
-    free = shutil.disk_usage(dst).free
-    if total > free:
-        raise OSError(f"{dst} has room for {free / 1e9:.1f} GB, the conversion needs {total / 1e9:.1f} GB.")
-    write_json(marker, {"source": fingerprint})
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=total < _LARGE) as bar:
-        for path, outputs in todo.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, outputs, bar.update)
-    for folder in {path.parent for path in files}:
-        shards = {path: outputs for path, outputs in files.items() if path.parent == folder and "-of-" in path.name}
-        if shards:
-            _write_index(folder, shards)
-
-
-def _write_index(folder: Path, shards: Mapping[Path, list[Output]]) -> None:
-    total = sum(o.source.nbytes for outputs in shards.values() for o in outputs)
-    weight_map = {o.name: path.name for path, outputs in shards.items() for o in outputs}
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{WEIGHTS}.safetensors.index.json", content)
-
-
-def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
-    """Tells one set of source files from another by names, sizes and times of change."""
-    files = sorted({t.file for t in tensors})
-    facts = [(f.parent.name, f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _raise_all(folder: Path, problems: list[str]) -> None:
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        raise ValueError(f"The checkpoint {folder} does not fit ({len(problems)}):\n  {shortened(problems)}")
-
-
-def _copy(src: Path, dst: Path, names: Iterable[str]) -> None:
-    dst.mkdir(exist_ok=True)
-    for name in names:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
+# --- our folder ----------------------------------------------------------------------------------------------------
 
 
 def _class_entry(component: str) -> dict[str, str]:
@@ -315,8 +263,6 @@ class _StandIn:
 
 def _pipeline_index(configs: Configs) -> dict[str, Any]:
     """model_index.json, with the pipeline's presets and limits written out so that they can be seen and changed."""
-    from .pipeline_echo4o import Echo4oPipeline
-
     # The pipeline derives limits from its components' configurations and from nothing else of them.
     stand_ins = {name: _StandIn(SimpleNamespace(**config)) for name, config in configs.items()}
     settings = dict(Echo4oPipeline(**stand_ins, scheduler=None, tokenizer=None).config)
@@ -324,25 +270,23 @@ def _pipeline_index(configs: Configs) -> dict[str, Any]:
     parameters = inspect.signature(Echo4oPipeline.__init__).parameters
     presets = {name: settings[name] for name in parameters if name in settings and name not in components}
     version = _class_entry("vae")["_diffusers_version"]
-    index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": version}
+    index = {"_class_name": ["pipeline", Echo4oPipeline.__name__], "_diffusers_version": version}
     return index | components | presets
 
 
-def _read_code() -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """The source files to publish, as write_sources takes them."""
-    here = Path(__file__).parent
-    components = {}
-    for component, (stem, _) in OWN_CODE.items():
-        text = (here / f"{stem}.py").read_text("utf-8")
-        components[component] = (stem, standing_alone(text, f"{stem}.py"))
-    return require_flat(pipeline_sources(here / "pipeline_echo4o.py")), components
+def _component_codes() -> dict[str, ComponentCode]:
+    """The source files of the components that no library provides."""
+    codes = {component: class_code(_model_class(component)) for component in OWN_CODE}
+    for code in codes.values():
+        require_standalone(code.text, f"{code.stem}.py")
+    return codes
 
 
 def _write_original_jsons(src: Path, dst: Path, configs: Configs, dtype: torch.dtype | None) -> None:
     kept = src / KEPT_FOLDER
     # Components changed since would make the kept files lie about them.
     if (kept / _DESCRIBED).is_file() and read_json(kept / _DESCRIBED) == _plain_configs(configs):
-        _copy(kept, dst, JSON_FILES)
+        copy_files(kept, dst, JSON_FILES)
         return
     file = src / "tokenizer" / "tokenizer.json"
     added = read_json(file).get("added_tokens", []) if file.is_file() else []

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
-
-MAX_PIXELS = 200_000_000  # the largest cameras; a small file with more was made to fill the memory
 
 
 @dataclass(frozen=True)
@@ -49,36 +46,6 @@ class ImageLimits:
         return image.resize(self.size(*image.size, pictures), Image.Resampling.BICUBIC)
 
 
-def to_rgb(image: Image.Image, place: str = "image") -> Image.Image:
-    """Decode fully and convert to RGB; transparency becomes white.
-
-    Raises ValueError, naming `place`, when the picture does not decode or is no PIL image.
-    """
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"{place} is a {type(image).__name__}; give a PIL.Image (open files with PIL.Image.open).")
-    width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"{place} has {width} x {height} pixels; pictures have between 1 and {MAX_PIXELS} in all.")
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        raise ValueError(f"{place} has mode {image.mode!r}, whose range is unknown; convert it to 8 bits first.")
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{place} does not decode: {error or type(error).__name__}") from error
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    return (pixels.float() / 255 - 0.5) / 0.5
-
-
 def vae_scale_factor(config) -> int:
     """Image pixels per latent pixel, per side, from the configuration of an AutoencoderKL."""
     return 2 ** (len(config.block_out_channels) - 1)
@@ -89,8 +56,3 @@ def to_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     channels, height, width = pixels.shape
     blocks = pixels.reshape(channels, height // patch, patch, width // patch, patch)
     return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
-
-
-def to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] -> (H, W, 3) uint8; truncated, not rounded, as the original does."""
-    return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).to(torch.uint8).cpu().numpy()

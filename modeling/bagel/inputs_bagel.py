@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from ..common.images import to_rgb
 from .guidance_bagel import Guidance
-from .image_processor_bagel import ImageLimits, to_rgb
+from .image_processor_bagel import ImageLimits
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

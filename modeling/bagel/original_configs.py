@@ -1,13 +1,12 @@
 """The original's JSON files and ours: sizes and configurations read from one, written for the other."""
 
-import json
 import math
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.weights import StoredTensor, read_json
 from .original_keys import Sizes
-from .weights_bagel import StoredTensor, read_json
 
 LATENT_SCALING, LATENT_SHIFT = 0.3611, 0.1159  # FLUX's VAE, which the release uses
 JSON_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json")
@@ -358,8 +357,3 @@ def original_jsons(configs: Configs, dtype: str, token_ids: Mapping[str, int]) -
         },
     }
     return {"llm_config.json": llm, "vit_config.json": vit, "config.json": config, "generation_config.json": special}
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, with sorted keys."""
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .weights_bagel import StoredTensor
+from ..common.weights import StoredTensor
 
 FREQUENCIES = 256  # width of the sinusoid that the timestep enters as
 

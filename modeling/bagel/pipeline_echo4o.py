@@ -1,7 +1,7 @@
 """Echo-4o as a diffusers pipeline: BAGEL draws from text, pictures or any mix of both, and talks about pictures.
 
-Published as `pipeline.py` beside its siblings; components are reached through their methods only, so that the file
-works in the package and beside component folders on the Hub.
+Published as `pipeline.py` (common/publishing.py). It calls components through their methods and does not import their
+files, so that it works in the package and beside component folders on the Hub.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .guidance_bagel import Guidance  # noqa: F401 - what this file imports is published; its siblings need it
-from .image_processor_bagel import ImageLimits, to_patches, to_pixels, to_uint8
+from ..common.images import to_pixels, to_uint8
+from ..common.loading import PortablePipelineMixin
+from ..common.lora import TransformerLoraMixin, scales_lora
+from .image_processor_bagel import ImageLimits, to_patches
 from .inputs_bagel import (
     Request,
     check_scheduler,
@@ -26,11 +28,7 @@ from .inputs_bagel import (
     read_latents,
     read_requests,
 )
-from .loading_bagel import PortablePipelineMixin
-from .lora_bagel import Echo4oLoraLoaderMixin, scales_lora
-from .lora_files_bagel import find_adapter  # noqa: F401 - as above
 from .options_bagel import image_limits, read_options
-from .placement_bagel import Placement  # noqa: F401 - as above
 from .prefill_bagel import PrefillMixin, before_last_text
 from .sampling_bagel import Branch, Picture, pack_rows, sample
 from .segments_bagel import (
@@ -43,9 +41,7 @@ from .segments_bagel import (
     text_segment,
     unpatchify,
 )
-from .step_cache_bagel import whole_pass  # noqa: F401 - as above
 from .text_generation_bagel import generate_text
-from .weights_bagel import StoredTensor  # noqa: F401 - as above
 
 
 @dataclass
@@ -62,7 +58,7 @@ class Echo4oPipelineOutput(BaseOutput):
     texts: list[str] | None
 
 
-class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, Echo4oLoraLoaderMixin, DiffusionPipeline):
+class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, TransformerLoraMixin, DiffusionPipeline):
     """Text to image, editing, several references, interleaved inputs, plans before pictures, and answers.
 
     Args:
@@ -76,6 +72,27 @@ class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, Echo4oLoraLoaderMixin,
 
     model_cpu_offload_seq = "vision_model->transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _original_files = ("llm_config.json", "ema.safetensors")
+    _conversion_module = ".convert"
+    _published_modules = (
+        ".guidance_bagel",
+        ".image_processor_bagel",
+        ".inputs_bagel",
+        ".options_bagel",
+        ".prefill_bagel",
+        ".sampling_bagel",
+        ".segments_bagel",
+        ".text_generation_bagel",
+        "..common.images",
+        "..common.loading",
+        "..common.lora",
+        "..common.lora_files",
+        "..common.placement",
+        "..common.prefill_cache",
+        "..common.publishing",
+        "..common.step_cache",
+        "..common.weights",
+    )
 
     def __init__(
         self,

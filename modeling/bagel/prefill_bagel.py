@@ -5,66 +5,12 @@ Each is filed under the bytes that it was made of and under the weights that mad
 exactly what it would have computed or computes it.
 """
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable
-
 import torch
-from diffusers.utils import logging
 
-from .image_processor_bagel import to_pixels
+from ..common.images import to_pixels
+from ..common.prefill_cache import PrefillCache, digest, fingerprint
+from ..common.step_cache import whole_pass
 from .segments_bagel import Segment, end_position
-from .step_cache_bagel import whole_pass
-
-logger = logging.get_logger(__name__)
-SAMPLES = 16  # values of every weight that its fingerprint holds
-
-
-class PrefillCache:
-    """Tensors by the digest of what they were made of; the ones not used for longest make room.
-
-    Args:
-        max_bytes: what the tensors may take together, on the device that computed them.
-    """
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.nbytes = max_bytes, 0
-        self.hits = self.misses = 0
-        self._entries: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        used = f"{self.nbytes / 2**20:.1f} of {self.max_bytes / 2**20:.1f} MiB"
-        return f"PrefillCache({len(self)} entries, {used}, {self.hits} hits, {self.misses} misses)"
-
-    def recall(self, key: bytes, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """What is filed under `key`, or what `make` returns, which is filed if it fits. Not to be written to."""
-        if key in self._entries:
-            self.hits += 1
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        self.misses += 1
-        made = make()
-        size = _nbytes(made)
-        if size > self.max_bytes:
-            logger.warning(f"A reading of {size} bytes is not kept: the prefill cache holds {self.max_bytes} bytes.")
-            return made
-        while self.nbytes + size > self.max_bytes:
-            self.nbytes -= _nbytes(self._entries.popitem(last=False)[1])
-        self._entries[key] = made
-        self.nbytes += size
-        return made
-
-    def clear(self) -> None:
-        """Forget everything; the counts of hits and misses stay."""
-        self._entries.clear()
-        self.nbytes = 0
-
-
-def _nbytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 class PrefillMixin:
@@ -111,7 +57,7 @@ class PrefillMixin:
             if key is None:
                 self._read(part)
             else:
-                key = digest(key, *(segments for _, segments in part))
+                key = digest(key, *([_content(s) for s in segments] for _, segments in part))
                 self._recall(key, part)
 
     def _recall(self, key: bytes, rows: list[tuple]) -> None:
@@ -174,52 +120,6 @@ def before_last_text(segments: list[Segment]) -> int:
     return len(segments) - 1 if segments and segments[-1].kind == "text" else len(segments)
 
 
-# --- what readings are filed under ----------------------------------------------------------------------------------
-
-
-def digest(*parts) -> bytes:
-    """Of numbers, texts, bytes, tensors, segments, and lists of them; each part is told from its neighbours."""
-    made = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Segment):
-            part = [value for name, value in vars(part).items() if name not in ("labels", "label_weights")]
-        if isinstance(part, (list, tuple)):
-            part = digest(*part)
-        elif isinstance(part, torch.Tensor):
-            part = digest(str(part.dtype), tuple(part.shape), part.detach().cpu().contiguous().numpy().tobytes())
-        elif not isinstance(part, bytes):
-            part = repr(part).encode()
-        made.update(len(part).to_bytes(8, "big") + part)
-    return made.digest()
-
-
-def fingerprint(device: torch.device, *models: torch.nn.Module) -> bytes:
-    """Of a device and of weights: names, types, shapes, counts of in-place changes and some values of every tensor,
-    and which adapters act how strongly. Merging an adapter, loading or training weights changes it; so do autocast,
-    the configuration, switches as the VAE's tiles, and the attention backend."""
-    parts: list = [str(device)]
-    if torch.is_autocast_enabled(device.type):
-        parts.append(str(torch.get_autocast_dtype(device.type)))
-    for model in models:
-        switches = {k: v for k, v in vars(model).items() if isinstance(v, (bool, int, float, str))}
-        parts += [repr(dict(model.config)), repr(switches)]
-        samples: dict[torch.device, list[torch.Tensor]] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_meta:
-                raise ValueError(
-                    f"The prefill cache cannot tell whether {name} changes: its values are offloaded piece by piece. "
-                    "Call disable_prefill_cache(), or use another way of offloading."
-                )
-            changes = 0 if tensor.is_inference() else tensor._version
-            parts.append((name, str(tensor.dtype), tuple(tensor.shape), changes))
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter):  # quantized classes have no plain values
-                values = tensor.detach().flatten()
-                values = values[:: max(1, len(values) // SAMPLES)].double()
-                samples.setdefault(tensor.device, []).append(values)
-        parts += [torch.cat(values) for values in samples.values()]
-        for name, module in model.named_modules():
-            parts.append(str(getattr(getattr(module, "processor", None), "_attention_backend", None)))
-            if hasattr(module, "merged_adapters"):
-                state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
-                parts.append((name, *state, repr(getattr(module, "scaling", None))))
-    return digest(*parts)
+def _content(segment: Segment) -> list:
+    """What a segment's hidden states depend on: everything but its labels."""
+    return [value for name, value in vars(segment).items() if name not in ("labels", "label_weights")]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..common.step_cache import forget_updates, update_context
 from .guidance_bagel import Guidance, guide
 from .segments_bagel import SpecialTokens, image_segment
-from .step_cache_bagel import forget_updates, update_context
 
 
 class Branch(NamedTuple):

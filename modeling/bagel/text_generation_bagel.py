@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..common.step_cache import whole_pass
 from .segments_bagel import Segment, SpecialTokens, pack
-from .step_cache_bagel import whole_pass
 
 
 def choose(logits: torch.Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:

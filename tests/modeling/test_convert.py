@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echo4o.modeling.bagel import convert, safetensors_stream
+from echo4o.modeling.bagel import convert
 from echo4o.modeling.bagel.convert import components_from_original, convert_to_diffusers, convert_to_original
-from echo4o.modeling.bagel.weights_bagel import read_header
+from echo4o.modeling.common import conversion, safetensors_stream
+from echo4o.modeling.common.weights import read_header
 
 CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
 WEIGHT_FILES = ("ema.safetensors", "ae.safetensors")
@@ -213,7 +214,7 @@ def test_interrupted_conversion_goes_on(tmp_path, monkeypatch):
         safetensors_stream.write_file(path, outputs, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_file", interrupted)
+        patch.setattr(conversion, "write_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert_to_diffusers(CHECKPOINT, tmp_path / "there", shard_bytes=200_000)
     assert not (tmp_path / "there/model_index.json").exists()

@@ -118,7 +118,7 @@ def test_absent_cuda_is_named(pipe):
 
 
 def test_transparency_becomes_white(pipe):
-    from echo4o.modeling.bagel.image_processor_bagel import to_rgb
+    from echo4o.modeling.common.images import to_rgb
 
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)

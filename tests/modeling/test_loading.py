@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from echo4o.modeling.bagel import loading_bagel
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
+from echo4o.modeling.common import loading, publishing
 
 CHECKPOINT = Path(__file__).parents[1] / "parity/golden/checkpoint"
 WEIGHTED = ("transformer", "vision_model", "vae")
@@ -237,7 +237,7 @@ def refused(source, error: type[Exception], **options) -> str:
 def test_folders_that_are_no_pipeline(tmp_path):
     assert "There is no folder" in refused(tmp_path / "nowhere", FileNotFoundError)
     assert "There is no folder" in refused("./nowhere", FileNotFoundError)
-    assert "is no pipeline folder" in refused(tmp_path, FileNotFoundError)
+    assert "is not a pipeline folder" in refused(tmp_path, FileNotFoundError)
     assert "from_original" in refused(CHECKPOINT, FileNotFoundError)
     assert "There is no folder 'nowhere'" in refused("nowhere", FileNotFoundError)
     for name in (None, "", 7):
@@ -345,7 +345,7 @@ def test_absent_devices(folder, device, monkeypatch):
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "auto", "balanced", [0]])
 def test_unknown_devices_are_refused_before_anything_is_read(device):
     assert "is unknown" in refused("/nowhere", ValueError, device=device)
-    if device not in loading_bagel.DEVICE_MAPS:
+    if device not in loading.DEVICE_MAPS:
         assert "is unknown" in refused("/nowhere", ValueError, device_map=device)
 
 
@@ -363,29 +363,41 @@ def test_models_are_compared_with_the_files_that_they_came_from(copy):
     """What a bare machine does with components that diffusers has loaded; the process of test_remote_code.py does it."""
     names = set(load_file(copy / "vae/diffusion_pytorch_model.safetensors"))
     vae = AutoencoderKL.from_pretrained(copy / "vae")
-    assert set(loading_bagel._tensors_of_origin(vae)) == names
+    assert set(loading._tensors_of_origin(vae)) == names
     vae.save_pretrained(copy / "vae", variant="bf16")
     (copy / "vae/diffusion_pytorch_model.safetensors").unlink()
-    assert set(loading_bagel._tensors_of_origin(AutoencoderKL.from_pretrained(copy / "vae", variant="bf16"))) == names
+    assert set(loading._tensors_of_origin(AutoencoderKL.from_pretrained(copy / "vae", variant="bf16"))) == names
     vae.peft_config = {"default": None}
-    assert loading_bagel._tensors_of_origin(vae) == {}
+    assert loading._tensors_of_origin(vae) == {}
     made = AutoencoderKL.from_config(vae.config)
     made.register_to_config(_name_or_path=None)
-    assert [loading_bagel._tensors_of_origin(x) for x in (made, None, torch.nn.Linear(1, 1), "text")] == [{}] * 4
+    assert [loading._tensors_of_origin(x) for x in (made, None, torch.nn.Linear(1, 1), "text")] == [{}] * 4
 
 
-def test_code_that_would_not_travel_is_refused(folder, tmp_path):
-    (tmp_path / "a.py").write_text("from .b import x\n")
-    (tmp_path / "b.py").write_text("def f():\n    from .c import x\n")
-    (tmp_path / "c.py").write_text("")
-    sources = loading_bagel.pipeline_sources(tmp_path / "a.py")
-    assert list(sources) == ["pipeline.py", "b.py"]
-    with pytest.raises(ValueError, match="b.py imports .'c'., which the pipeline's file must import"):
-        loading_bagel.require_flat(sources)
+def test_code_that_would_not_load_elsewhere_is_refused(folder, tmp_path):
+    for name, text in (
+        ("x/a", "from .b import x\nfrom ..common.c import y\n"),
+        ("x/b", "from ..common.d import x\n"),
+        ("common/c", "x = 1\n"),
+        ("common/d", ""),
+    ):
+        (tmp_path / name).with_suffix(".py").parent.mkdir(exist_ok=True)
+        (tmp_path / name).with_suffix(".py").write_text(text)
+    modules = (".b", "..common.c")
+    sources = publishing.pipeline_sources(tmp_path / "x/a.py", modules)
+    assert list(sources) == ["pipeline.py", "b.py", "c.py"]
+    with pytest.raises(ValueError, match="b.py imports .'.d'., which _published_modules does not list"):
+        publishing.require_closed(sources)
+    sources = publishing.pipeline_sources(tmp_path / "x/a.py", (*modules, "..common.d"))
+    publishing.require_closed(sources)
+    assert sources["b.py"] == "from .d import x\n" and "if False:\n    from .d import *\n" in sources["pipeline.py"]
+    with pytest.raises(ValueError, match="two modules would be published as c.py"):
+        publishing.pipeline_sources(tmp_path / "x/a.py", (*modules, ".c"))
     with pytest.raises(ValueError, match="must stand alone"):
-        loading_bagel.standing_alone(sources["pipeline.py"], "a.py")
-    with pytest.raises(ValueError, match="outside its own folder"):
-        loading_bagel.relative_imports("from ..x import y")
+        publishing.require_standalone(sources["pipeline.py"], "a.py")
+    for text in ("from ..x import y", "from . import y", "from ..common import y", "from ...common.x import y"):
+        with pytest.raises(ValueError, match="outside its own folder"):
+            publishing.relative_imports(text)
 
     Elsewhere = type("Elsewhere", (AutoencoderKL,), {"__module__": "no_such_module"})
     pipe = Echo4oPipeline.from_pretrained(folder)

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from echo4o import Echo4oPipeline
-from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from tests.modeling.conftest import GOLDEN
 
 KINDS = {
@@ -55,7 +55,7 @@ def draw(pipe, **options):
 
 def config(kind="plain", expert="gen", **options):
     options = {"r": 4, "lora_alpha": 13, **KINDS[kind], **options}
-    return LoraConfig(target_modules=LORA_TARGETS[expert], init_lora_weights=False, **options)
+    return LoraConfig(target_modules=BagelTransformer2DModel._lora_targets[expert], init_lora_weights=False, **options)
 
 
 def scalings(pipe):
@@ -122,7 +122,7 @@ def test_weights_at_hand_load_with_a_configuration(fresh, adapters):
 @pytest.mark.parametrize("expert, count", [("gen", 7), ("und", 7), ("both", 14)])
 def test_presets_name_every_matrix_of_an_expert(fresh, expert, count):
     pipe = fresh()
-    assert pipe.lora_targets == LORA_TARGETS
+    assert pipe.lora_targets == BagelTransformer2DModel._lora_targets
     pipe.transformer.add_adapter(config(expert=expert))
     adapted = [name for name, module in pipe.transformer.named_modules() if hasattr(module, "lora_A")]
     assert len(adapted) == count * pipe.transformer.config.num_layers

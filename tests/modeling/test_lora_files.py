@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from echo4o.modeling.bagel.lora_bagel import LORA_TARGETS
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 
 FILE = "pytorch_lora_weights.safetensors"
 NAME = "transformer.layers.0.gen.to_q.lora_A.weight"
@@ -19,7 +19,9 @@ NAME = "transformer.layers.0.gen.to_q.lora_A.weight"
 def saved(pipe, tmp_path_factory):
     """An adapter of the golden model; (folder, its weights, its configuration)."""
     folder = tmp_path_factory.mktemp("adapter")
-    settings = LoraConfig(r=4, lora_alpha=13, target_modules=LORA_TARGETS["gen"], init_lora_weights=False)
+    settings = LoraConfig(
+        r=4, lora_alpha=13, target_modules=BagelTransformer2DModel._lora_targets["gen"], init_lora_weights=False
+    )
     pipe.transformer.add_adapter(settings)
     pipe.save_lora_adapter(folder)
     pipe.unload_lora_weights()

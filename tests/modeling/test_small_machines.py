@@ -11,10 +11,10 @@ import accelerate
 import pytest
 import torch
 
-from echo4o.modeling.bagel import placement_bagel
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel, _exempting
+from echo4o.modeling.common import placement
 from tests.modeling.conftest import GOLDEN
 
 CPU = torch.device("cpu")
@@ -245,8 +245,8 @@ def test_placement_counts_every_byte(load):
 
 @pytest.fixture
 def told(caplog):
-    """What placement_bagel warns of; diffusers' loggers hand nothing on."""
-    logger = logging.getLogger(placement_bagel.__name__)
+    """What placement warns of; diffusers' loggers hand nothing on."""
+    logger = logging.getLogger(placement.__name__)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
@@ -269,7 +269,7 @@ def test_what_lands_on_disk_is_a_warning(load, tmp_path, told):
     ],
 )
 def test_which_device_maps_are_slow(device_map, words, told):
-    placement_bagel.warn_of_device_map("x", device_map)
+    placement.warn_of_device_map("x", device_map)
     assert (words in told.text) if words else not told.text
 
 

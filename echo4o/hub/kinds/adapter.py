@@ -16,9 +16,9 @@ from echo4o.hub.kinds.pipeline import (
 )
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import adapter_card
-from echo4o.modeling.bagel.loading_bagel import INDEX_NAME
-from echo4o.modeling.bagel.lora_files_bagel import check_adapter, find_adapter, lora_config, read_adapter
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.common.lora_files import check_adapter, find_adapter, lora_config, read_adapter
+from echo4o.modeling.common.publishing import INDEX_NAME
 
 _CONFIGS = [INDEX_NAME, "*/config.json"]
 

@@ -11,11 +11,11 @@ from echo4o.hub.facts import base_of, is_repository, read_pictures, read_results
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import pipeline_card
-from echo4o.modeling.bagel.loading_bagel import INDEX_NAME, PIPELINE_FILE
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.modeling.bagel.weights_bagel import DTYPES, StoredTensor, component_tensors, read_json, shortened
+from echo4o.modeling.common.publishing import INDEX_NAME, PIPELINE_FILE
+from echo4o.modeling.common.weights import DTYPES, StoredTensor, component_tensors, read_json, shortened
 
 _RELEASED = {"hidden_size": 3584, "num_layers": 28}  # of BAGEL's transformer
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_patches, to_pixels, to_rgb
+from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_patches
 from echo4o.modeling.bagel.segments_bagel import grid_position_ids
+from echo4o.modeling.common.images import to_pixels, to_rgb
 
 from ..golden import GoldenFile, Record
 from ..report import SINGLE, Check

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from echo4o.modeling.bagel.guidance_bagel import Guidance
-from echo4o.modeling.bagel.image_processor_bagel import to_pixels, to_rgb
 from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, predict_velocity
 from echo4o.modeling.bagel.segments_bagel import Segment, unpatchify
+from echo4o.modeling.common.images import to_pixels, to_rgb
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check

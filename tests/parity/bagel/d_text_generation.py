@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from echo4o.modeling.bagel.image_processor_bagel import to_rgb
 from echo4o.modeling.bagel.text_generation_bagel import generate_text
+from echo4o.modeling.common.images import to_rgb
 
 from ..golden import GoldenFile, Record, Tensors
 from ..report import SINGLE, Check

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from echo4o.modeling.bagel.image_processor_bagel import to_pixels, to_rgb
+from echo4o.modeling.common.images import to_pixels, to_rgb
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check

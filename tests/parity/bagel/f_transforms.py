@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 from PIL import Image
 
-from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_pixels, to_rgb
+from echo4o.modeling.bagel.image_processor_bagel import ImageLimits
+from echo4o.modeling.common.images import to_pixels, to_rgb
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check

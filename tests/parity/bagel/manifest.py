@@ -6,7 +6,7 @@ import numpy as np
 
 from echo4o.modeling.bagel.options_bagel import THINK_PROMPTS
 from echo4o.modeling.bagel.original_configs import read_original_jsons
-from echo4o.modeling.bagel.weights_bagel import read_json
+from echo4o.modeling.common.weights import read_json
 
 from ..golden import GoldenFile
 from ..report import Check

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 
-from .weights_bagel import PICKLE_SUFFIXES, nonfinite_names, read_header, read_json, refuse_pickles, shortened
+from .weights import PICKLE_SUFFIXES, nonfinite_names, read_header, read_json, refuse_pickles, shortened
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"

@@ -1,7 +1,8 @@
-"""LoRA on the pipeline: `load_lora_weights`, `save_lora_adapter`, `set_adapters`, `fuse_lora`, ...
+"""LoRA on a pipeline's transformer: `load_lora_weights`, `save_lora_adapter`, `set_adapters`, `fuse_lora`, ...
 
-diffusers and PEFT do the work; here is what they would get wrong without a word: pickles, adapters that fit in part or
-not at all, a lost alpha, a fused scale that stays, another adapter switched on when the active one is deleted.
+diffusers and PEFT do the work. The methods here raise errors where those would fail silently: pickles, adapters that
+fit in part or not at all, a lost alpha, a fused scale that stays, and another adapter that is switched on when the
+active one is deleted.
 """
 
 import contextlib
@@ -16,15 +17,8 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
-from .lora_files_bagel import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, read_adapter
+from .lora_files import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, read_adapter
 
-# Regular expressions for LoraConfig(target_modules=...): all matrices of an expert's layers.
-_MATRICES = r"(to_q|to_k|to_v|to_out|ff\.(gate_proj|up_proj|down_proj))"
-LORA_TARGETS = {
-    "gen": rf"layers\.\d+\.gen\.{_MATRICES}",
-    "und": rf"layers\.\d+\.und\.{_MATRICES}",
-    "both": rf"layers\.\d+\.(gen|und)\.{_MATRICES}",
-}
 _PREFIX = "transformer."
 
 
@@ -39,12 +33,16 @@ def scales_lora(call):
     return scaled
 
 
-class Echo4oLoraLoaderMixin(CogVideoXLoraLoaderMixin):
-    """Adapters of the transformer. Put before `DiffusionPipeline` in the pipeline's bases."""
+class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
+    """Adapters of the pipeline's transformer. Put before `DiffusionPipeline` in the pipeline's bases."""
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
-    lora_targets = LORA_TARGETS
+
+    @property
+    def lora_targets(self) -> dict[str, str]:
+        """What adapters can be put into: name -> regular expression for `LoraConfig(target_modules=...)`."""
+        return dict(self._model._lora_targets)
 
     # --- reading and writing ---
 

@@ -60,10 +60,7 @@ class PlacementMixin:
 
     def placement(self) -> Placement:
         """Where the weights of every component lie and compute; nothing is moved."""
-        return Placement(tuple(_placed(name, module) for name, module in self._modules_by_name().items()))
-
-    def _modules_by_name(self) -> dict[str, torch.nn.Module]:
-        return {name: module for name, module in self.components.items() if isinstance(module, torch.nn.Module)}
+        return Placement(tuple(_placed(name, module) for name, module in modules_by_name(self).items()))
 
     def register_modules(self, **kwargs):
         super().register_modules(**kwargs)
@@ -90,11 +87,16 @@ class PlacementMixin:
         root = Path(offload_to_disk_path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise ValueError(f"offload_to_disk_path={str(root)!r} must be a new or an empty folder.")
-        for name, module in self._modules_by_name().items():
+        for name, module in modules_by_name(self).items():
             if name in exclude:
                 module.to(onload_device)
             else:
                 module.enable_group_offload(onload_device, *args, offload_to_disk_path=str(root / name), **kwargs)
+
+
+def modules_by_name(pipeline) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that are torch modules."""
+    return {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
 
 
 def warn_of_device_map(name: str, device_map: dict | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .weights_bagel import DTYPES, StoredTensor, read_header
+from .weights import DTYPES, StoredTensor, read_header
 
 CHUNK_BYTES = 8 << 20
 # Unsigned view and mask of each float dtype: a value is infinite or NaN when all masked bits are set.

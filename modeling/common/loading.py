@@ -1,20 +1,13 @@
-"""One folder, two ways to load it: with the package, and with `trust_remote_code=True` on a machine without it.
+"""Loads a pipeline folder in two ways: with the package, and with `trust_remote_code=True` on a machine without it.
 
-Stock diffusers writes `diffusers_modules.local.*` or the package's module path into `model_index.json` and leaves the
-code out, so that what it saves loads in the process that saved it only. `PortablePipelineMixin` writes the list form
-that `DiffusionPipeline.from_pretrained(x, trust_remote_code=True)` understands, puts the source files beside it, and
-reads the same folder with the package's own classes when the package is there.
-
-This file is published beside the pipeline's: it imports nothing of the package.
+With the package, `PortablePipelineMixin` maps the names in `model_index.json` to the package's own classes, so that no
+code of the folder runs. publishing.py writes such folders.
 """
 
-import ast
 import importlib
 import importlib.util
 import inspect
-import json
 import os
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -24,8 +17,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from .placement_bagel import PlacementMixin, warn_of_device_map
-from .weights_bagel import (
+from .placement import PlacementMixin, warn_of_device_map
+from .publishing import INDEX_NAME, LIBRARIES, PublishingMixin
+from .weights import (
     PICKLE_SUFFIXES,
     StoredTensor,
     component_tensors,
@@ -36,93 +30,25 @@ from .weights_bagel import (
     shortened,
 )
 
-INDEX_NAME = "model_index.json"
-PIPELINE_FILE = "pipeline.py"  # the only name that diffusers looks for without `custom_pipeline=`
-_DYNAMIC_ROOT = "diffusers_modules"  # where diffusers puts code that it loads from a folder or a repository
-_LIBRARIES = ("diffusers", "transformers", "tokenizers", "onnxruntime")
-DEVICE_MAPS = ("balanced",)  # placement strategies, no devices
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+DEVICE_MAPS = ("balanced",)  # placement strategies of diffusers, not devices
 _checked: weakref.WeakSet = weakref.WeakSet()  # models whose weights were compared with their files
-
-
-# --- source files --------------------------------------------------------------------------------------------------
-
-
-def relative_imports(source: str) -> list[str]:
-    """The sibling modules that a source text imports (`from .x import y`), sorted."""
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.level]
-    outside = [n for n in nodes if n.level > 1 or not n.module or "." in n.module]
-    if outside:
-        raise ValueError(f"line {outside[0].lineno} imports from outside its own folder; such code is not portable.")
-    return sorted({n.module for n in nodes})
-
-
-def pipeline_sources(file: str | Path) -> dict[str, str]:
-    """Published file name -> text, for a pipeline's file (published as `pipeline.py`) and the siblings it imports."""
-    file = Path(file)
-    text = file.read_text("utf-8")
-    siblings = [f"{name}.py" for name in relative_imports(text)]
-    return {PIPELINE_FILE: text} | {name: (file.parent / name).read_text("utf-8") for name in siblings}
-
-
-def require_flat(sources: dict[str, str]) -> dict[str, str]:
-    """`sources`; ValueError when a sibling needs one that `pipeline.py` does not import: diffusers copies no others."""
-    for name, text in sources.items():
-        if deeper := [n for n in relative_imports(text) if f"{n}.py" not in sources]:
-            raise ValueError(
-                f"{name} imports {deeper}, which the pipeline's file must import as well to be published."
-            )
-    return sources
-
-
-def standing_alone(text: str, owner: Any) -> str:
-    """`text`, the source of a component; ValueError when it needs a sibling, which the Hub would not fetch."""
-    if siblings := relative_imports(text):
-        raise ValueError(f"{owner} imports {siblings}: a component's file is fetched alone and must stand alone.")
-    return text
-
-
-def write_sources(folder: Path, pipeline: dict[str, str], components: dict[str, tuple[str, str]]) -> None:
-    """Write a pipeline's files into `folder` and each component's (stem, text) into the component's own folder."""
-    for name, text in pipeline.items():
-        (folder / name).write_text(text, "utf-8")
-    for component, (stem, text) in components.items():
-        (folder / component).mkdir(exist_ok=True)
-        for old in (folder / component).glob("*.py"):
-            old.unlink()
-        (folder / component / f"{stem}.py").write_text(text, "utf-8")
-
-
-def _module_file(cls: type) -> Path | None:
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return Path(file) if file and Path(file).is_file() else None
 
 
 # --- the mixin -----------------------------------------------------------------------------------------------------
 
 
-class PortablePipelineMixin(PlacementMixin):
+class PortablePipelineMixin(PublishingMixin, PlacementMixin):
     """Put before `DiffusionPipeline`: `class MyPipeline(PortablePipelineMixin, DiffusionPipeline)`.
 
-    The class that names this mixin among its bases is the one that is published; classes derived from it are saved
-    as it. Components whose classes belong to no known library are published with the file that defines them.
+    The class sets `_published_modules` (see `PublishingMixin`), and `_original_files` and `_conversion_module` if
+    checkpoints exist in an original layout.
     """
 
-    _published_class: type
-    _published_sources: dict[str, str]
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if PortablePipelineMixin in cls.__bases__:
-            # Read now: diffusers keeps loaded code in one flat folder, where the next repository overwrites it.
-            file = _module_file(cls)
-            cls._published_class = cls
-            cls._published_sources = pipeline_sources(file) if file else {}
-
-    @classmethod
-    def _package(cls) -> str | None:
-        """The package that the published class lives in; None when diffusers loaded it through remote code."""
-        package = cls._published_class.__module__.rpartition(".")[0]
-        return package if package and not package.startswith(_DYNAMIC_ROOT) else None
+    # Files of a checkpoint in the original layout; a folder with one of them, and without an index, is taken for one.
+    _original_files: tuple[str, ...] = ()
+    # The module, relative to the pipeline's, that reads and writes the original layout; it is not published.
+    _conversion_module: str | None = None
 
     # --- loading ---
 
@@ -173,17 +99,19 @@ class PortablePipelineMixin(PlacementMixin):
         device: str | int | torch.device | None = None,
         **overrides,
     ):
-        """Load an original BAGEL / Echo-4o checkpoint folder directly; needs the package.
+        """Load a checkpoint folder in the layout of the original release; needs the package.
 
-        `directory` holds ema.safetensors (or shards with an index), ae.safetensors, llm_config.json,
-        vit_config.json, config.json and the tokenizer's files. `dtype` (a torch.dtype or its name) defaults to the
-        stored one, by component; `device` moves the pipeline there. `overrides` replace components or set the
-        pipeline's own options.
-        Raises what `echo4o.modeling.bagel.convert` raises, ValueError for other options and an absent device, and
-        RuntimeError in remote-code mode.
+        Args:
+            directory: the checkpoint's folder; the class's `conversion()` module says which files it holds.
+            dtype: a torch.dtype or its name; by default the stored one, by component.
+            device: moves the pipeline there.
+            overrides: replace components or set the pipeline's own options.
+
+        Raises:
+            RuntimeError: this class was loaded through remote code.
+            ValueError: unknown options, an absent device; and what the conversion module raises.
         """
-        package = cls._package()
-        if package is None:
+        if cls._package() is None:
             raise RuntimeError(
                 "from_original needs the echo4o package, and this class was loaded through trust_remote_code. "
                 "Install echo4o, or load a converted folder (`echo4o convert SRC DST`)."
@@ -193,11 +121,22 @@ class PortablePipelineMixin(PlacementMixin):
             raise ValueError("from_original takes one dtype for all components.")
         check_device(device)
         cls._check_options(overrides)
-        # By name: diffusers copies whatever a published file imports relatively, wherever the import stands.
-        convert = importlib.import_module(f"{package}.convert")
-        components = convert.components_from_original(directory, dtype=dtype, skip=tuple(overrides))
+        components = cls.conversion().components_from_original(directory, dtype=dtype, skip=tuple(overrides))
         pipe = cls(**{**components, **overrides})
         return pipe if device is None else pipe.to(device)
+
+    @classmethod
+    def conversion(cls):
+        """The module with `convert_to_diffusers(src, dst)`, `convert_to_original(src, dst)` and
+        `components_from_original(directory, dtype, skip)`; needs the package."""
+        # By name: diffusers copies whatever a published file imports relatively, wherever the import stands.
+        return importlib.import_module(cls._conversion_module, cls._package())
+
+    @classmethod
+    def is_original(cls, folder: str | os.PathLike) -> bool:
+        """Whether a folder looks like a checkpoint in the original layout of this class's models."""
+        has_index = Path(folder, INDEX_NAME).is_file()
+        return not has_index and any(Path(folder, name).is_file() for name in cls._original_files)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -236,24 +175,19 @@ class PortablePipelineMixin(PlacementMixin):
 
     @classmethod
     def _local_folder(cls, name: str | os.PathLike, kwargs: dict) -> Path:
-        if not isinstance(name, (str, os.PathLike)) or not str(name):
-            raise ValueError(f"A folder or the name of a Hub repository is needed, not {name!r}.")
-        if Path(name).is_dir():
-            return Path(name)
-        if isinstance(name, os.PathLike) or name.startswith((".", "/", "~", "\\")) or name.count("/") != 1:
-            raise FileNotFoundError(f"There is no folder {str(name)!r} (a Hub repository is called owner/name).")
-        return Path(cls.download(str(name), **kwargs))
+        require_name(name)
+        return Path(name) if Path(name).is_dir() else Path(cls.download(str(name), **kwargs))
 
     @classmethod
     def _stored_weights(cls, folder: Path, passed: set[str], variant: str | None) -> dict[str, dict]:
         """Component -> its stored tensors, for every component of the index that has weights of its own."""
         if not (folder / INDEX_NAME).is_file():
-            if (folder / "llm_config.json").is_file() or (folder / "ema.safetensors").is_file():
+            if cls.is_original(folder):
                 raise FileNotFoundError(
-                    f"{folder} has no {INDEX_NAME}; it looks like an original BAGEL checkpoint. Use "
+                    f"{folder} has no {INDEX_NAME}; it looks like a checkpoint in the original layout. Use "
                     f"{cls.__name__}.from_original, or convert it once with `echo4o convert SRC DST`."
                 )
-            raise FileNotFoundError(f"{folder} is no pipeline folder: it has no {INDEX_NAME}.")
+            raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}.")
         read_json(folder / INDEX_NAME)
         config = cls.load_config(folder)
         components = [k for k, v in config.items() if _is_component(v) and k not in passed]
@@ -293,19 +227,8 @@ class PortablePipelineMixin(PlacementMixin):
         """
         if cls._package() is None:
             return super().download(pretrained_model_name, **kwargs)
-        names = ("cache_dir", "force_download", "token", "revision", "local_files_only")
-        options = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-        try:
-            index = read_json(hf_hub_download(pretrained_model_name, INDEX_NAME, **options))
-        except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
-            raise LocalEntryNotFoundError(
-                f"{pretrained_model_name!r} is not in the local cache, and the Hub cannot be reached (or was not to be "
-                "asked): look at the connection, HF_ENDPOINT, HF_HUB_OFFLINE and local_files_only."
-            ) from error
-        except EntryNotFoundError as error:
-            raise FileNotFoundError(
-                f"The repository {pretrained_model_name!r} is no pipeline: it has no {INDEX_NAME}."
-            ) from error
+        options = {k: kwargs[k] for k in HUB_OPTIONS if kwargs.get(k) is not None}
+        index = read_json(download_index(pretrained_model_name, **options))
         wanted = [k for k, v in index.items() if not k.startswith("_") and _is_component(v) and k not in kwargs]
         patterns = [INDEX_NAME, "*.py", *(f"{component}/*" for component in wanted)]
         ignored = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
@@ -332,90 +255,42 @@ class PortablePipelineMixin(PlacementMixin):
                 check_device(value)
         return super().to(*args, **kwargs)
 
-    # --- saving ---
-
     def register_modules(self, **kwargs):
         super().register_modules(**kwargs)
-        # Read now, for the reason given in __init_subclass__.
-        codes = {name: _component_code(module) for name, module in kwargs.items()}
-        known = self.__dict__.get("_component_codes", {})
-        self.__dict__["_component_codes"] = known | {name: code for name, code in codes.items() if code}
         if self._package() is None:
             self._check_loaded({n: t for n, m in kwargs.items() if (t := _tensors_of_origin(m))})
             _checked.update(m for m in kwargs.values() if isinstance(m, torch.nn.Module))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs):
-        """Save a folder that loads with the package and, through `trust_remote_code=True`, without it.
 
-        As `DiffusionPipeline.save_pretrained` (`push_to_hub`, `max_shard_size`, `variant`, ...); the source files
-        go into the folder. Raises ValueError for `safe_serialization=False`, for components with LoRA layers still
-        injected (their weights would not load again), for weights that layerwise casting made 8 bit, and for a component whose class has no file of its own.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False asks for pickled weights, which are not written.")
-        adapted = [n for n, m in self.components.items() if getattr(m, "peft_config", None)]
-        if adapted:
-            raise ValueError(
-                f"{', '.join(adapted)} has LoRA layers in it, whose weights would not load as a plain model. Save "
-                "the adapter with save_lora_weights; or fuse_lora() and then unload_lora_weights() to keep its effect, "
-                "or unload_lora_weights() to drop it, and save again."
-            )
-        for name, module in self._modules_by_name().items():
-            if any(p.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for p in module.parameters()):
-                raise ValueError(
-                    f"{name} was rounded to 8 bits by enable_layerwise_casting, and what it was cannot be had back: "
-                    "save a pipeline on which it was not called."
-                )
-        self._codes_to_publish()
-        return super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+def download_index(repo: str, **options) -> str:
+    """Fetch the `model_index.json` of a Hub repository and return its file.
 
-    def save_config(self, save_directory: str | os.PathLike):
-        """Write model_index.json and the source files; the last step of save_pretrained before an upload."""
-        codes = self._codes_to_publish()
-        super().save_config(save_directory)
-        folder = Path(save_directory)
-        write_sources(folder, self._published_sources, {n: (stem, text) for n, (_, stem, text) in codes.items()})
-        for component in self.components:
-            _forget_origin(folder / component / "config.json")
-        index = read_json(folder / INDEX_NAME)
-        index.pop("_name_or_path", None)
-        index["_class_name"] = [Path(PIPELINE_FILE).stem, self._published_class.__name__]
-        for name, (cls, stem, _) in codes.items():
-            index[name] = [stem, cls.__name__]
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-
-    def _codes_to_publish(self) -> dict[str, tuple[type, str, str]]:
-        """Component -> (class, file stem, source text), for the components whose classes no library provides."""
-        if not self._published_sources:
-            raise ValueError(f"{self._published_class} has no source file, so that it cannot be published.")
-        require_flat(self._published_sources)
-        kept = self.__dict__.get("_component_codes", {})
-        codes = {}
-        for name, module in self.components.items():
-            code = kept.get(name)
-            if code is None or code[0] is not type(_plain(module)):
-                code = _component_code(module)
-            if code is None:
-                continue
-            if code[1] is None:
-                raise ValueError(f"The class {code[0]} of the component {name!r} has no source file to publish.")
-            codes[name] = (code[0], code[1], standing_alone(code[2], f"The file of {code[0]}"))
-        return codes
+    Raises FileNotFoundError for a repository without one, or if the Hub cannot be reached, and huggingface_hub's
+    errors (RepositoryNotFoundError, ...) as they are.
+    """
+    try:
+        return hf_hub_download(repo, INDEX_NAME, **options)
+    except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+        raise LocalEntryNotFoundError(
+            f"{repo!r} is not in the local cache, and the Hub cannot be reached (or was not to be "
+            "asked): look at the connection, HF_ENDPOINT, HF_HUB_OFFLINE and local_files_only."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"The repository {repo!r} is not a pipeline: it has no {INDEX_NAME}.") from error
 
 
-def _component_code(module: Any) -> tuple[type, str | None, str | None] | None:
-    if module is None or isinstance(module, (list, tuple)):
-        return None
-    cls = type(_plain(module))
-    if cls.__module__.split(".")[0] in _LIBRARIES:
-        return None
-    file = _module_file(cls)
-    return (cls, file.stem, file.read_text("utf-8")) if file else (cls, None, None)
+def is_hub_name(name: str | os.PathLike) -> bool:
+    """Whether `name`, which is not a folder, can be the name of a Hub repository (owner/name)."""
+    return isinstance(name, str) and not name.startswith((".", "/", "~", "\\")) and name.count("/") == 1
 
 
-def _plain(module: Any) -> Any:
-    """The module under torch.compile's wrapper."""
-    return getattr(module, "_orig_mod", module)
+def require_name(name: Any) -> None:
+    """Raise ValueError unless `name` is a text or a path, and FileNotFoundError if it is neither a folder nor can be
+    the name of a Hub repository."""
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise ValueError(f"A folder or the name of a Hub repository is needed, not {name!r}.")
+    if not Path(name).is_dir() and not is_hub_name(name):
+        raise FileNotFoundError(f"There is no folder {str(name)!r} (a Hub repository is called owner/name).")
 
 
 def _tensors_of_origin(module: Any) -> dict[str, StoredTensor]:
@@ -438,18 +313,10 @@ def _is_component(value: Any) -> bool:
 def _package_module(package: str, library: str) -> str:
     """The package's module that a component's file was published from, imported; else `library` unchanged."""
     stem = library.rpartition(".")[2]
-    if library in _LIBRARIES or not stem.isidentifier() or importlib.util.find_spec(f"{package}.{stem}") is None:
+    if library in LIBRARIES or not stem.isidentifier() or importlib.util.find_spec(f"{package}.{stem}") is None:
         return library
     # diffusers looks components up among imported modules only.
     return importlib.import_module(f"{package}.{stem}").__name__
-
-
-def _forget_origin(config_file: Path) -> None:
-    """Drop the path that a component was loaded from: it says something about this machine and helps nobody."""
-    if config_file.is_file():
-        config = read_json(config_file)
-        if config.pop("_name_or_path", None) is not None:
-            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def read_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype | None] | None:

@@ -1,0 +1,1 @@
+"""What the pipelines of every model family share. Files here are published beside each pipeline that lists them."""

@@ -1,0 +1,60 @@
+"""What is published beside a pipeline's weights: a closed list of files, equal to the package's but for their imports."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import echo4o.modeling
+from echo4o.modeling.common.publishing import published_name, relative_imports
+from echo4o.modeling.pipelines import PIPELINES
+
+ROOT = Path(echo4o.modeling.__file__).parent
+# As diffusers finds what it copies (dynamic_modules_utils.get_relative_imports).
+COPIED = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.M)
+
+
+@pytest.fixture(params=PIPELINES)
+def cls(request) -> type:
+    return getattr(import_module(PIPELINES[request.param]), request.param)
+
+
+def file_of(cls: type, module: str) -> Path:
+    """The package's file of a module, named as in `_published_modules`."""
+    name = import_module(module, cls.__module__.rpartition(".")[0]).__name__
+    return ROOT.joinpath(*name.split(".")[2:]).with_suffix(".py")
+
+
+def test_the_list_is_what_the_pipeline_imports_and_nothing_else(cls):
+    found, waiting = set(), [Path(import_module(cls.__module__).__file__)]
+    while waiting:
+        file = waiting.pop()
+        for module in relative_imports(file.read_text("utf-8")):
+            # A module of common/ names its neighbours as ".x".
+            module = module if file.parent.name != "common" else f"..common{module}"
+            if module not in found:
+                found.add(module)
+                waiting.append(file_of(cls, module))
+    assert sorted(cls._published_modules) == sorted(found)
+    names = [published_name(module) for module in cls._published_modules]
+    assert len(set(names)) == len(names) and "pipeline.py" not in names
+
+
+def test_only_the_imports_from_common_are_rewritten(cls):
+    """diffusers copies the files that the text of pipeline.py imports: all of them."""
+    sources = cls._published_sources
+    assert set(COPIED.findall(sources["pipeline.py"])) == {name[:-3] for name in sources.keys() - {"pipeline.py"}}
+    files = {"pipeline.py": Path(import_module(cls.__module__).__file__)}
+    files |= {published_name(module): file_of(cls, module) for module in cls._published_modules}
+    assert files.keys() == sources.keys()
+    for name, file in files.items():
+        ours, published = file.read_text("utf-8").splitlines(), sources[name].splitlines()
+        assert [line for line in published if line.lstrip().startswith("from ..")] == []
+        for mine, theirs in zip(ours, published):
+            is_common = mine.startswith("from ..common.")
+            assert theirs == (mine.replace("from ..common.", "from .") if is_common else mine)
+        # Nothing is added but, at the end of pipeline.py, the modules that only its siblings import.
+        added = published[len(ours) :]
+        assert bool(added) == (name == "pipeline.py")
+        assert all(re.fullmatch(r"|# .*|if False:|    from \.\w+ import \*", line) for line in added)
