@@ -22,9 +22,6 @@ from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.quickstart.generation import generate_and_score
-from echo4o.quickstart.prompts import is_held_out
-from echo4o.quickstart.scene import COLOURS, SHAPES, lay_out
-from echo4o.quickstart.shapes import tint
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 

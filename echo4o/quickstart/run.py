@@ -29,10 +29,7 @@ from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, chance_of_refere
 from echo4o.evaluation.benchmarks.shapes4o.upstream_release import ROWS, render_upstream
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.base_model import single_object_prompts
-from echo4o.quickstart.drawing import STEPS
 from echo4o.quickstart.generation import STEPS, GeneratedImages, generate_and_score, generate_images
-from echo4o.quickstart.prompts import TAGS, chance_of_references, held_out_prompts
-from echo4o.quickstart.shapes import ROWS, render_upstream
 from echo4o.training.recipe_files import bundled_recipe, dump_recipe, load_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 

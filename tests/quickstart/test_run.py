@@ -13,12 +13,8 @@ from echo4o.evaluation.benchmarks.shapes4o.rendering import render
 from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup, lay_out
 from echo4o.quickstart import run as quickstart
 from echo4o.quickstart.base_model import single_object_prompts, single_object_rows, single_objects
-from echo4o.quickstart.detector import check, detect, scores_by_tag
 from echo4o.quickstart.generation import GeneratedImages
-from echo4o.quickstart.prompts import TAGS, held_out_contents, held_out_prompts, is_held_out
 from echo4o.quickstart.quickstart_report import loss_curve, write_report
-from echo4o.quickstart.report import loss_curve, write_report
-from echo4o.quickstart.scene import lay_out
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 
 RESULT = {
