@@ -59,7 +59,7 @@ def main(options: Namespace) -> None:
 
     exact = None
     print(f"{PROMPTS} prompts in one call, {STEPS} updates, two rows each, float32, {THREADS} threads")
-    print("\n| cache | layers run | seconds | difference of latents | right by the detector | cache, kB per picture |")
+    print("\n| cache | layers run | seconds | difference of latents | right by the detector | cache, kB per image |")
     print("|---|---|---|---|---|---|")
     with threads(THREADS):
         for name, config in WAYS.items():

@@ -198,7 +198,7 @@ def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int) -> None:
     line(pipe, f"prefill, {TEXT} text tokens", case.read, case.read_plain)
     line(pipe, "prefill, a reference and the text", reference.ours, reference.plainly)
     drawn = case.picture(updates), case.plain_picture(updates)
-    line(pipe, f"a picture, {updates} updates, 2 rows, then 1", *drawn, rounds=picture_rounds())
+    line(pipe, f"an image, {updates} updates, 2 rows, then 1", *drawn, rounds=picture_rounds())
 
 
 def line(pipe, name: str, ours, plain, rounds: int = ROUNDS) -> None:
@@ -247,7 +247,7 @@ def measure_loading(pipe: Echo4oPipeline, rounds: int = 3) -> None:
         for name, of in (("seconds", lambda run: 1), ("peak", lambda run: run["weights"]))
     )
     print(
-        f"| float32, a fresh process, {rounds} rounds | {runs[0]['weights'] / 1e6:.0f} | {seconds} | {peak} |",
+        f"| float32, a new process, {rounds} rounds | {runs[0]['weights'] / 1e6:.0f} | {seconds} | {peak} |",
         flush=True,
     )
 
