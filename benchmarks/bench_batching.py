@@ -13,9 +13,9 @@ PROMPTS = ["a red circle", "two blue squares", "a fox made of clouds", "a lighth
 def main(options: Namespace) -> None:
     """Print one table per question."""
     from echo4o import Echo4oPipeline
-    from echo4o.cli.pictures import is_original
 
-    load = Echo4oPipeline.from_original if is_original(options.model) else Echo4oPipeline.from_pretrained
+    is_original = Echo4oPipeline.is_original(options.model)
+    load = Echo4oPipeline.from_original if is_original else Echo4oPipeline.from_pretrained
     pipe = load(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     count = len(PROMPTS)

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Echo4oPipeline": "echo4o.pipeline",
+    "load_pipeline": "echo4o.pipeline",
     "BagelTransformer2DModel": "echo4o.modeling.bagel.transformer_bagel",
     "BagelVisionModel": "echo4o.modeling.bagel.vision_bagel",
     "Echo4oImage": "echo4o.dataset_scripts.builder",
@@ -24,6 +25,7 @@ __all__ = [
     "Echo4oImage",
     "Echo4oPipeline",
     "__version__",
+    "load_pipeline",
     "training_rows",
     "use_dataset",
 ]
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from echo4o.dataset_scripts.loading import training_rows
     from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
     from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-    from echo4o.pipeline import Echo4oPipeline
+    from echo4o.pipeline import Echo4oPipeline, load_pipeline
 
 
 def __getattr__(name: str):

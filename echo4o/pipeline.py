@@ -1,4 +1,4 @@
-"""`echo4o.Echo4oPipeline`: the published pipeline class, with the package's way to the Hub."""
+"""`echo4o.load_pipeline`, and `echo4o.Echo4oPipeline`: the pipeline class with the package's `push_to_hub`."""
 
 import tempfile
 from collections.abc import Iterable
@@ -7,13 +7,15 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from echo4o.modeling.bagel import pipeline_echo4o
+from echo4o.modeling.common.loading import HUB_OPTIONS
+from echo4o.modeling.pipelines import pipeline_class
 
 
-class Echo4oPipeline(pipeline_echo4o.Echo4oPipeline):
-    __doc__ = pipeline_echo4o.Echo4oPipeline.__doc__
+class HubPublishingMixin:
+    """`push_to_hub` with the card and the checks of `echo4o push`. Put before the pipeline's class."""
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
-        """As `Echo4oPipeline.push_to_hub` says where `push_to_hub=True` and `repo_id` are given; else it only saves."""
+        """As `push_to_hub` says where `push_to_hub=True` and `repo_id` are given; else it only saves."""
         if push_to_hub and not repo_id:
             raise ValueError("push_to_hub=True needs repo_id='owner/name'.")
         taken = {n: kwargs.pop(n) for n in ("commit_message", "private", "token") if push_to_hub and n in kwargs}
@@ -57,3 +59,26 @@ class Echo4oPipeline(pipeline_echo4o.Echo4oPipeline):
             self.save_pretrained(folder)
             done = push(folder, repo_id, said=said, api=HfApi(token=token), verify=verify, **options)
         return done.commit or done.address
+
+
+class Echo4oPipeline(HubPublishingMixin, pipeline_echo4o.Echo4oPipeline):
+    __doc__ = pipeline_echo4o.Echo4oPipeline.__doc__
+
+
+def public_class(cls: type) -> type:
+    """The class that this package exports under the name of a pipeline class, which publishes as `echo4o push` does."""
+    return globals().get(cls.__name__, cls)
+
+
+def load_pipeline(pretrained_model_name_or_path: str | Path, **kwargs):
+    """Load a pipeline of any class that this package knows, from a folder or the Hub.
+
+    The class is the one that `model_index.json` names; `kwargs` are those of its `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no such pipeline.
+        ValueError: a pipeline of another class; and what `from_pretrained` raises.
+    """
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    cls = public_class(pipeline_class(pretrained_model_name_or_path, **options))
+    return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)

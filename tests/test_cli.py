@@ -53,7 +53,7 @@ def test_info_as_json():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": ["pipeline", "Echo4oPipeline"]}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "a-2.png").mkdir()
@@ -270,8 +270,7 @@ def test_generate_leaves_defaults_to_the_pipeline(folder, fake):
     assert result.exit_code == 0, result.output
     assert fake.calls[0] == ("from_pretrained", "model", {})
     options = fake.calls[2][1]
-    assert options["image"] is None
-    assert set(options) == {"prompt", "image", "think", "num_images_per_prompt", "generator"}
+    assert set(options) == {"prompt", "num_images_per_prompt", "generator"}
     assert result.stdout.strip() == "echo4o.png"
 
 

@@ -68,14 +68,14 @@ MISTAKES = {
         ("nowhere.yaml --plan", "nowhere.yaml"),
         ("empty --plan", "empty"),
         ("binary --plan", "binary"),
-        ("text.txt --plan", "text.txt holds no mapping"),
+        ("text.txt --plan", "text.txt is not a mapping"),
         ("first_hundred --out new --budget 0", "--budget 0 buys nothing"),
     ],
     "dataset precompute": [("empty --model model --out new", "empty"), ("/proc/x --model model --out new", "/proc/x")],
     "train": [
         ("nowhere", "nowhere cannot be read"),
         ("empty", "empty cannot be read"),
-        ("text.txt", "text.txt holds no mapping"),
+        ("text.txt", "text.txt is not a mapping"),
         ("binary", "no UTF-8"),
         ("lora_single_gpu --set optimizer", "--set optimizer: write section.key=value"),
         ("lora_single_gpu --set optimizer.speed=1", "speed"),
@@ -116,7 +116,7 @@ def source(tmp_path_factory) -> Path:
     small_release(root / "release")
     for name in ("empty", "model", "damaged"):
         (root / name).mkdir()
-    (root / "model" / "model_index.json").write_text("{}")
+    (root / "model" / "model_index.json").write_text('{"_class_name": ["pipeline", "Echo4oPipeline"]}')
     (root / "damaged" / "ema.safetensors").write_bytes(bytes(100))
     (root / "text.txt").write_text("only words")
     (root / "binary").write_bytes(bytes(range(256)) * 4)

@@ -14,9 +14,8 @@ from echo4o.common.hub_names import is_repository_name
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
     from PIL.Image import Image
-
-    from echo4o import Echo4oPipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SEED = 2**63 - 1
@@ -90,7 +89,11 @@ def generate(
         "image_guidance_scale": image_guidance,
         "height": height,
         "width": width,
+        "think": think or None,
+        "image": references or None,
     }
+
+    require_options(model, "__call__", {name: value for name, value in options.items() if value is not None})
 
     import torch
 
@@ -98,8 +101,6 @@ def generate(
     say(pipe.placement().line)
     result = pipe(
         prompt=prompt,
-        image=references or None,
-        think=think,
         num_images_per_prompt=num_images,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
         **{name: value for name, value in options.items() if value is not None},
@@ -130,8 +131,11 @@ def chat(
     references = open_images(image)
     check_model(model)
     where = choose_device(device)
+    options = {"image": references or None, "think": think or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    require_options(model, "chat", options)
     pipe = load_pipeline(model, where, dtype)
-    answer = pipe.chat(prompt, image=references or None, think=think, max_new_tokens=max_new_tokens)
+    answer = pipe.chat(prompt, max_new_tokens=max_new_tokens, **options)
     say("the answer:")
     print(answer)
     finish(None, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", model]))
@@ -189,7 +193,7 @@ def check_model(model: str) -> None:
     """Refuse what is neither a checkpoint folder nor a Hub id, before anything slow is imported."""
     folder = Path(model)
     if folder.is_dir():
-        if not is_original(folder) and not (folder / "model_index.json").is_file():
+        if not (folder / "model_index.json").is_file() and not _is_original(folder):
             raise ValueError(f"--model {model}: the folder holds neither model_index.json nor an original checkpoint")
     elif folder.exists():
         raise NotADirectoryError(f"--model {model} is a file, a folder or a Hub repository is needed")
@@ -197,11 +201,6 @@ def check_model(model: str) -> None:
         raise FileNotFoundError(
             f"--model {model}: there is no such folder, and it is not a Hub repository (owner/name)"
         )
-
-
-def is_original(folder: Path) -> bool:
-    """Whether a folder has the layout of the original release."""
-    return (folder / "llm_config.json").is_file() and not (folder / "model_index.json").is_file()
 
 
 def choose_device(name: str) -> "torch.device":
@@ -222,15 +221,48 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
-def load_pipeline(model: str, device: "torch.device", dtype: Dtype) -> "Echo4oPipeline":
+def _is_original(folder: Path) -> bool:
+    from echo4o.modeling.pipelines import original_class
+
+    return original_class(folder) is not None
+
+
+# The option of the command line that sets an argument of a pipeline.
+_OPTIONS = {
+    "image": "--image",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "image_guidance_scale": "--image-guidance",
+    "height": "--height",
+    "width": "--width",
+    "think": "--think",
+}
+
+
+def require_options(model: str, method: str, arguments: dict) -> None:
+    """Raise ValueError, naming the options, if the model's pipeline does not take one of these arguments."""
+    from echo4o.modeling.pipelines import require_supported
+
+    require_supported(class_of(model), {_OPTIONS[name]: name for name in arguments}, method)
+
+
+def class_of(model: str) -> type:
+    """The pipeline class of a pipeline folder, a Hub repository or a checkpoint in an original layout."""
+    from echo4o.modeling.pipelines import original_class, pipeline_class
+
+    original = original_class(model) if Path(model).is_dir() else None
+    return original or pipeline_class(model)
+
+
+def load_pipeline(model: str, device: "torch.device", dtype: Dtype) -> "DiffusionPipeline":
     """Load a pipeline folder, a Hub repository or an original checkpoint onto a device."""
     import torch
 
-    from echo4o import Echo4oPipeline
+    import echo4o
 
     options = {} if dtype is Dtype.auto else {"dtype": getattr(torch, dtype.value)}
-    if is_original(Path(model)):
-        pipe = Echo4oPipeline.from_original(model, **options)
-    else:
-        pipe = Echo4oPipeline.from_pretrained(model, **options)
+    cls = class_of(model)
+    is_original = cls.is_original(model)
+    cls = getattr(echo4o, cls.__name__, cls)
+    pipe = cls.from_original(model, **options) if is_original else cls.from_pretrained(model, **options)
     return pipe.to(device)

@@ -42,8 +42,13 @@ def convert(
     Example: [bold]echo4o convert BAGEL-7B-MoT echo-4o[/bold]
     Back: [bold]echo4o convert echo-4o original --to original[/bold]
     """
-    from echo4o.modeling.bagel import convert as conversion
+    from echo4o.modeling.pipelines import PIPELINES, class_named, original_class, pipeline_class
 
+    if to is Layout.original:
+        cls = pipeline_class(src)
+    else:
+        cls = original_class(src) or class_named(next(iter(PIPELINES)))  # its checks say what the folder lacks
+    conversion = cls.conversion()
     function = conversion.convert_to_diffusers if to is Layout.diffusers else conversion.convert_to_original
     function(src, dst)
     say(f"the {to.value} checkpoint:")

@@ -16,9 +16,9 @@ from echo4o.hub.kinds.pipeline import (
 )
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import adapter_card
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.common.lora_files import check_adapter, find_adapter, lora_config, read_adapter
 from echo4o.modeling.common.publishing import INDEX_NAME
+from echo4o.modeling.pipelines import pipeline_class
 
 _CONFIGS = [INDEX_NAME, "*/config.json"]
 
@@ -62,7 +62,8 @@ class Adapter(Kind):
         check_adapter(model, *self.weights)
         if sum(p.numel() * p.element_size() for p in model.parameters()) > SMALL_BYTES:
             return f"every matrix fits {self.base_model}, which is too large to be loaded here"
-        Echo4oPipeline.from_pretrained(self.hub.fetch(self.base_model)).load_lora_weights(str(self.folder))
+        base = self.hub.fetch(self.base_model)
+        pipeline_class(base).from_pretrained(base).load_lora_weights(str(self.folder))
         return f"it loads on {self.base_model}"
 
     def card(self, repo: str, files: Mapping[str, Source]) -> str:

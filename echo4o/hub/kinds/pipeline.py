@@ -1,7 +1,9 @@
 """A pipeline folder: the whole model, with the code that loads it where the package is not installed."""
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
+from importlib import import_module
 from math import prod
 from pathlib import Path
 
@@ -11,13 +13,9 @@ from echo4o.hub.facts import base_of, is_repository, read_pictures, read_results
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import pipeline_card
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
-from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.modeling.common.publishing import INDEX_NAME, PIPELINE_FILE
 from echo4o.modeling.common.weights import DTYPES, StoredTensor, component_tensors, read_json, shortened
-
-_RELEASED = {"hidden_size": 3584, "num_layers": 28}  # of BAGEL's transformer
+from echo4o.modeling.pipelines import pipeline_class
 
 
 class Pipeline(Kind):
@@ -31,7 +29,7 @@ class Pipeline(Kind):
         require_code(self.folder)
         stored = stored_tensors(self.folder)
         if sum(t.nbytes for tensors in stored.values() for t in tensors.values()) <= SMALL_BYTES:
-            Echo4oPipeline.from_pretrained(self.folder)
+            pipeline_class(self.folder).from_pretrained(self.folder)
             return "it loads"
         for component, tensors in stored.items():
             require_same_tensors(component, empty_component(self.folder, component), tensors)
@@ -59,7 +57,7 @@ def require_code(folder: Path) -> None:
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}, so that it would not load with trust_remote_code=True: save it "
-            "again with Echo4oPipeline.from_pretrained(FOLDER).save_pretrained(NEW)"
+            "again with echo4o.load_pipeline(FOLDER).save_pretrained(NEW)"
         )
 
 
@@ -81,19 +79,24 @@ def weights_table(folder: Path) -> dict[str, dict]:
 
 
 def has_released_sizes(folder: Path) -> bool:
-    """Whether the transformer is as large as BAGEL's."""
+    """Whether the transformer has the sizes of the release, which are the defaults of its class."""
     config = read_json(folder / "transformer" / "config.json")
-    return all(config.get(key) == value for key, value in _RELEASED.items())
+    parameters = inspect.signature(component_class(folder, "transformer").__init__).parameters
+    sizes = {name: p.default for name, p in parameters.items() if isinstance(p.default, int)}
+    return all(config.get(name, default) == default for name, default in sizes.items())
+
+
+def component_class(folder: Path, component: str) -> type:
+    """The class of a component, as the folder's index names it. Raises ValueError if it names none."""
+    entry = pipeline_class(folder).load_config(folder).get(component)
+    if not isinstance(entry, (list, tuple)) or not all(isinstance(name, str) for name in entry):
+        raise ValueError(f"{folder / component} holds weights of a component that {INDEX_NAME} does not name")
+    return getattr(import_module(entry[0]), entry[1])
 
 
 def empty_component(folder: Path, component: str) -> torch.nn.Module:
     """The model that a component's configuration describes, without memory for its weights."""
-    from diffusers import AutoencoderKL
-
-    classes = {"transformer": BagelTransformer2DModel, "vision_model": BagelVisionModel, "vae": AutoencoderKL}
-    if component not in classes:
-        raise ValueError(f"{folder / component} holds weights of no known component; known are {', '.join(classes)}")
-    cls = classes[component]
+    cls = component_class(folder, component)
     with torch.device("meta"):
         return cls.from_config(cls.load_config(folder / component))
 
