@@ -8,15 +8,15 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData, SpaceCar
 from huggingface_hub.repocard_data import CardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from echo4o.model_cards.facts import About, Result, Training
+from echo4o.model_cards.facts import About, ModelFamily, Result, Training
 from echo4o.model_cards.merge import BEGIN, END
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_TAGS = ["echo-4o", "bagel"]
 
 
 def pipeline_card(
     repo: str,
+    family: ModelFamily,
     weights: dict[str, dict],
     released_sizes: bool,
     *,
@@ -29,24 +29,24 @@ def pipeline_card(
     """The card of a pipeline.
 
     Args:
+        family: what the cards of this model family say.
         weights: component -> {"parameters": number, "dtype": name}.
-        released_sizes: whether the weights have the sizes of BAGEL's release.
+        released_sizes: whether the weights have the sizes of the family's release.
         base_model: the Hub repository that it was fine-tuned from.
         datasets: the Hub repositories that it was trained on.
         widget: pictures of the model: {"text": prompt, "output": {"url": path in the repository}}.
     """
-    # It takes text and pictures in any order and gives pictures and text: `any-to-any`, as BAGEL's own card says.
-    data = _model_data(
-        repo, "any-to-any", base_model, "finetune", datasets, results, widget, [*_TAGS, "text-to-image"]
-    )
+    tags = [*family.tags, "text-to-image"]
+    data = _model_data(repo, family, family.pipeline_tag, base_model, "finetune", datasets, results, widget, tags)
     return _card(
-        "pipeline", data, repo=repo, weights=weights, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
+        "pipeline", data, repo=repo, family=family, weights=weights, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
         results=results, widget=widget, from_openai=_from_openai(training),
     )  # fmt: skip
 
 
 def adapter_card(
     repo: str,
+    family: ModelFamily,
     settings: dict[str, Any],
     released_sizes: bool,
     *,
@@ -57,12 +57,12 @@ def adapter_card(
     widget: tuple[dict, ...] = (),
 ) -> str:
     """The card of a LoRA adapter; `settings` are those of its LoraConfig, `base_model` is what it is loaded on."""
-    # What an adapter of this model changes is how it draws; the Hub shows the pictures of adapters under this task.
+    tags = [*family.tags, "lora", "template:sd-lora"]
     data = _model_data(
-        repo, "text-to-image", base_model, "adapter", datasets, results, widget, [*_TAGS, "lora", "template:sd-lora"]
+        repo, family, family.adapter_pipeline_tag, base_model, "adapter", datasets, results, widget, tags
     )
     return _card(
-        "adapter", data, repo=repo, settings=settings, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
+        "adapter", data, repo=repo, family=family, settings=settings, released_sizes=released_sizes, base_model=base_model, datasets=datasets, training=training,
         results=results, widget=widget, from_openai=_from_openai(training),
     )  # fmt: skip
 
@@ -119,12 +119,12 @@ def results_card(repo: str, result: Result, model: str | None, pictures: int) ->
     return _card("results", data, repo=repo, results=(result,), result=result, model=model, pictures=pictures)
 
 
-def _model_data(repo, task, base_model, relation, datasets, results, widget, tags) -> ModelCardData:
+def _model_data(repo, family, task, base_model, relation, datasets, results, widget, tags) -> ModelCardData:
     evaluated = [r for r in results if r.values["score"] is not None]
     return ModelCardData(
-        license="apache-2.0",
-        language=["en"],
-        library_name="diffusers",
+        license=family.license,
+        language=family.language,
+        library_name=family.library_name,
         pipeline_tag=task,
         base_model=base_model,
         base_model_relation=relation if base_model else None,

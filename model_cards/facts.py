@@ -1,6 +1,7 @@
 """What cards say that their makers must know: where a dataset's pictures come from, how a model was trained."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +31,36 @@ def read_about(text: str, place: str = ABOUT) -> About:
         return About.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise ValueError(f"{place} cannot be used: {error}") from error
+
+
+class WeightSource(StrictModel):
+    """A part of a release, with its license."""
+
+    part: str = Field(min_length=1)
+    license: str = Field(min_length=1)
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")  # on the Hub; its card states the license
+
+
+class ModelFamily(StrictModel):
+    """What the cards of a model family say; one file in families/ each."""
+
+    name: str = Field(min_length=1)
+    architecture: str = Field(min_length=1)  # follows "A diffusers pipeline with"
+    library_name: str
+    license: str  # the Hub's name of the weights' license
+    language: list[str]
+    pipeline_tag: str
+    adapter_pipeline_tag: str
+    tags: list[str]
+    example: str = Field(min_length=1)  # code that uses `pipe`
+    limits: list[str]
+    sources: list[WeightSource] = Field(min_length=1)
+
+
+def read_family(name: str) -> ModelFamily:
+    """The facts of a model family, from families/NAME.yaml."""
+    file = Path(__file__).parent / "families" / f"{name}.yaml"
+    return ModelFamily.model_validate(yaml.safe_load(file.read_text("utf-8")))
 
 
 @dataclass(frozen=True)

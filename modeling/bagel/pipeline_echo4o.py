@@ -74,6 +74,7 @@ class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, TransformerLoraMixin, 
     _callback_tensor_inputs = ["latents"]
     _original_files = ("llm_config.json", "ema.safetensors")
     _conversion_module = ".convert"
+    _card_family = "bagel"  # model_cards/families/bagel.yaml
     _published_modules = (
         ".guidance_bagel",
         ".image_processor_bagel",

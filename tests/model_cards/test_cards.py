@@ -6,10 +6,11 @@ import pytest
 
 from echo4o.dataset_scripts.card import make_card
 from echo4o.model_cards.cards import adapter_card, metric_card, pipeline_card, results_card
-from echo4o.model_cards.facts import About, Dataset, Result, Training, read_about
+from echo4o.model_cards.facts import About, Dataset, Result, Training, read_about, read_family
 from echo4o.model_cards.merge import BEGIN, END, merged, own_words, split
 from echo4o.model_cards.schema import SCHEMAS, usage_blocks, validate
 
+BAGEL = read_family("bagel")
 WEIGHTS = {"transformer": {"parameters": 1234567, "dtype": "bfloat16"}}
 LORA = {"r": 8, "lora_alpha": 16, "use_rslora": False, "use_dora": True}
 VALUES = {
@@ -38,8 +39,8 @@ def training(about: About | None = None) -> Training:
 
 def cards() -> dict[str, str]:
     return {
-        "pipeline": pipeline_card("ns/x", WEIGHTS, True),
-        "adapter": adapter_card("ns/x", LORA, True, base_model="ns/base"),
+        "pipeline": pipeline_card("ns/x", BAGEL, WEIGHTS, True),
+        "adapter": adapter_card("ns/x", BAGEL, LORA, True, base_model="ns/base"),
         "dataset": make_card(MANIFEST, "ns/x"),
         "metric": metric_card("ns/x", "X", "X measures.\nMore.", "@article{}", ["correct"], "metric.compute()"),
         "results": results_card("ns/x", Result("GenEval++", VALUES), "model", 3),
@@ -59,7 +60,7 @@ def test_every_kind_is_valid_and_names_its_repository_in_its_usage(kind):
 
 
 def test_what_no_file_says_is_left_out():
-    data, text = split(pipeline_card("ns/x", WEIGHTS, True))
+    data, text = split(pipeline_card("ns/x", BAGEL, WEIGHTS, True))
     assert not {"base_model", "base_model_relation", "datasets", "widget", "model-index"} & data.keys()
     assert not re.search("## Training|## Evaluation|<Gallery|Fine-tuned from", text)
     assert "is not known to whoever wrote this card. If Echo-4o-Image was part of it" in text
@@ -68,7 +69,7 @@ def test_what_no_file_says_is_left_out():
 
 def test_a_run_and_a_result_are_told_with_their_numbers():
     card = pipeline_card(
-        "ns/x", WEIGHTS, True, base_model="ns/base", datasets=("ns/rows",), training=training(About()),
+        "ns/x", BAGEL, WEIGHTS, True, base_model="ns/base", datasets=("ns/rows",), training=training(About()),
         results=(Result("GenEval++", VALUES),), widget=({"text": "a cat", "output": {"url": "pictures/1.png"}},),
     )  # fmt: skip
     validate(card, "pipeline")
@@ -92,7 +93,7 @@ def test_a_withheld_score_is_no_score():
         "intervals": VALUES["intervals"] | {"score": None},
     }
     values |= {"prompts": {"count": 280, "official": False, "part": None}}
-    card = pipeline_card("ns/x", WEIGHTS, True, results=(Result("GenEval++", values),))
+    card = pipeline_card("ns/x", BAGEL, WEIGHTS, True, results=(Result("GenEval++", values),))
     validate(card, "pipeline")
     data, text = split(card)
     assert "model-index" not in data
@@ -106,7 +107,7 @@ def test_whose_pictures_were_learned_from():
         About(title="Shapes", pictures="Drawn.", from_openai=False): "come from no model of OpenAI",
     }
     for about, words in said.items():
-        assert words in adapter_card("ns/x", LORA, True, base_model="ns/base", training=training(about))
+        assert words in adapter_card("ns/x", BAGEL, LORA, True, base_model="ns/base", training=training(about))
     assert "come from a model of OpenAI" in make_card(MANIFEST)
     about = {"title": "Shapes", "pictures": "Drawn by a program.", "from_openai": False, "license": "apache-2.0"}
     own = make_card(MANIFEST | {"source": MANIFEST["source"] | {"about": about}})
@@ -115,7 +116,7 @@ def test_whose_pictures_were_learned_from():
 
 
 def test_licences_say_where_they_come_from():
-    text = split(pipeline_card("ns/x", WEIGHTS, True))[1]
+    text = split(pipeline_card("ns/x", BAGEL, WEIGHTS, True))[1]
     for part in (
         "| BAGEL | Apache-2.0 |",
         "| FLUX VAE | Apache-2.0 |",
@@ -123,7 +124,7 @@ def test_licences_say_where_they_come_from():
         "[google/siglip",
     ):
         assert part in text
-    assert "sizes are not those of its release" in split(pipeline_card("ns/x", WEIGHTS, False))[1]
+    assert "sizes are not those of its release" in split(pipeline_card("ns/x", BAGEL, WEIGHTS, False))[1]
 
 
 def test_a_release_says_what_it_is_or_is_refused():
@@ -140,7 +141,7 @@ def test_words_around_the_marks_stay_and_facts_are_renewed():
     first = cards()["adapter"]
     mine = first.replace(BEGIN, f"My words above.\n\n{BEGIN}").replace(END, f"{END}\n\nMy words below.")
     mine = mine.replace("license: apache-2.0", "license: mit\nthumbnail: cat.png").replace("- lora", "- lora\n- cats")
-    new = adapter_card("ns/x", LORA | {"r": 99}, True, base_model="ns/newer")
+    new = adapter_card("ns/x", BAGEL, LORA | {"r": 99}, True, base_model="ns/newer")
     card = merged(new, mine)
     validate(card, "adapter")
     data, text = split(card)

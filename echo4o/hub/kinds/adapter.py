@@ -16,6 +16,7 @@ from echo4o.hub.kinds.pipeline import (
 )
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import adapter_card
+from echo4o.model_cards.facts import read_family
 from echo4o.modeling.common.lora_files import check_adapter, find_adapter, lora_config, read_adapter
 from echo4o.modeling.common.publishing import INDEX_NAME
 from echo4o.modeling.pipelines import pipeline_class
@@ -69,6 +70,7 @@ class Adapter(Kind):
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
         return adapter_card(
             repo,
+            read_family(pipeline_class(self.configs)._card_family),
             vars(self.weights[1]),
             has_released_sizes(self.configs),
             base_model=self.base_model,

@@ -13,6 +13,7 @@ from echo4o.hub.facts import base_of, is_repository, read_pictures, read_results
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import pipeline_card
+from echo4o.model_cards.facts import read_family
 from echo4o.modeling.common.publishing import INDEX_NAME, PIPELINE_FILE
 from echo4o.modeling.common.weights import DTYPES, StoredTensor, component_tensors, read_json, shortened
 from echo4o.modeling.pipelines import pipeline_class
@@ -38,6 +39,7 @@ class Pipeline(Kind):
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
         return pipeline_card(
             repo,
+            read_family(pipeline_class(self.folder)._card_family),
             weights_table(self.folder),
             has_released_sizes(self.folder),
             base_model=hub_base(self),
