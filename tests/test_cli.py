@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import echo4o
-from echo4o.cli import app, frame, pictures
+from echo4o.cli import app, frame, generate
 
 
 def run(*arguments, **options):
@@ -73,13 +73,13 @@ def _with_size(png: bytes, width: int, height: int) -> bytes:
 MISTAKES = {
     "empty prompt": (["generate", " ", "-m", "model"], "the prompt is empty"),
     "no such folder": (["generate", "x", "-m", "nowhere"], "--model nowhere: there is no such folder"),
-    "no checkpoint": (["chat", "x", "-m", "empty"], "--model empty: the folder holds neither"),
+    "no checkpoint": (["chat", "x", "-m", "empty"], "--model empty: the folder contains neither"),
     "model is a file": (["chat", "x", "-m", "red.png"], "--model red.png is a file"),
     "no image": (["generate", "x", "-m", "model", "-i", "none.png"], "--image none.png: No such file"),
-    "broken image": (["generate", "x", "-m", "model", "-i", "text.png"], "--image text.png: this is no picture"),
-    "out is no picture": (["generate", "x", "-m", "model", "-o", "x.txt"], "--out x.txt: a picture file is needed"),
+    "broken image": (["generate", "x", "-m", "model", "-i", "text.png"], "--image text.png: it cannot be decoded"),
+    "out is no picture": (["generate", "x", "-m", "model", "-o", "x.txt"], "--out x.txt: not an image file"),
     "huge image": (["generate", "x", "-m", "model", "-i", "huge.png"], "--image huge.png: Image size (400000000"),
-    "damaged image": (["generate", "x", "-m", "model", "-i", "cut.png"], "--image cut.png: this is no picture"),
+    "damaged image": (["generate", "x", "-m", "model", "-i", "cut.png"], "--image cut.png: it cannot be decoded"),
     "out below a file": (["generate", "x", "-m", "model", "-o", "red.png/a.png"], "--out red.png/a.png: cannot be"),
     "out is nowhere": (["generate", "x", "-m", "model", "-o", "/proc/x/a.png"], "--out /proc/x/a.png: cannot be"),
     "numbered out is a folder": (
@@ -112,7 +112,7 @@ def test_whatever_a_decoder_raises_is_a_mistake_in_one_line(folder, monkeypatch,
 
     monkeypatch.setattr(Image, "open", fail)
     result = run("chat", "x", "-m", "model", "-i", "red.png")
-    assert result.exit_code == 2 and "--image red.png: this is no picture that can be decoded" in words(result.stderr)
+    assert result.exit_code == 2 and "--image red.png: it cannot be decoded as an image" in words(result.stderr)
 
 
 def test_the_largest_seed(folder, fake):
@@ -128,7 +128,7 @@ def test_cuda_absent(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = run("generate", "x", "-m", "model", "--device", "cuda")
     assert result.exit_code == 2
-    assert "error: --device cuda: not there" in result.stderr
+    assert "error: --device cuda: not available" in result.stderr
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(folder):
@@ -143,7 +143,7 @@ def test_interrupt(folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pictures, "load_pipeline", interrupt)
+    monkeypatch.setattr(generate, "load_pipeline", interrupt)
     result = run("chat", "x", "-m", "model")
     assert result.exit_code == 130
     assert result.stderr.strip() == "interrupted"
@@ -153,7 +153,7 @@ def test_bugs_keep_their_traceback(folder, monkeypatch):
     def bug(*_):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(pictures, "load_pipeline", bug)
+    monkeypatch.setattr(generate, "load_pipeline", bug)
     assert isinstance(run("chat", "x", "-m", "model").exception, TypeError)
 
 
@@ -170,7 +170,7 @@ def test_explain():
     assert frame.explain(ModuleNotFoundError("no", name="echo4o.nothing")) is None
     assert frame.explain(RuntimeError("a bug")) is None
     assert frame.explain(MemoryError()) == "out of memory"
-    assert frame.explain(UnicodeDecodeError("utf-8", b"\x80", 0, 1, "bad")).startswith("a text file was expected")
+    assert frame.explain(UnicodeDecodeError("utf-8", b"\x80", 0, 1, "bad")).startswith("a text file is not UTF-8")
     for error in (yaml.YAMLError("bad"), httpx2.ConnectError("cut"), jinja2.TemplateError("bad")):
         assert frame.explain(error) == str(error), "what libraries say about files and networks is no bug of ours"
     assert frame.explain(BrokenPipeError(32, "Broken pipe")) is None
@@ -239,7 +239,7 @@ def fake(monkeypatch):
 def test_generate_hands_everything_over(folder, fake):
     result = run(
         *("generate", "a fox", "-m", "model", "-i", "red.png", "-i", "red.png", "-o", "new/fox.png"),
-        *("--steps", 3, "--guidance", 2.5, "--image-guidance", 1.5, "--height", 64, "--width", 32),
+        *("--steps", 3, "--guidance-scale", 2.5, "--image-guidance-scale", 1.5, "--height", 64, "--width", 32),
         *("--seed", 7, "--think", "--num-images", 2, "--device", "cpu", "--dtype", "bfloat16"),
     )
     assert result.exit_code == 0, result.output
@@ -282,3 +282,23 @@ def test_chat_reads_an_original_checkpoint(folder, fake):
     _, prompt, options = fake.calls[2]
     assert (prompt, options["max_new_tokens"], len(options["image"])) == ("what?", 5, 1)
     assert result.stdout.strip() == "a red field"
+
+
+def test_options_of_0_1_still_work_with_a_warning(folder, fake):
+    given = ["generate", "a fox", "-m", "model", "--device", "cpu"]
+    result = run(*given, "--guidance", 2.5, "--image-guidance=1.5")
+    assert result.exit_code == 0, result.output
+    assert fake.calls[2][1]["guidance_scale"] == 2.5 and fake.calls[2][1]["image_guidance_scale"] == 1.5
+    assert "warning: --guidance is now called --guidance-scale" in result.stderr
+    assert "warning: --image-guidance is now called --image-guidance-scale" in result.stderr
+    assert result.stdout.strip() == "echo4o.png", "stdout contains results only"
+    assert "warning" not in run(*given, "--guidance-scale", 2.5).stderr
+
+
+def test_renamed_options_exist():
+    from tests.commands import tree
+
+    commands = [command for _, command in tree() if isinstance(command, frame.Command)]
+    options = {name for command in commands for parameter in command.params for name in parameter.opts}
+    assert set(frame.RENAMED_OPTIONS.values()) <= options
+    assert not set(frame.RENAMED_OPTIONS) & options

@@ -300,7 +300,7 @@ def load_recipe(path: str | Path) -> Recipe:
         names = ", ".join(bundled_names())
         raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no mapping of settings")
+        raise RecipeError(f"{path} is not a mapping of settings")
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

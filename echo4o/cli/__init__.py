@@ -1,6 +1,6 @@
 """The ``echo4o`` command.
 
-Nothing here imports torch, diffusers or datasets before a command needs them: ``echo4o --help`` must answer at once.
+Commands import torch, diffusers and datasets when they run, so that ``echo4o --help`` answers at once.
 """
 
 import sys
@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from echo4o import __version__
-from echo4o.cli import dataset, evaluate, pictures, precompute, push, tools, train
-from echo4o.cli.frame import Group
+from echo4o.cli import convert, dataset, evaluate, generate, info, precompute, push, quickstart, train
+from echo4o.cli.frame import Command, Group
 
 
 class _Root(Group):
-    """Lists the commands in the order in which a person needs them; Typer would list groups of commands last."""
+    """Lists the commands in the order of a workflow. Typer would list groups of commands last."""
 
     ORDER = ("quickstart", "info", "convert", "generate", "chat", "dataset", "train", "export", "evaluate", "push")
 
@@ -47,17 +47,17 @@ def root(
 ) -> None:
     """Echo-4o: the dataset, the model, training, evaluation and publishing.
 
-    Example: [bold]echo4o quickstart[/bold] takes a tiny model from data to scored pictures, in minutes on a CPU.
-    Each command has a --help with examples, and ends with the next useful command.
+    Example: [bold]echo4o quickstart[/bold] takes a tiny model from data to scored images, in minutes on a CPU.
+    Each command shows examples with --help, and prints the next useful command when it ends.
     """
 
 
-START, USE, MAKE, SHARE = "Start here", "Use a model", "Make a model", "Measure and share"
-app.command(rich_help_panel=START)(tools.quickstart)
-app.command(rich_help_panel=START)(tools.info)
-app.command(rich_help_panel=USE)(tools.convert)
-app.command(rich_help_panel=USE)(pictures.generate)
-app.command(rich_help_panel=USE)(pictures.chat)
+START, USE, MAKE, SHARE = "Start here", "Use a model", "Prepare data and train", "Evaluate and publish"
+app.command(rich_help_panel=START)(quickstart.quickstart)
+app.command(rich_help_panel=START)(info.info)
+app.command(rich_help_panel=USE)(convert.convert)
+app.command(rich_help_panel=USE, cls=Command)(generate.generate)
+app.command(rich_help_panel=USE)(generate.chat)
 dataset.app.command()(precompute.precompute)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=MAKE)
 app.command(rich_help_panel=MAKE)(train.train)
@@ -67,7 +67,7 @@ app.command(rich_help_panel=SHARE)(push.push)
 
 
 def main() -> None:
-    """Run the command line; ``--debug`` may stand anywhere before ``--``."""
+    """Run the command line. ``--debug`` may be anywhere before ``--``."""
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     if "--debug" in arguments[:end]:

@@ -1,4 +1,4 @@
-"""``echo4o dataset``: look at Echo-4o-Image as it was published, build it, check it, count it, publish it."""
+"""``echo4o dataset``: inspect Echo-4o-Image as published, build, validate, count and publish it."""
 
 import json
 import re
@@ -19,14 +19,14 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 @app.callback()
 def dataset() -> None:
-    """Echo-4o-Image: inspect, build, validate, count, publish and extend it.
+    """Work with Echo-4o-Image: inspect, build, validate, count, publish and extend it.
 
     Example: [bold]echo4o dataset build Echo-4o-Image --out echo-4o-image[/bold]
     """
 
 
 class Configuration(StrEnum):
-    """The configurations; ``all`` is the three of them."""
+    """The configurations; ``all`` is all three."""
 
     all = "all"
     surreal_fantasy = "surreal_fantasy"
@@ -35,7 +35,7 @@ class Configuration(StrEnum):
 
 
 class Verify(StrEnum):
-    """How pictures are checked: decoded fully, or by header and end mark."""
+    """How images are checked: decoded completely, or by their header and end mark."""
 
     full = "full"
     header = "header"
@@ -53,7 +53,7 @@ class _Listing(TyperCommand):
                 spread += [option, arg]
             else:
                 if option and spread[-2:-1] != [option]:
-                    spread += [option]  # one value that is no pair, or none at all
+                    spread += [option]  # a value that is not a pair, or no value
                 option = None
                 spread.append(arg)
         return super().parse_args(ctx, spread + ([option] if option and spread[-2:-1] != [option] else []))
@@ -69,27 +69,33 @@ Map = Annotated[
     list[str] | None,
     typer.Option(
         "--map",
-        help="Which field is which column, for rows of no known shape: image=output_image "
+        help="Map fields to columns, for rows in an unknown format: image=output_image "
         "reference_images=input_images ...; or a YAML file from inspect --write.",
         show_default=False,
     ),
 ]
 Assign = Annotated[
     list[str] | None,
-    typer.Option(help="Which configuration a folder is: Folder=multi_reference.", show_default=False),
+    typer.Option(help="Set the configuration of a folder: Folder=multi_reference.", show_default=False),
 ]
-ConfigurationOption = Annotated[Configuration, typer.Option("--configuration", "-c", help="What to read.")]
-VerifyOption = Annotated[Verify, typer.Option("--verify", help="Decode every picture, or look at both ends only.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Pictures checked at a time.", show_default="one per core")]
+ConfigurationOption = Annotated[
+    Configuration, typer.Option("--configuration", "-c", help="The configuration to read.")
+]
+VerifyOption = Annotated[
+    Verify, typer.Option("--verify", help="full: decode every image; header: check only its header and end.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Images to check in parallel.", show_default="one per core")]
 
 
 @app.command(cls=_Listing)
 def inspect(
     src: Source,
-    write: Annotated[Path | None, typer.Option(help="Write a mapping file to complete.", show_default=False)] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of each file to look at; 0: all.")] = 2000,
+    write: Annotated[
+        Path | None, typer.Option(help="Write a mapping file for you to complete.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to read per file; 0: all.")] = 2000,
 ) -> None:
-    """Show what a source holds and how it would be mapped; nothing is decoded.
+    """Show what a source contains and how its rows would be mapped. No image is decoded.
 
     Example: [bold]echo4o dataset inspect hf://datasets/Yejy53/Echo-4o-Image --write map.yaml[/bold]
     """
@@ -97,7 +103,7 @@ def inspect(
 
     source, views = inspect_source(src, rows or None)
     if not views:
-        raise ValueError(f"{src} holds no folder with rows (.jsonl or .json)")
+        raise ValueError(f"{src} contains no folder with rows (.jsonl or .json)")
     print(describe(source, views))
     command = ["echo4o", "dataset", "build", src, "--out", "echo-4o-image"]
     if write:
@@ -110,21 +116,22 @@ def inspect(
 @app.command(cls=_Listing)
 def build(
     src: Source,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a broken off build goes on there.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write. An interrupted build resumes there.")],
     configuration: ConfigurationOption = Configuration.all,
     map_: Map = None,
     assign: Assign = None,
     verify: VerifyOption = Verify.full,
     reencode: Annotated[
-        bool, typer.Option("--reencode", help="Store BMP, GIF, TIFF and the like as PNG instead of rejecting them.")
+        bool,
+        typer.Option("--reencode", help="Store BMP, GIF, TIFF and similar formats as PNG instead of rejecting them."),
     ] = False,
     max_rejected: Annotated[
-        int | None, typer.Option(min=0, help="Fail when more rows are rejected.", show_default="any number")
+        int | None, typer.Option(min=0, help="Fail if more rows are rejected.", show_default="no limit")
     ] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 500,
     workers: Workers = None,
 ) -> None:
-    """Write Parquet shards, a card and a manifest that load_dataset reads and that can be published.
+    """Build Parquet shards, a card and a manifest, for load_dataset and for publishing.
 
     Example: [bold]echo4o dataset build Echo-4o-Image --out echo-4o-image[/bold]
     """
@@ -143,7 +150,7 @@ def build(
                 progress=lambda rows, report: progress(rows, f"{report.rejected_total} rejected"),
             )
         except (KeyboardInterrupt, OSError):
-            say(f"run the same command again to go on; what is finished stays in {out}")
+            say(f"run the same command again to resume; finished work is kept in {out}")
             raise
     rows = manifest["rows"]
     say(f"{rows['given']:,} rows given, {rows['accepted']:,} accepted, {rows['rejected']:,} rejected (rejected.jsonl)")
@@ -160,14 +167,14 @@ def validate(
     assign: Assign = None,
     verify: VerifyOption = Verify.full,
     manifest: Annotated[
-        bool, typer.Option("--manifest", help="Only compare the shards of a built folder with its manifest.")
+        bool, typer.Option("--manifest", help="Compare only the shards of a built folder with its manifest.")
     ] = False,
     findings: Annotated[
-        Path | None, typer.Option(help="Write all findings as JSON lines.", show_default=False)
+        Path | None, typer.Option(help="Write all findings to this file as JSON lines.", show_default=False)
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Find what is wrong, row by row, with file, archive, member and line. Exit code 1 when something is.
+    """Report every invalid row with its file, archive, member and line. The exit code is 1 if there is one.
 
     Example: [bold]echo4o dataset validate Echo-4o-Image --findings findings.jsonl[/bold]
     After a copy: [bold]echo4o dataset validate echo-4o-image --manifest[/bold]
@@ -183,7 +190,7 @@ def validate(
     if not manifest:
         wrong += _validate_rows(target, configuration, _reading(map_, assign, verify, False, workers), findings)
     elif not wrong:
-        say("every shard is as the manifest says")
+        say("every shard matches the manifest")
     if wrong:
         raise typer.Exit(1)
     finish(None, shlex.join(["echo4o", "dataset", "stats" if checks.is_built(target) else "build", target]))
@@ -206,7 +213,7 @@ def _validate_rows(target: str, configuration: Configuration, reading, findings:
             stream.close()
     total = report.rejected_total + report.remarks.total()
     if total > shown and not findings:
-        say(f"and {total - shown} more; all of them: --findings FILE")
+        say(f"and {total - shown} more; write all with --findings FILE")
     say(str(report))
     if findings:
         print(findings)
@@ -219,19 +226,23 @@ def stats(
     configuration: ConfigurationOption = Configuration.all,
     prompts: Annotated[
         list[Path] | None,
-        typer.Option(help="Prompts that must not be among the rows; repeatable. JSON lines or plain lines."),
+        typer.Option(help="A file of prompts to look for among the rows, JSON lines or plain lines; repeatable."),
     ] = None,
     benchmark: Annotated[
         list[str] | None,
         typer.Option(
-            help="A benchmark whose prompts are loaded; repeatable.", show_default="genevalpp, imagine_bench"
+            help="A benchmark whose prompts to look for; repeatable.", show_default="genevalpp, imagine_bench"
         ),
     ] = None,
-    overlap: Annotated[float, typer.Option(min=0.05, max=1, help="Share of 3-word sequences that is a match.")] = 0.5,
-    html: Annotated[Path, typer.Option(help="The page with plots and a gallery.")] = Path("dataset-stats.html"),
+    overlap: Annotated[
+        float, typer.Option(min=0.05, max=1, help="Share of common 3-word sequences that counts as a match.")
+    ] = 0.5,
+    html: Annotated[Path, typer.Option(help="The page to write, with plots and a gallery.")] = Path(
+        "dataset-stats.html"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
 ) -> None:
-    """Count rows, lengths, sizes, categories and references, and look for prompts of benchmarks among them.
+    """Count rows, lengths, sizes, categories and references, and check for contamination with benchmark prompts.
 
     Example: [bold]echo4o dataset stats echo-4o-image --html stats.html[/bold]
     With your own prompts: [bold]echo4o dataset stats echo-4o-image --prompts prompts.jsonl[/bold]
@@ -257,7 +268,7 @@ def stats(
 
 
 def _benchmark_prompts(names: list[str] | None, quiet: bool) -> list[tuple[str, str]]:
-    """Prompts of the named benchmarks; of the two that matter when none is named and they can be had."""
+    """Prompts of the named benchmarks. Without names: of the two default ones, if they can be loaded."""
     from echo4o.evaluation.benchmarks import get_benchmark
     from echo4o.evaluation.prompt_files import load_prompts
 
@@ -275,7 +286,7 @@ def _benchmark_prompts(names: list[str] | None, quiet: bool) -> list[tuple[str, 
 def _print_stats(summary: dict) -> None:
     for name, numbers in summary["configurations"].items():
         words = numbers["instruction_words"]
-        print(f"{name}: {numbers['rows']:,} rows, {words.get('50%', 0)} words in the median")
+        print(f"{name}: {numbers['rows']:,} rows, {words.get('50%', 0)} words (median)")
         for key in ("tasks", "categories", "image_sizes", "formats", "reference_images"):
             counts = list(numbers[key].items())
             more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
@@ -297,12 +308,14 @@ def publish(
     repo: Annotated[str, typer.Argument(help="The Hub repository, owner/name.", show_default=False)],
     configuration: Annotated[
         list[Configuration] | None,
-        typer.Option("--configuration", "-c", help="Only this one; repeatable.", show_default="all of the folder"),
+        typer.Option("--configuration", "-c", help="Publish only this configuration; repeatable.", show_default="all"),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded, and upload nothing.")
+    ] = False,
 ) -> None:
-    """Send a built dataset to the Hub: shards first, then one commit that makes it loadable. Broken off, it goes on.
+    """Upload a built dataset to the Hub. Run the command again to resume an interrupted upload.
 
     Example: [bold]echo4o dataset publish echo-4o-image owner/echo-4o-image --dry-run[/bold]
     """
@@ -345,7 +358,7 @@ def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, r
 
 
 class _Progress:
-    """A line that counts rows, on a terminal only."""
+    """A progress bar that counts rows, on a terminal only."""
 
     def __init__(self, what: str):
         self.what = what

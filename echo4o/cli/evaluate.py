@@ -1,4 +1,4 @@
-"""``echo4o evaluate``: draw, judge, score and compare; each step can be called alone and goes on where it stopped."""
+"""``echo4o evaluate``: generate, judge, score and compare. Each step can run alone and resumes where it stopped."""
 
 import os
 import shlex
@@ -10,19 +10,19 @@ from typer.core import TyperGroup
 
 from echo4o.cli.evaluate_options import (
     Benchmark,
-    Chosen,
-    Drawing,
+    DeviceOptions,
+    GenerationOptions,
     Images,
-    Judging,
-    Machine,
+    JudgeOptions,
     Model,
     Out,
-    Scoring,
+    PromptOptions,
+    ScoreOptions,
     spread,
 )
 from echo4o.cli.evaluate_output import judging_progress, print_comparison, print_result, progress
-from echo4o.cli.frame import finish, say
-from echo4o.cli.pictures import check_model, choose_device, load_pipeline
+from echo4o.cli.frame import Command, finish, say
+from echo4o.cli.models import check_model, choose_device, load_pipeline
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
@@ -42,105 +42,111 @@ app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mode="ric
 
 @app.callback()
 def evaluate() -> None:
-    """Score a model with GenEval++, Imagine-Bench or OmniContext: draw, judge, score, report.
+    """Score a model with GenEval++, Imagine-Bench or OmniContext: generate images, judge, score, report.
 
     Example: [bold]echo4o evaluate genevalpp --model echo-4o --judge openai:gpt-4.1-2025-04-14 --out runs/echo-4o[/bold]
-    (the word run is understood; its options: [bold]echo4o evaluate run --help[/bold])
-    Pictures of any other model: [bold]echo4o evaluate genevalpp --images DIR --judge J --out DIR[/bold]
+    This is short for echo4o evaluate run; for its options, see [bold]echo4o evaluate run --help[/bold]
+    Images of any other model: [bold]echo4o evaluate genevalpp --images DIR --judge J --out DIR[/bold]
     """
 
 
-@app.command("run")
+@app.command("run", cls=Command)
 @spread
 def run(
     benchmark: Benchmark,
     out: Out,
-    chosen: Chosen,
-    drawing: Drawing,
-    machine: Machine,
-    judging: Judging,
-    scoring: Scoring,
+    prompt_options: PromptOptions,
+    generation: GenerationOptions,
+    device_options: DeviceOptions,
+    judging: JudgeOptions,
+    scoring: ScoreOptions,
     model: Model = None,
     images: Images = None,
 ) -> None:
-    """All steps: draw (or take --images), judge, score, report. Run it again to go on where it stopped.
+    """Run all steps: generate (or read --images), judge, score, report. Run it again to resume.
 
     Example: [bold]echo4o evaluate genevalpp --model echo-4o --out runs/echo-4o[/bold]
     """
     if (model is None) == (images is None):
-        raise ValueError("give --model to draw pictures, or --images to judge those of a folder")
+        raise ValueError("pass --model to generate images, or --images to judge the images of a folder")
     if model is not None:
         check_model(model)
-    steps = _Steps(benchmark, out, chosen)
-    # Everything that can be refused is refused before the first picture is drawn.
-    ask = steps.judging(judging, machine, model, images)
-    if images is None and not steps.draw(drawing.settings(model, chosen.pictures, machine.dtype), machine):
+    steps = _Steps(benchmark, out, prompt_options)
+    # Check all options before the first image is generated.
+    ask = steps.judging(judging, device_options, model, images)
+    if images is None and not steps.generate(
+        generation.settings(model, prompt_options.num_images, device_options.dtype), device_options
+    ):
         return
     ask()
     steps.score(scoring)
 
 
-@app.command("generate")
+@app.command("generate", cls=Command)
 @spread
 def generate(
     benchmark: Benchmark,
-    model: Annotated[str, typer.Option("--model", "-m", help="What draws.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model that generates the images.")],
     out: Out,
-    chosen: Chosen,
-    drawing: Drawing,
-    machine: Machine,
+    prompt_options: PromptOptions,
+    generation: GenerationOptions,
+    device_options: DeviceOptions,
 ) -> None:
-    """Step 1: draw the pictures. Start it with accelerate launch to share them among GPUs and nodes.
+    """Step 1: generate the images. Start it with accelerate launch to use several GPUs and nodes.
 
     Example: [bold]echo4o evaluate generate genevalpp --model echo-4o --out runs/echo-4o[/bold]
     Several GPUs: [bold]accelerate launch -m echo4o evaluate generate genevalpp --model echo-4o --out runs/x[/bold]
     """
     check_model(model)
-    steps = _Steps(benchmark, out, chosen)
-    if steps.draw(drawing.settings(model, chosen.pictures, machine.dtype), machine):
-        say("the pictures:")
+    steps = _Steps(benchmark, out, prompt_options)
+    if steps.generate(generation.settings(model, prompt_options.num_images, device_options.dtype), device_options):
+        say("the images:")
         finish(out / "images", shlex.join(["echo4o", "evaluate", "judge", "--out", str(out)]))
 
 
-@app.command("judge")
+@app.command("judge", cls=Command)
 @spread
 def judge(
     out: Out,
-    chosen: Chosen,
-    judging: Judging,
-    machine: Machine,
-    benchmark: Annotated[str | None, typer.Option(help="Of pictures that were not drawn into --out.")] = None,
+    prompt_options: PromptOptions,
+    judging: JudgeOptions,
+    device_options: DeviceOptions,
+    benchmark: Annotated[
+        str | None, typer.Option(help="The benchmark of images that were not generated into --out.")
+    ] = None,
     images: Images = None,
     model: Model = None,
 ) -> None:
-    """Step 2: ask the judge about every picture that it has not judged yet.
+    """Step 2: ask the judge about every image without a judgement.
 
     Example: [bold]echo4o evaluate judge --out runs/echo-4o --judge openai:gpt-4.1-2025-04-14 --budget 5[/bold]
     """
-    _Steps(benchmark, out, chosen).judging(judging, machine, model, images)()
+    _Steps(benchmark, out, prompt_options).judging(judging, device_options, model, images)()
     say("the judgements:")
     finish(out / "records.jsonl", shlex.join(["echo4o", "evaluate", "score", "--out", str(out)]))
 
 
 @app.command("score")
 @spread
-def score(out: Out, scoring: Scoring) -> None:
-    """Step 3: turn judgements into scores with intervals, and write the report.
+def score(out: Out, scoring: ScoreOptions) -> None:
+    """Step 3: compute scores with intervals from the judgements, and write the report.
 
     Example: [bold]echo4o evaluate score --out runs/echo-4o[/bold]
     """
-    _Steps(None, out, Chosen()).score(scoring)
+    _Steps(None, out, PromptOptions()).score(scoring)
 
 
 @app.command("compare")
 def compare(
     a: Annotated[Path, typer.Argument(help="A judged folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one of the same prompts and judge.", show_default=False)],
-    any_judge: Annotated[bool, typer.Option("--any-judge", help="In spite of different judges.")] = False,
-    bootstrap_seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0,
+    b: Annotated[Path, typer.Argument(help="A judged folder with the same prompts and judge.", show_default=False)],
+    any_judge: Annotated[
+        bool, typer.Option("--any-judge", help="Compare even if judges or questions differ.")
+    ] = False,
+    bootstrap_seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Is B better than A? Differences paired by prompt, with intervals and a significance test.
+    """Compare two runs: differences paired by prompt, with intervals and a significance test.
 
     Example: [bold]echo4o evaluate compare runs/bagel runs/echo-4o[/bold]
     """
@@ -160,12 +166,12 @@ def compare(
 def make_prompts(
     benchmark: Benchmark,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("genevalpp-fresh.jsonl"),
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another set.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="Prompt files whose contents must not come back; repeatable.")
+        list[Path] | None, typer.Option(help="A prompt file whose contents must not appear again; repeatable.")
     ] = None,
 ) -> None:
-    """Make a fresh set of prompts with the tags and the statistics of GenEval++, which nobody trained on.
+    """Make new prompts with the tags and statistics of GenEval++, on which no model was trained.
 
     Example: [bold]echo4o evaluate make-prompts genevalpp --seed 7 --exclude Geneval++.jsonl --out fresh.jsonl[/bold]
     """
@@ -180,7 +186,7 @@ def make_prompts(
     rows = make_genevalpp(seed, known)
     write_prompts(rows, out)
     if not exclude:
-        say("no file was excluded: a content of the official set can have come back by chance (--exclude FILE)")
+        say("no file is excluded: contents of the official set can appear by chance (use --exclude FILE)")
     say(f"{len(rows)} prompts:")
     finish(
         out, shlex.join(["echo4o", "evaluate", "genevalpp", "--prompts", str(out), "--model", "MODEL", "--out", "DIR"])
@@ -188,40 +194,46 @@ def make_prompts(
 
 
 class _Steps:
-    """The steps of one folder."""
+    """The steps of an evaluation in one folder."""
 
-    def __init__(self, benchmark: str | None, out: Path, chosen: Chosen):
+    def __init__(self, benchmark: str | None, out: Path, prompt_options: PromptOptions):
         from echo4o.evaluation.benchmarks import get_benchmark
         from echo4o.evaluation.folder import PROMPTS
         from echo4o.evaluation.prompt_files import load_prompts
         from echo4o.evaluation.run import keep_prompts, kept_prompts
 
-        self.out, self.per_prompt = out, chosen.pictures
-        which = (chosen.prompts, chosen.revision, chosen.group, chosen.limit)
+        self.out, self.per_prompt = out, prompt_options.num_images
+        chosen = (prompt_options.prompts, prompt_options.revision, prompt_options.group, prompt_options.limit)
         kept = (out / PROMPTS).is_file()
-        if kept and all(value is None for value in which):
+        if kept and all(value is None for value in chosen):
             self.benchmark, self.prompts = kept_prompts(out)
             if benchmark is not None and get_benchmark(benchmark) is not self.benchmark:
-                raise ValueError(f"{out} holds an evaluation with {self.benchmark.name}: use another --out")
+                raise ValueError(f"{out} contains an evaluation with {self.benchmark.name}: use another --out")
             return
         if benchmark is None:
             if not kept:
-                raise ValueError(f"{out} holds no evaluation yet: say which --benchmark the pictures belong to")
+                raise ValueError(f"{out} contains no evaluation yet: pass the --benchmark of the images")
             benchmark = kept_prompts(out)[0].name
         self.benchmark = get_benchmark(benchmark)
-        self.prompts = load_prompts(self.benchmark, chosen.prompts, chosen.revision, chosen.group or (), chosen.limit)
+        self.prompts = load_prompts(
+            self.benchmark,
+            prompt_options.prompts,
+            prompt_options.revision,
+            prompt_options.group or (),
+            prompt_options.limit,
+        )
         if os.environ.get("RANK", "0") == "0":
             keep_prompts(self.benchmark, self.prompts, out)
 
-    def draw(self, settings: "GenerationSettings", machine: Machine) -> bool:
-        """Draw what is missing; returns whether this process goes on to the next step."""
+    def generate(self, settings: "GenerationSettings", device_options: DeviceOptions) -> bool:
+        """Generate the missing images. Returns whether this process runs the next step."""
         from echo4o.evaluation.generate import generate_images, world
 
-        state = world(cpu=machine.device == "cpu")
-        where = state.device if machine.device == "auto" else choose_device(machine.device)
+        state = world(cpu=device_options.device == "cpu")
+        where = state.device if device_options.device == "auto" else choose_device(device_options.device)
 
         def load():
-            pipe = load_pipeline(settings.model, where, machine.dtype)
+            pipe = load_pipeline(settings.model, where, device_options.dtype)
             pipe.set_progress_bar_config(disable=True)
             if settings.adapter and not hasattr(pipe, "load_lora_weights"):
                 raise ValueError(f"--adapter {settings.adapter}: {type(pipe).__name__} cannot load adapters")
@@ -229,12 +241,12 @@ class _Steps:
                 pipe.load_lora_weights(settings.adapter)
             return pipe
 
-        with progress("pictures", state.is_main_process) as advance:
+        with progress("images", state.is_main_process) as advance:
             generate_images(self.prompts.prompts, settings, self.out, load, state, advance)
         return state.is_main_process
 
-    def judging(self, judging: Judging, machine: Machine, model: str | None, images: Path | None):
-        """Check everything about the judge now; returns what asks it."""
+    def judging(self, judging: JudgeOptions, device_options: DeviceOptions, model: str | None, images: Path | None):
+        """Check the options of the judge. Returns a function that judges the images."""
         from echo4o.evaluation.judge_prompts import load_judge_prompts
         from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
 
@@ -242,8 +254,10 @@ class _Steps:
         judge = make_judge(
             name,
             model,
-            load_pipeline=lambda model: load_pipeline(model, choose_device(machine.device), machine.dtype),
-            device=machine.device,
+            load_pipeline=lambda model: load_pipeline(
+                model, choose_device(device_options.device), device_options.dtype
+            ),
+            device=device_options.device,
             max_tokens=judging.max_tokens,
             **(judging.endpoint() if name.startswith("openai") else {}),
         )
@@ -269,7 +283,7 @@ class _Steps:
 
         return ask
 
-    def score(self, scoring: Scoring) -> None:
+    def score(self, scoring: ScoreOptions) -> None:
         from echo4o.evaluation.score import score_folder
         from echo4o.evaluation.score_report import write_report
 

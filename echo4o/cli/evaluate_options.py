@@ -1,4 +1,4 @@
-"""The options of ``echo4o evaluate``, each declared once: a dataclass is a panel of the help, shared by the steps."""
+"""The options of ``echo4o evaluate``. Each dataclass is one panel of the help; the steps share them."""
 
 import inspect
 from collections.abc import Callable
@@ -10,50 +10,64 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from echo4o.cli.pictures import Device, Dtype, DtypeOption, Think
+from echo4o.cli.models import Device, Dtype, DtypeOption, Think
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
     from echo4o.evaluation.judging import JudgingOptions
 
-Benchmark = Annotated[str, typer.Argument(help="genevalpp, imagine_bench, omnicontext.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the evaluation.")]
+Benchmark = Annotated[str, typer.Argument(help="genevalpp, imagine_bench or omnicontext.", show_default=False)]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The folder of the evaluation. An interrupted run resumes there.")
+]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="A pipeline folder, a checkpoint folder, or a Hub repository.")
+    str | None,
+    typer.Option("--model", "-m", help="A pipeline folder, an original checkpoint folder, or a Hub repository."),
 ]
 Images = Annotated[
-    Path | None, typer.Option("--images", help="Judge these pictures (1.jpg, 2.jpg, ...) instead of drawing.")
+    Path | None,
+    typer.Option("--images", help="Judge the images of this folder (1.jpg, 2.jpg, ...) instead of generating."),
 ]
 
 
 @dataclass
-class Chosen:
-    """Which prompts"""
+class PromptOptions:
+    """Prompts"""
 
     prompts: Annotated[
-        Path | None, typer.Option(help="The prompt file; without it the official one is downloaded.")
+        Path | None, typer.Option(help="The prompt file.", show_default="download the official prompts")
     ] = None
-    revision: Annotated[str | None, typer.Option(help="The commit of the Hub dataset (omnicontext only).")] = None
-    group: Annotated[list[str] | None, typer.Option(help="Only this group or type; repeatable.")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1
+    revision: Annotated[str | None, typer.Option(help="Commit of the Hub dataset (omnicontext only).")] = None
+    group: Annotated[list[str] | None, typer.Option(help="Use only this group or type; repeatable.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1
 
 
 @dataclass
-class Drawing:
-    """How it draws"""
+class GenerationOptions:
+    """Generation"""
 
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are drawn together.")] = 1
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the sampler.", show_default="49")] = None
-    guidance: Annotated[float | None, typer.Option(help="Text guidance.", show_default="the task's preset")] = None
-    image_guidance: Annotated[float | None, typer.Option(help="Image guidance.", show_default="the task's preset")] = (
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the images.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 1
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of sampler updates.", show_default="49")] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", help="Strength of the prompt.", show_default="the task's preset"),
+    ] = None
+    image_guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--image-guidance-scale", help="Strength of the reference images.", show_default="the task's preset"
+        ),
+    ] = None
+    height: Annotated[int | None, typer.Option(min=1, help="Image height in pixels.", show_default="the model's")] = (
         None
     )
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")] = None
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")] = None
+    width: Annotated[int | None, typer.Option(min=1, help="Image width in pixels.", show_default="the model's")] = None
     think: Think = False
-    adapter: Annotated[str | None, typer.Option(help="LoRA weights to load on top.")] = None
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA weights to load: a folder, a file or a Hub repository.")
+    ] = None
 
     def settings(self, model: str, per_prompt: int, dtype: Dtype) -> "GenerationSettings":
         from echo4o.evaluation.generate import GenerationSettings
@@ -62,54 +76,56 @@ class Drawing:
 
 
 @dataclass
-class Machine:
-    """Where the model runs"""
+class DeviceOptions:
+    """Device"""
 
     device: Device = "auto"
     dtype: DtypeOption = Dtype.auto
 
 
 @dataclass
-class Judging:
-    """The judge"""
+class JudgeOptions:
+    """Judge"""
 
     judge: Annotated[
         str,
         typer.Option(
-            help="openai:MODEL (any compatible endpoint), hf:MODEL (local), self (the model's own chat), pixels.",
+            help="openai:MODEL (any compatible endpoint), hf:MODEL (local), self (the model's own chat) or pixels.",
             show_default="openai:gpt-4.1-2025-04-14",
         ),
     ] = ""
     judge_url: Annotated[
-        str | None, typer.Option(help="The endpoint.", show_default="OPENAI_BASE_URL, else OpenAI")
+        str | None, typer.Option(help="URL of the endpoint.", show_default="OPENAI_BASE_URL, else OpenAI")
     ] = None
-    judge_key_env: Annotated[str, typer.Option(help="The environment variable that holds the key.")] = "OPENAI_API_KEY"
-    judge_prompt: Annotated[
-        list[str] | None, typer.Option(help="Replace the judge's prompt: FILE, or ASPECT=FILE.")
-    ] = None
-    temperature: Annotated[str, typer.Option(help="Of the judge; 'default' leaves it to the endpoint.")] = "0"
-    max_tokens: Annotated[int | None, typer.Option(min=16, help="Longest answer of the judge.")] = None
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Judgements per picture, to measure the judge's own variance.")
-    ] = 1
-    concurrency: Annotated[int, typer.Option(min=1, help="Most calls that are open at once.")] = 16
-    tries: Annotated[int, typer.Option(min=1, help="How often a failing call is sent.")] = 6
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an answer.")] = 120.0
-    price: Annotated[str | None, typer.Option(help="USD per million tokens: IN,OUT.")] = None
-    budget: Annotated[float | None, typer.Option(min=0, help="Most USD that may be spent into this folder.")] = None
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither use nor keep paid answers beyond the folder.")
-    ] = False
-    no_probe: Annotated[bool, typer.Option("--no-probe", help="Do not test first whether the judge can see.")] = False
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Ask again where answers could not be read.")
-    ] = False
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Judge although pictures are missing.")] = (
-        False
+    judge_key_env: Annotated[str, typer.Option(help="The environment variable that contains the key.")] = (
+        "OPENAI_API_KEY"
     )
+    judge_prompt: Annotated[
+        list[str] | None, typer.Option(help="Replace the prompt of the judge: FILE, or ASPECT=FILE.")
+    ] = None
+    temperature: Annotated[str, typer.Option(help="Temperature of the judge; 'default': that of the endpoint.")] = "0"
+    max_tokens: Annotated[int | None, typer.Option(min=16, help="Maximum length of an answer in tokens.")] = None
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Judgements per image, to measure the variance of the judge.")
+    ] = 1
+    concurrency: Annotated[int, typer.Option(min=1, help="Maximum number of parallel calls.")] = 16
+    tries: Annotated[int, typer.Option(min=1, help="Maximum attempts per call.")] = 6
+    timeout: Annotated[float, typer.Option(min=1, help="Timeout of a call in seconds.")] = 120.0
+    price: Annotated[str | None, typer.Option(help="Price in USD per million tokens: IN,OUT.")] = None
+    budget: Annotated[float | None, typer.Option(min=0, help="Maximum cost of the folder in USD, over all runs.")] = (
+        None
+    )
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not use or fill the cache of paid answers.")] = False
+    no_probe: Annotated[
+        bool, typer.Option("--no-probe", help="Do not check with a test image that the judge can see.")
+    ] = False
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Repeat judgements whose answers could not be read.")
+    ] = False
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Judge even if images are missing.")] = False
 
     def endpoint(self) -> dict:
-        """What only a judge behind an endpoint takes."""
+        """The arguments of judges that call an endpoint."""
         return {
             "url": self.judge_url,
             "key_variable": self.judge_key_env,
@@ -137,15 +153,17 @@ class Judging:
 
 
 @dataclass
-class Scoring:
-    """The scores"""
+class ScoreOptions:
+    """Scores"""
 
-    min_coverage: Annotated[float, typer.Option(min=0, max=1, help="No overall score below this scored part.")] = 1.0
-    bootstrap_seed: Annotated[int, typer.Option(min=0, help="Seed of the intervals.")] = 0
+    min_coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Minimum share of scored samples for an overall score.")
+    ] = 1.0
+    bootstrap_seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0
 
 
 def spread(command: Callable) -> Callable:
-    """Let a command take dataclasses: Typer sees each of their fields as an option, in a panel named by the docstring."""
+    """Let a command have dataclass parameters. Each field becomes an option, in a panel named by the docstring."""
     flat, kinds = [], {}
     for parameter in inspect.signature(command).parameters.values():
         if not is_dataclass(parameter.annotation):
@@ -154,7 +172,7 @@ def spread(command: Callable) -> Callable:
         kinds[parameter.name] = parameter.annotation
         for field in inspect.signature(parameter.annotation).parameters.values():
             kind, option = get_args(field.annotation)
-            option = copy(option)  # other commands use it, too
+            option = copy(option)  # shared with other commands
             option.rich_help_panel = parameter.annotation.__doc__
             flat.append(field.replace(annotation=Annotated[kind, option]))
 
@@ -174,7 +192,7 @@ def _temperature(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--temperature {text}: a number or 'default' is needed") from None
+        raise ValueError(f"--temperature {text}: must be a number or 'default'") from None
 
 
 def _price(text: str | None) -> tuple[float, float] | None:
@@ -184,6 +202,6 @@ def _price(text: str | None) -> tuple[float, float] | None:
         into, out = (float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--price {text}: two numbers are needed, as in 2,8 (USD per million tokens in, out)"
+            f"--price {text}: must be two numbers, for example 2,8 (USD per million tokens in, out)"
         ) from None
     return into, out

@@ -1,4 +1,4 @@
-"""What ``echo4o evaluate`` shows: progress, scores, differences."""
+"""Output of ``echo4o evaluate``: progress bars, scores, differences."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,7 +8,7 @@ from echo4o.cli.frame import say
 
 @contextmanager
 def progress(what: str, shown: bool = True):
-    """A bar on stderr; yields a function (done, total, text)."""
+    """Show a progress bar on stderr. Yields a function (done, total, text) that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,7 +26,7 @@ def progress(what: str, shown: bool = True):
 
 @contextmanager
 def judging_progress(options):
-    """Yields the options with a bar of judgements that tells what they cost."""
+    """Show a progress bar with the cost of the judgements. Yields the options with its callbacks."""
     with progress("judgements") as advance:
 
         def on_progress(done, total, ledger):
@@ -35,13 +35,13 @@ def judging_progress(options):
 
         def on_estimate(calls, tokens, usd):
             cost = "price unknown (--price IN,OUT)" if usd is None else f"about {usd:.2f} USD"
-            say(f"{calls} judgements to pay for, about {tokens:,} input tokens, {cost}")
+            say(f"{calls} paid judgements, about {tokens:,} input tokens, {cost}")
 
         yield replace(options, on_progress=on_progress, on_estimate=on_estimate)
 
 
 def print_result(result: dict) -> None:
-    """The scores of a folder, on stderr: stdout names the files."""
+    """Print the scores of a folder on stderr. stdout contains the paths of the results."""
     from rich.console import Console
     from rich.table import Table
 
@@ -64,7 +64,7 @@ def print_result(result: dict) -> None:
 
 
 def print_comparison(found: dict) -> None:
-    """The differences of two folders, on stdout."""
+    """Print the differences of two folders on stdout."""
     from rich.console import Console
     from rich.table import Table
 

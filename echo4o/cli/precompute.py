@@ -10,13 +10,16 @@ from echo4o.cli.frame import finish, say
 
 
 def precompute(
-    dataset: Annotated[str, typer.Argument(help="A folder or a repository of the Hub.", show_default=False)],
-    model: Annotated[str, typer.Option(help="The pipeline whose VAE and picture sizes count.", show_default=False)],
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or Hub repository.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(help="The pipeline that the dataset will train; its VAE encodes the images.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
 ) -> None:
-    """Encode the pictures once for all epochs: VAE moments and vision patches. The same command goes on after a stop.
+    """Encode the images once for all epochs (VAE moments and vision patches). Run it again to resume.
 
     Example: [bold]echo4o dataset precompute echo-4o-image --model echo-4o --out latents[/bold]
     Several GPUs: [bold]accelerate launch -m echo4o.training.precompute echo-4o-image ...[/bold]
@@ -24,6 +27,6 @@ def precompute(
     from echo4o.training.precompute import run
 
     rows = run(dataset, model, out, name, split)
-    say(f"{rows} rows, encoded:")
+    say(f"{rows} encoded rows:")
     settings = ["--set", f"model={model}", "--set", f"data.path={dataset}", "--set", f"latents={out}"]
     finish(out, shlex.join(["echo4o", "train", "lora_single_gpu", *settings]))

@@ -13,37 +13,37 @@ def push(
     folder: Annotated[
         str,
         typer.Argument(
-            help="A pipeline, adapter, dataset or result folder, a finished run, or the name of a metric.",
+            help="A pipeline, adapter, dataset or evaluation folder, a finished run, or the name of a metric.",
             show_default=False,
         ),
     ],
     repo: Annotated[str, typer.Argument(help="The Hub repository, owner/name.", show_default=False)],
-    base_model: Annotated[
-        str | None, typer.Option(help="The Hub repository that it was trained from; adapters are loaded on it.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The Hub repository of the base model.")] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="A Hub dataset that it was trained on; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A Hub dataset that the model was trained on; repeatable.", show_default=False),
     ] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="A folder of echo4o evaluate whose scores go into the card; repeatable.", show_default=False
-        ),
+        typer.Option(help="A folder of echo4o evaluate; the card shows its scores. Repeatable.", show_default=False),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent, with sizes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded with sizes, and upload nothing.")
+    ] = False,
     branch: Annotated[
-        str | None, typer.Option(help="Push to this branch; made if it is missing.", show_default="main")
+        str | None, typer.Option(help="The branch to push to. It is created if it is missing.", show_default="main")
     ] = None,
     message: Annotated[
-        str | None, typer.Option("--commit-message", "-m", help="Of the commit.", show_default="says what was sent")
+        str | None,
+        typer.Option("--commit-message", "-m", help="Message of the commit.", show_default="a summary of the upload"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a repository that holds something else.")
+        bool, typer.Option("--overwrite", help="Replace a repository that contains something else.")
     ] = False,
-    verify: Annotated[bool, typer.Option(help="Load the result back from the Hub and check it.")] = True,
+    verify: Annotated[bool, typer.Option(help="Load the upload back from the Hub and verify it.")] = True,
 ) -> None:
-    """Send a pipeline, adapter, dataset, benchmark result or metric to the Hub, with its card. Broken off, it goes on.
+    """Upload a pipeline, adapter, dataset, evaluation or metric to the Hub with a card. Run it again to resume.
 
     Example: [bold]echo4o push runs/lora owner/my-lora --base-model owner/echo-4o --dry-run[/bold]
     A metric: [bold]echo4o push genevalpp owner/genevalpp --public[/bold]
@@ -58,7 +58,7 @@ def push(
 
 
 def send(folder: str | Path, repo: str, said, public: bool, dry_run: bool, **options) -> None:
-    """Push, and print what was done."""
+    """Push a folder and print the result."""
     from echo4o.hub.push import push
 
     done = push(
@@ -68,7 +68,7 @@ def send(folder: str | Path, repo: str, said, public: bool, dry_run: bool, **opt
         private=not public,
         dry_run=dry_run,
         tell=say,
-        progress=lambda sent, total: say(f"{sent} of {total} files are on the Hub"),
+        progress=lambda sent, total: say(f"{sent} of {total} files uploaded"),
         **options,
     )
     if dry_run:
@@ -79,8 +79,8 @@ def send(folder: str | Path, repo: str, said, public: bool, dry_run: bool, **opt
             print(f"  remove {path}")
         finish(None, shlex.join(["echo4o", "push", str(folder), repo]) + " (and the same options, without --dry-run)")
         return
-    say(done.told if done.commit else f"nothing to send: {repo} holds all of it already")
+    say(done.told if done.commit else f"nothing to upload: {repo} is up to date")
     if public and done.private is None:
-        say(f"{repo} was there before and keeps its visibility: change it on {done.address}/settings")
+        say(f"{repo} existed before and keeps its visibility: change it on {done.address}/settings")
     print(done.commit or done.address)
     finish(None, done.next_command)

@@ -1,4 +1,4 @@
-"""``echo4o dataset synthesize``: make rows of Echo-4o-Image with an image API."""
+"""``echo4o dataset synthesize``: make rows for Echo-4o-Image with an image API."""
 
 import errno
 import math
@@ -13,23 +13,23 @@ from echo4o.cli.frame import finish, say
 
 
 def synthesize(
-    recipe: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.", show_default=False)],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder to write; a run that was broken off goes on there.")
+        Path, typer.Option("--out", "-o", help="The folder to write. An interrupted run resumes there.")
     ] = Path("synthesis"),
-    plan: Annotated[bool, typer.Option("--plan", help="Print counts, calls, cost and time; ask nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print counts, calls, cost and time, and call no endpoint.")
+    ] = False,
     preview: Annotated[
         int | None,
-        typer.Option(min=1, max=200, help="Make only this many rows, of all parts in turn, and a contact sheet."),
+        typer.Option(min=1, max=200, help="Make only this many rows, from all parts in turn, and a contact sheet."),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="USD that the folder may cost in all.", show_default="no limit")
+        float | None, typer.Option(help="Maximum cost of the folder in USD, over all runs.", show_default="no limit")
     ] = None,
-    probe: Annotated[bool, typer.Option(help="First show the judge a test picture.")] = True,
+    probe: Annotated[bool, typer.Option(help="First check with a test image that the judge can see.")] = True,
 ) -> None:
-    """Make rows with an image API: instructions, pictures, checks; then echo4o dataset build takes them.
+    """Make rows with an image API: instructions, images, checks. echo4o dataset build reads the result.
 
     Example: [bold]echo4o dataset synthesize first_hundred --plan[/bold]
     Then: [bold]echo4o dataset synthesize first_hundred --out made --budget 5 --preview 12[/bold]
@@ -42,7 +42,7 @@ def synthesize(
 
     chosen = load_recipe(recipe)
     if budget is not None and not 0 < budget < math.inf:
-        raise ValueError(f"--budget {budget:g} buys nothing: give USD, for example --budget 5")
+        raise ValueError(f"--budget {budget:g}: must be a positive number of USD, for example --budget 5")
     chains = load_chains(chosen)
     tasks = make_tasks(chosen, chains)
     again = ["echo4o", "dataset", "synthesize", recipe, "--out", str(out)]
@@ -59,12 +59,14 @@ def synthesize(
         say("\n".join(left.lines()))
         outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe, left)
         sheet = contact_sheet(folder, wanted) if preview else None
-    uncounted = f", and what no price was given for ({', '.join(left.unpriced())})" if left.unpriced() else ""
+    uncounted = (
+        f", without the calls of models that have no price ({', '.join(left.unpriced())})" if left.unpriced() else ""
+    )
     say(f"{outcome}; {spent:.4f} USD spent in all{uncounted}")
     for row, why in list(outcome.open.items())[:3]:
-        say(f"{row} has no end yet: {why}")
+        say(f"{row} is still open: {why}")
     if reason is not None:
-        say(f"what was paid for is kept in {out}; run the same command again to go on")
+        say(f"paid results are kept in {out}; run the same command again to resume")
         raise reason
     is_open = outcome.decided < outcome.planned
     if sheet is not None or is_open:
@@ -75,7 +77,7 @@ def synthesize(
 
 
 def _run(recipe, chains) -> dict:
-    """What run.json says; no key is in a recipe."""
+    """The contents of run.json. A recipe contains no key."""
     drawn_from = {
         f"{part}.{name}": digest for part, chain in chains.items() for name, digest in chain.hashes().items()
     }
@@ -88,7 +90,7 @@ def _run(recipe, chains) -> dict:
 
 
 def _prompts(recipe):
-    """The index of benchmark prompts that no row may come close to; None when the recipe switches it off."""
+    """The index of benchmark prompts that no row may be close to, or None if the recipe disables this gate."""
     from echo4o.dataset_scripts.contamination import PromptIndex, read_prompts
     from echo4o.evaluation.benchmarks import get_benchmark
     from echo4o.evaluation.prompt_files import load_prompts
@@ -102,9 +104,9 @@ def _prompts(recipe):
             listed += [(name, prompt.text) for prompt in load_prompts(get_benchmark(name)).prompts]
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"gates.contamination: the prompts of {name} cannot be had ({error}). Put their file under "
-                f"gates.contamination.prompts and take {name} out of gates.contamination.benchmarks, or switch the gate "
-                "off with gates.contamination: null"
+                f"gates.contamination: the prompts of {name} cannot be loaded ({error}). Add their file to "
+                f"gates.contamination.prompts and remove {name} from gates.contamination.benchmarks, or disable the gate "
+                "with gates.contamination: null"
             ) from None
     return PromptIndex(listed, gate.overlap)
 
@@ -141,13 +143,13 @@ def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
 
 @contextmanager
 def _disk(out: Path):
-    """A full disk is told with its place: the system names none."""
+    """Add the folder to the error of a full disk; the system does not name it."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        hint = "what was paid for is kept, make room and run the same command again"
+        hint = "paid results are kept; free some space and run the same command again"
         raise OSError(f"{out}: {error.strerror}; {hint}") from None
 
 

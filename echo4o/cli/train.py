@@ -13,7 +13,7 @@ from echo4o.cli.frame import finish, say
 
 
 class Weights(StrEnum):
-    """Which weights of a checkpoint; ``auto`` is the moving average if there is one."""
+    """Which weights of a checkpoint to export; ``auto`` is the moving average if there is one."""
 
     auto = "auto"
     ema = "ema"
@@ -21,31 +21,35 @@ class Weights(StrEnum):
 
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.", show_default=False)],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a setting, as section.key=value; repeatable.")
+        list[str] | None, typer.Option("--set", help="Change a setting: section.key=value; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what memory and disk it would take.")] = False,
-    gpu: Annotated[str | None, typer.Option(help="For --plan: memory of a GPU.", show_default="80GB")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the last complete checkpoint, or start if there is none.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only show the memory and disk space that the run needs.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --plan: memory of a GPU, for example 24GB.", show_default="80GB")
+    ] = None,
     num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="For --plan: GPUs.", show_default="the recipe's processes")
+        int | None, typer.Option(min=1, help="With --plan: number of GPUs.", show_default="processes of the recipe")
     ] = None,
 ) -> None:
-    """Fine-tune: LoRA or full, on one device or many, as a recipe says.
+    """Fine-tune a model with LoRA or fully, on one device or many. A recipe describes the run.
 
     Example: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR[/bold]
     Will it fit? [bold]echo4o train lora_single_gpu --set model=release --plan --gpu 24GB[/bold]
-    After a stop: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR --resume[/bold]
+    Resume: [bold]echo4o train lora_single_gpu --set model=DIR --set data.path=DIR --resume[/bold]
 
-    Recipes that come along, short files to copy and change:
+    Bundled recipes, which you can copy and change:
 
     - lora_single_gpu: an adapter on one GPU
-    - qlora_24gb: the same over weights in 4 bit
+    - qlora_24gb: the same over 4-bit weights
     - full_fsdp2_8gpu: all weights, sharded over the GPUs of this machine
-    - full_fsdp2_multinode: the same; start it on every machine with
+    - full_fsdp2_multinode: the same over several machines; on each, run
       [bold]accelerate launch -m echo4o.training.train full_fsdp2_multinode ...[/bold]
     - quickstart_cpu: a tiny model
     """
@@ -70,15 +74,15 @@ def train(
 
 
 def launch(processes: int, device: str, mixed_precision: str, arguments: list[str]) -> None:
-    """Become `accelerate launch` on this machine; it never comes back."""
+    """Replace this process by `accelerate launch`. It does not return."""
     import torch
 
     if device != "cpu" and torch.cuda.device_count() < processes:
         raise ValueError(
-            f"the recipe asks for {processes} processes, and this machine has {torch.cuda.device_count()} GPUs: set "
+            f"the recipe needs {processes} processes, but this machine has {torch.cuda.device_count()} GPUs: set "
             "processes, or start it on every node with `accelerate launch --config_file ... -m echo4o.training.train`"
         )
-    # --multi_gpu without a GPU starts as many processes on the CPU; --cpu would quietly start one.
+    # Without a GPU, --multi_gpu starts this many processes on the CPU; --cpu would silently start one.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--mixed_precision", mixed_precision, "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "echo4o.training.train", *arguments]
@@ -87,13 +91,19 @@ def launch(processes: int, device: str, mixed_precision: str, arguments: list[st
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or one of its checkpoints.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
-    step: Annotated[int | None, typer.Option(min=0, help="Of which step.", show_default="the last")] = None,
-    weights: Annotated[Weights, typer.Option(help="The moving average, or the weights as they are.")] = Weights.auto,
-    merge: Annotated[bool, typer.Option("--merge", help="Write a whole pipeline with the adapter in it.")] = False,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The step of the checkpoint.", show_default="the last")
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="ema: the moving average; raw: the trained weights; auto: ema if there is one.")
+    ] = Weights.auto,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a complete pipeline with the adapter merged into its weights.")
+    ] = False,
 ) -> None:
-    """Write what a checkpoint holds: a pipeline folder, or an adapter.
+    """Export a checkpoint as a pipeline folder or an adapter.
 
     Example: [bold]echo4o export runs/lora --step 500 --out lora-500[/bold]
     """
@@ -107,7 +117,7 @@ def export(
         return
     if run.name.startswith("step-"):
         if why := missing_from(run):
-            raise ValueError(f"{run} is no checkpoint: {why}")
+            raise ValueError(f"{run} is not a complete checkpoint: {why}")
         found = [Checkpoint(run)]
     else:
         found = CheckpointFolder(run / "checkpoints", say=say).complete()

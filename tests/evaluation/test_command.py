@@ -38,7 +38,7 @@ def test_judge_pictures_of_any_model(given, server, tmp_path):
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     assert result.stdout.split() == [str(out / "result.json"), str(out / "report.html")]
-    assert "8 judgements to pay for" in words(result.stderr)
+    assert "8 paid judgements" in words(result.stderr)
     assert "score 0.500 (0.3" in words(result.stderr) and "coverage 100.0%" in words(result.stderr)
     found = json.loads((out / "result.json").read_text())
     assert {"benchmark", "score", "coverage", "groups"} <= set(list(found)[:8])
@@ -91,7 +91,7 @@ def test_draw_judge_and_score_the_golden_model(server, tmp_path):
     arguments = [
         *("genevalpp", "--model", ROOT / "tests" / "parity" / "golden" / "checkpoint", "--prompts", prompts),
         *("--judge", "openai:judge", "--judge-url", server.url, "--out", tmp_path / "out", "--device", "cpu"),
-        *("--pictures", 2, "--steps", 1, "--height", 32, "--width", 32, "--seed", 5),
+        *("--num-images", 2, "--steps", 1, "--height", 32, "--width", 32, "--seed", 5),
     ]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -173,14 +173,14 @@ MISTAKES = {
     "unknown group": (["--group", "colours"], "there is no group or type 'colours'"),
     "unknown judge": (["--judge", "human"], "there is no judge 'human'; the judges are openai:MODEL"),
     "no pictures": (["--images", "nowhere"], "nowhere: there is no such folder of images"),
-    "both": (["--model", "x"], "give --model to draw pictures, or --images"),
+    "both": (["--model", "x"], "pass --model to generate images, or --images"),
     "self without a model": (["--judge", "self"], "--judge self asks the evaluated model: give --model"),
     "no prompt file": (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
     "bad URL": (["--judge-url", "localhost:8000"], "must start with http:// or https://"),
-    "bad price": (["--price", "cheap"], "--price cheap: two numbers are needed"),
-    "bad temperature": (["--temperature", "hot"], "--temperature hot: a number or 'default' is needed"),
+    "bad price": (["--price", "cheap"], "--price cheap: must be two numbers"),
+    "bad temperature": (["--temperature", "hot"], "--temperature hot: must be a number or 'default'"),
     "no judge prompt": (["--judge-prompt", "none.md"], "none.md: No such file or directory"),
-    "several per prompt": (["--pictures", "2"], "16 of 16 images are missing"),
+    "several per prompt": (["--num-images", "2"], "16 of 16 images are missing"),
     "pixels": (["--judge", "pixels"], "the judge pixels knows Shapes-4o only"),
 }
 
