@@ -114,7 +114,7 @@ def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(recipe_fil
 def test_a_machine_with_too_few_gpus_does_not_start(recipe_file, monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it was started"))
     done = echo4o("train", recipe_file(device="auto", processes=64))
-    assert done.exit_code == 2 and "the recipe asks for 64 processes, and this machine has" in done.stderr
+    assert done.exit_code == 2 and "the recipe needs 64 processes, but this machine has" in done.stderr
 
 
 def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_path, capsys):

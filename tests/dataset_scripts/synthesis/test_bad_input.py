@@ -130,7 +130,7 @@ def test_no_such_source(server, recipe, tmp_path):
 
 @pytest.mark.parametrize("budget", [0, -1, "nan", "inf"])
 def test_a_budget_of_nothing(server, recipe, tmp_path, budget):
-    assert "buys nothing" in told(server, tmp_path, recipe(), "--budget", budget)
+    assert "must be a positive number of USD" in told(server, tmp_path, recipe(), "--budget", budget)
 
 
 def test_a_budget_without_prices(server, recipe, tmp_path):
@@ -212,7 +212,7 @@ def test_benchmark_prompts_that_cannot_be_had(server, recipe, tmp_path, monkeypa
     monkeypatch.setenv("ECHO4O_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     said = told(server, tmp_path, recipe(gates__contamination={}))
-    assert "the prompts of genevalpp cannot be had" in said and "gates.contamination: null" in said
+    assert "the prompts of genevalpp cannot be loaded" in said and "gates.contamination: null" in said
 
 
 def test_an_answer_that_is_a_link(server, recipe, tmp_path):

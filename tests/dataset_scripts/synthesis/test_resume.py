@@ -42,7 +42,7 @@ def test_what_is_not_answered_stays_open_until_it_is(server, recipe, tmp_path):
     out = tmp_path / "made"
     said = run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out, code=1)
     left = 3 - len(ends(out))
-    assert left and f"{left} not made yet" in said and "has no end yet: image: the server was told to fail" in said
+    assert left and f"{left} not made yet" in said and "is still open: image: the server was told to fail" in said
     run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out)
     assert len(ends(out)) == 3 and max(server.paid.values()) == 1
 
@@ -77,7 +77,7 @@ def test_the_budget_ends_the_run_and_a_higher_one_goes_on(server, recipe, tmp_pa
         sums.append(sum(line["usd"] for line in JsonLines(out / "spending.jsonl")))
         assert sums[-1] <= budget
         if budget < 5:
-            assert "the budget of" in said and "higher --budget" in said and "what was paid for is kept" in said
+            assert "the budget of" in said and "higher --budget" in said and "paid results are kept" in said
     assert sums[0] > 0.02 and sums[1] > 0.09, "the budget is used"
     assert ends(out) == planned() and max(server.paid.values()) == 1
     assert sum(server.paid.values()) == len(list(JsonLines(out / "spending.jsonl")))

@@ -147,7 +147,7 @@ def test_what_has_no_price_is_not_told_as_free(server, recipe, tmp_path):
     said = " ".join(run("synthesize", file, "--plan").split())
     assert "no price in the recipe" in said and "cost: unknown; set models.image.price" in said and "about 0.0" in said
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made").split())
-    assert "USD spent in all, and what no price was given for (models.image.price)" in said
+    assert "USD spent in all, without the calls of models that have no price (models.image.price)" in said
 
 
 def test_roles_of_one_model_share_its_rate(server, recipe, tmp_path):
@@ -234,7 +234,7 @@ def test_a_full_disk(server, recipe, tmp_path):
     out, file = tmp_path / "made", recipe(surreal_fantasy__rows=20)
     child = command(file, out, limits={resource.RLIMIT_FSIZE: 20_000})
     said, _ = child.communicate(timeout=120)
-    assert child.returncode == 2 and "File too large; what was paid for is kept, make room" in said.replace("\n", " ")
+    assert child.returncode == 2 and "File too large; paid results are kept; free" in said.replace("\n", " ")
     some = len(ends(out))
     run("synthesize", file, "--out", out)
     assert some < 31 == len(ends(out)) == len(set(ends(out)))
