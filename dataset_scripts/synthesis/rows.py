@@ -1,11 +1,11 @@
 """What passes between the steps: a planned row, the instruction that is made for it, and the steps in between."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from echo4o.common.model_text import json_objects
 from echo4o.dataset_scripts.synthesis.calls import Calls, Unreadable
 
 Value = TypeVar("Value")
@@ -86,11 +86,10 @@ def one_line(answer: str, most_words: int = 80) -> str:
 
 def json_object(answer: str, keys: tuple[str, ...]) -> dict[str, str]:
     """The object in an answer, with a text under each key."""
-    start, end = answer.find("{"), answer.rfind("}")
-    try:
-        value = json.loads(answer[start : end + 1])
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"the answer is no JSON object ({error})") from None
+    found = [each.value for each in json_objects(answer)]
+    if not found:
+        raise Unreadable("the answer does not hold a JSON object")
+    value = next((each for each in reversed(found) if keys[0] in each), found[-1])
     missing = [key for key in keys if not isinstance(value.get(key), str) or not value[key].strip()]
     if missing:
         raise Unreadable(f"the answer has no text under {missing[0]!r}")

@@ -1,5 +1,6 @@
 """The budget of a folder: what its calls have cost over all runs, and whether the next call still fits."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ class Ledger:
         self._unpriced_calls = self._unpriced_input = self._unpriced_output = 0
         self._known: set[str] = set()
         self._append: Callable[[dict], None] | None = None
+        self._cannot_write = False
         for line in JsonLines(path):
             self._count(line)
 
@@ -50,7 +52,10 @@ class Ledger:
 
     def __exit__(self, *_) -> None:
         self._append = None
-        self._closing.close()
+        try:
+            self._closing.close()
+        except OSError as error:  # closing writes what a full disk did not take before
+            self._warn(error)
 
     def _count(self, line: dict) -> None:
         self._known.add(line["key"])
@@ -65,12 +70,26 @@ class Ledger:
             self._unpriced_output += line["output_tokens"]
 
     def add(self, line: dict) -> None:
-        """Count a call and write its line, unless its key is known."""
-        if line["key"] not in self._known:
-            if self._append is None:
-                raise RuntimeError(f"{self.path}: calls are added within the ledger's with block")
+        """Count a call and write its line. A call that cannot be written is counted in this run."""
+        if self._append is None:
+            raise RuntimeError(f"{self.path}: calls are added within the ledger's with block")
+        self._count(line)
+        try:
             self._append(line)
-            self._count(line)
+        except OSError as error:
+            self._warn(error)
+
+    def is_counted(self, key: str) -> bool:
+        """Whether a call with this key was counted, by this run or an earlier one."""
+        return key in self._known
+
+    def _warn(self, error: OSError) -> None:
+        if not self._cannot_write:
+            self._cannot_write = True
+            warnings.warn(
+                f"{self.path}: costs cannot be written ({error}); this run counts them, later runs do not know of them",
+                stacklevel=2,
+            )
 
     @property
     def calls(self) -> int:
@@ -144,7 +163,12 @@ class Account:
     kept: int = 0  # answers from the cache
 
     def add(self, key: str, answer: Answer) -> None:
-        """Count a paid answer."""
+        """Count a paid answer, unless its key is known: so a kept answer is counted if a killed run did not do it."""
+        if not self.ledger.is_counted(key):
+            self.add_paid(key, answer)
+
+    def add_paid(self, key: str, answer: Answer) -> None:
+        """Count an answer that was just paid for. One that could not be used is paid for again with the same key."""
         tokens = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
         if self.usd_of is None:
             line, usd = {"key": key, **tokens}, self.ledger.cost_of_tokens(*tokens.values())

@@ -25,13 +25,14 @@ class AnswerCache:
         return self.folder / key[:2] / f"{key}.json"
 
     def get(self, key: str) -> tuple[Answer, str] | None:
-        """The answer and the name of the run that paid for it; None where there is none."""
+        """The answer and the name of the run that paid for it; None where there is none that can be read."""
         try:
             stored = json.loads(self._path(key).read_text("utf-8"))
-            return Answer(**stored["answer"]), stored["run"]
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            answer, run = Answer(**stored["answer"]), stored["run"]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
+        return (answer, run) if isinstance(answer.text, str) else None
 
     def put(self, key: str, answer: Answer, run: str) -> None:
-        """Keep an answer. ASCII escapes keep text that is not valid Unicode, too."""
+        """Keep an answer; raises OSError if it cannot be written. ASCII escapes keep text that is not valid Unicode."""
         write_text(self._path(key), json.dumps({"answer": asdict(answer), "run": run}), shared=True)

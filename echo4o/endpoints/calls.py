@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -34,21 +35,44 @@ class Caller:
     run: str = ""
     rate: RateLimit | None = None
     _failed_in_a_row: int = 0
+    _cannot_keep: bool = False
 
-    async def ask(self, request: Any, key: str, faults: list[dict]) -> Answer:
-        """The answer of this key, kept or new. Raises [`CallFault`]; `faults` receives the fault of every try."""
+    async def ask(
+        self,
+        request: Any,
+        key: str,
+        faults: list[dict],
+        is_usable: Callable[[Answer], bool] = lambda answer: True,
+    ) -> Answer:
+        """The answer of this key, kept or new. Raises [`CallFault`]; `faults` receives the fault of every try.
+
+        Only usable answers are kept, and a kept answer that is not usable is asked for again. Every paid answer is
+        counted and returned, also if it cannot be kept.
+        """
         kept = self.cache.get(key) if self.cache else None
-        if kept is not None:
+        if kept is not None and is_usable(kept[0]):
             answer, run = kept
             self.account.kept += 1
             if run == self.run:
                 self.account.add(key, answer)
             return answer
         answer = await self._try(request, key, faults)
-        if self.cache:
-            self.cache.put(key, answer, self.run)
-        self.account.add(key, answer)
+        if self.cache and is_usable(answer):
+            self._keep(self.cache, key, answer)
+        self.account.add_paid(key, answer)
         return answer
+
+    def _keep(self, cache: AnswerCache, key: str, answer: Answer) -> None:
+        try:
+            cache.put(key, answer, self.run)
+        except OSError as error:
+            if not self._cannot_keep:
+                self._cannot_keep = True
+                warnings.warn(
+                    f"{cache.folder}: answers cannot be kept ({error}); they are used and counted, but a later run "
+                    "pays for them again",
+                    stacklevel=2,
+                )
 
     async def _try(self, request: Any, key: str, faults: list[dict]) -> Answer:
         for number in range(1, self.policy.tries + 1):

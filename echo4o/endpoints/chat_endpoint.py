@@ -2,14 +2,19 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import Answer
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
 
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+
+# Reasons why an answer ended, in the words of OpenAI, Anthropic, Gemini and Mistral.
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
+_FILTERED = {"content_filter", "safety", "refusal", "prohibited_content", "blocklist", "recitation"}
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,28 @@ class ChatEndpoint(OpenAIEndpoint):
         """Answer a request. Raises [`CallFault`]."""
         import openai
 
-        client = self.connect()
         structured = self.structured and request.schema is not None
-        body = self._body(request, structured)
         try:
-            response = await client.chat.completions.create(**body, extra_headers={"Idempotency-Key": key})
+            response = await self._send(request, key, structured)
         except (openai.APIError, ValueError, TypeError) as error:
-            refused = isinstance(error, openai.APIStatusError) and error.status_code in (400, 422)
-            if structured and refused and _is_about_schema(str(error)):
-                self.structured = False
-                return await ChatEndpoint.ask(self, request, f"{key}-plain")
-            raise self.fault_of(error) from None
+            is_status = isinstance(error, openai.APIStatusError)
+            if structured and is_status and self.server_error(error).refuses_schema:
+                return await self._ask_plainly(request, key)
+            fault = self.fault_of(error)
+            if fault.refuses_content:
+                return Answer("", refusal=str(fault))
+            raise fault from None
         return self._answer(response)
+
+    async def _ask_plainly(self, request: ChatRequest, key: str) -> Answer:
+        """Ask without structured output; where that is answered, no later call asks for it again."""
+        answer = await ChatEndpoint.ask(self, replace(request, schema=None), f"{key}-plain")
+        self.structured = False
+        return answer
+
+    async def _send(self, request: ChatRequest, key: str, structured: bool):
+        body = self._body(request, structured)
+        return await self.connect().chat.completions.create(**body, extra_headers=self.headers(key))
 
     def _body(self, request: ChatRequest, structured: bool) -> dict[str, Any]:
         content: list[dict] = []
@@ -132,22 +147,41 @@ class ChatEndpoint(OpenAIEndpoint):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
-    def _answer(self, response) -> Answer:
+    def _answer(self, response: Any) -> Answer:
         choices = getattr(response, "choices", None)
         if not choices or choices[0].message is None:
-            raise CallFault("bad_response", "the response does not hold an answer", retry=True)
-        choice, usage = choices[0], response.usage
-        refusal = getattr(choice.message, "refusal", None)
-        if choice.finish_reason == "content_filter":
+            raise self.fault_in_answer(response)
+        choice, usage = choices[0], getattr(response, "usage", None)
+        finish = str(choice.finish_reason or "").lower()
+        text, refusal = read_content(choice.message.content)
+        refusal = getattr(choice.message, "refusal", None) or refusal
+        if finish in _FILTERED:
             refusal = refusal or "stopped by the content filter"
         return Answer(
-            text=self.redact(choice.message.content or ""),
+            text=self.redact(text),
             refusal=self.redact(refusal) if refusal else None,
-            cut=choice.finish_reason == "length",
+            cut=finish in _CUT,
             input_tokens=getattr(usage, "prompt_tokens", 0) or 0,
             output_tokens=getattr(usage, "completion_tokens", 0) or 0,
         )
 
 
-def _is_about_schema(message: str) -> bool:
-    return any(word in message for word in ("response_format", "json_schema", "structured", "guided", "grammar"))
+def read_content(content: Any) -> tuple[str, str | None]:
+    """The text of a message and its refusal.
+
+    Servers send text, a list of parts (of which the text parts count, not those of the reasoning), or JSON itself.
+    """
+    if content is None or isinstance(content, str):
+        return content or "", None
+    if isinstance(content, dict) and not isinstance(content.get("type"), str):
+        return json.dumps(content), None
+    texts, refusals = [], []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type") in ("text", "output_text"):
+            value = part.get("text")
+            texts.append(str(value.get("value", "") if isinstance(value, dict) else value or ""))
+        elif isinstance(part, dict) and part.get("type") == "refusal":
+            refusals.append(str(part.get("refusal") or "refused"))
+    return "".join(texts), " ".join(refusals) or None

@@ -31,6 +31,7 @@ class CallFault(Exception):
         wait: seconds that the server asks to wait before the next try.
         fatal: whether no other call can succeed either (a wrong key, an unknown model).
         code: the server's own code, such as "model_not_found".
+        refuses_content: whether a moderation refused the content of the request.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class CallFault(Exception):
         wait: float | None = None,
         fatal: bool = False,
         code: str | None = None,
+        refuses_content: bool = False,
     ):
         super().__init__(message)
         self.kind, self.retry, self.wait, self.fatal, self.code = kind, retry, wait, fatal, code
+        self.refuses_content = refuses_content
 
 
 class Endpoint(ABC):

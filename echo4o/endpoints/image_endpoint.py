@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 from echo4o.endpoints.endpoint import Answer, CallFault
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
 
-_MODERATION = ("moderation_blocked", "content_policy_violation", "content_filter")
-_MODERATION_WORDS = ("safety system", "content policy", "content management policy", "content filter", "moderation")
 _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
 
@@ -59,11 +58,14 @@ class ImageEndpoint(OpenAIEndpoint):
         import openai
 
         try:
-            response = await self._send(request, {"Idempotency-Key": key})
+            response = await self._send(request, self.headers(key))
         except (openai.APIError, ValueError, TypeError) as error:
-            if isinstance(error, openai.APIStatusError) and is_moderation(error.status_code, error.code, str(error)):
-                return Answer("", refusal=self.message_of(error) or "blocked by the moderation")
-            raise self.fault_of(error) from None
+            fault = self.fault_of(error)
+            if fault.refuses_content:
+                return Answer("", refusal=str(fault))
+            raise fault from None
+        if isinstance(response, str) or "error" in (getattr(response, "model_extra", None) or {}):
+            raise self.fault_in_answer(response)
         first = next(iter(getattr(response, "data", None) or ()), None)
         image = getattr(first, "b64_json", None)
         if not image and getattr(first, "url", None):
@@ -76,7 +78,7 @@ class ImageEndpoint(OpenAIEndpoint):
             output_tokens=getattr(usage, "output_tokens", 0) or 0,
         )
 
-    async def _send(self, request: ImageRequest, headers: dict[str, str]):
+    async def _send(self, request: ImageRequest, headers: dict[str, Any]):
         seed = {} if request.seed is None else {"seed": request.seed}
         body = {"model": self.model, "prompt": request.instruction, "n": 1, "extra_headers": headers}
         body["extra_body"] = self.options | seed
@@ -92,13 +94,6 @@ def _as_upload(number: int, data: bytes) -> tuple[str, bytes, str]:
     return f"image_{number}.{kind}", data, f"image/{kind}"
 
 
-def is_moderation(status: int | None, code: str | None, message: str) -> bool:
-    """Whether an error refuses the content rather than the request."""
-    return code in _MODERATION or (
-        status in (400, 403) and any(words in message.lower() for words in _MODERATION_WORDS)
-    )
-
-
 def image_bytes(answer: Answer) -> bytes:
     """The image of an answer, from plain, wrapped or `data:` base64; empty where there is none."""
     text = answer.text.partition("base64,")[2] if answer.text.startswith("data:") else answer.text
@@ -106,3 +101,15 @@ def image_bytes(answer: Answer) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):  # ValueError: letters outside ASCII
         return b""
+
+
+def holds_image(answer: Answer) -> bool:
+    """Whether an answer holds an image that can be decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(image_bytes(answer))) as image:
+            image.load()
+    except Exception:  # whatever a decoder of arbitrary bytes runs into
+        return False
+    return True

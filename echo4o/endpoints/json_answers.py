@@ -4,13 +4,17 @@ Reading is tolerant about what surrounds the JSON and strict about its content.
 """
 
 import json
+import re
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from echo4o.common.model_text import json_objects
 from echo4o.endpoints.endpoint import Answer
 
-_MOST_TRIES = 200  # braces that do not begin an object; a degenerate answer can consist of them
+_LETTER = re.compile(r"[^\W\d_]")
+_FENCE = re.compile(r"```\w*")
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -43,52 +47,54 @@ def json_schema(fields: type[BaseModel]) -> dict[str, Any]:
 
 
 def read_json_answer(answer: Answer, fields: type[Fields]) -> Fields:
-    """The object in an answer: bare JSON, JSON in a code fence, or one object within prose.
+    """The object in an answer: bare JSON, JSON in a code fence, or an object within prose or after reasoning.
+
+    Where a model corrects itself in words between two objects, the last one is the answer.
 
     Raises:
-        UnreadableAnswer: there is none, or there are several that differ in more than their `reason`.
+        UnreadableAnswer: there is none, or several that differ in more than their `reason` follow each other directly.
     """
     if answer.refusal:
         raise UnreadableAnswer("refusal", f"the judge refused: {_short(answer.refusal)}")
+    if answer.cut:
+        wrote = _short(answer.text) or "no text, so its length went into reasoning"
+        raise UnreadableAnswer("cut_off", f"the answer stopped at the length limit: {wrote}")
     if not answer.text.strip():
         raise UnreadableAnswer("empty", "the answer is empty")
-    if answer.cut:
-        raise UnreadableAnswer("cut_off", f"the answer stopped at the length limit: {_short(answer.text)}")
-    objects = _objects(answer.text)
+    objects = json_objects(answer.text)
     if not objects:
         raise UnreadableAnswer("no_json", f"the answer holds no JSON object: {_short(answer.text)}")
     values, complaint = [], ""
     for found in objects:
         try:
-            values.append(fields.model_validate(found))
+            values.append((fields.model_validate(found.value), found))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the object"
             complaint = f"{field}: {first['msg']} (it is {_short(json.dumps(first['input']), 60)})"
     if not values:
         raise UnreadableAnswer("wrong_fields", complaint)
-    if any(_without_reason(other) != _without_reason(values[0]) for other in values[1:]):
-        raise UnreadableAnswer("ambiguous", "the answer holds several verdicts that differ")
-    return values[0]
+    for (one, before), (other, after) in pairwise(values):
+        if not _has_words(answer.text[before.end : after.start]) and _without_reason(one) != _without_reason(other):
+            raise UnreadableAnswer("ambiguous", "the answer holds several verdicts that differ")
+    return values[-1][0]
+
+
+def is_readable(answer: Answer, fields: type[BaseModel]) -> bool:
+    """Whether [`read_json_answer`] finds the object."""
+    try:
+        read_json_answer(answer, fields)
+    except UnreadableAnswer:
+        return False
+    return True
+
+
+def _has_words(between: str) -> bool:
+    return _LETTER.search(_FENCE.sub("", between)) is not None
 
 
 def _without_reason(value: BaseModel) -> dict[str, Any]:
     return value.model_dump(exclude={"reason"})
-
-
-def _objects(text: str) -> list[dict]:
-    """The JSON objects in a text, outermost ones only."""
-    decoder, found, position, failed = json.JSONDecoder(), [], text.find("{"), 0
-    while position >= 0 and failed < _MOST_TRIES:
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            end, failed = position + 1, failed + 1
-        else:
-            if isinstance(value, dict):
-                found.append(value)
-        position = text.find("{", end)
-    return found
 
 
 def _short(text: str, length: int = 200) -> str:

@@ -2,19 +2,24 @@
 
 import os
 import re
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from time import time
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from echo4o.endpoints.endpoint import CallFault, Endpoint
+from echo4o.endpoints.server_errors import ServerError
+
+if TYPE_CHECKING:
+    import openai
 
 _UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRY_STATUS = {408, 409, 425, 429}
-# Codes after which no other request can succeed either, although some servers send them with a passing status.
-_FATAL_CODES = {
-    "model_not_found", "invalid_api_key", "insufficient_quota", "billing_hard_limit_reached", "billing_not_active",
-    "account_deactivated",
-}  # fmt: skip
+_LONGEST_MESSAGE = 300  # letters of what a server says
+# What users append to the address of an endpoint because its documentation names the whole address of a call.
+_CALLS = re.compile(r"/(?:chat/completions|completions|images/(?:generations|edits))/?$")
+_SECRET_PARAMETER = re.compile(r"key|token|secret|sig|password|auth", re.I)
 
 
 class OpenAIEndpoint(Endpoint):
@@ -22,7 +27,8 @@ class OpenAIEndpoint(Endpoint):
 
     Args:
         model: the name of the model at the server.
-        url: the address of the endpoint; None: OPENAI_BASE_URL, else OpenAI.
+        url: the address of the endpoint; None: OPENAI_BASE_URL, else OpenAI. A query (`?api-version=...`) is kept at the
+            end of every call's address.
         key_variable: the environment variable that holds the key. The key itself is never an argument: arguments end
             in shell histories and process lists.
         timeout: seconds until a call counts as unanswered.
@@ -34,6 +40,7 @@ class OpenAIEndpoint(Endpoint):
     def __init__(self, model: str, url: str | None, key_variable: str, timeout: float, what: str = "judge"):
         self.model, self.name = model, f"openai:{model}"
         self.url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.url = self.url.strip()
         if urlsplit(self.url).scheme not in ("http", "https"):
             raise ValueError(f"the {what}'s URL must start with http:// or https://, it is {public_url(self.url)}")
         if urlsplit(self.url).username:
@@ -51,16 +58,35 @@ class OpenAIEndpoint(Endpoint):
                 "outside ASCII): copy it again"
             )
         self.timeout = timeout
-        self._client = None
+        self._client: openai.AsyncOpenAI | None = None
+        self.url, self._query = _split_query(self.url)
+        self._secrets = [self._key, *(value for name, value in self._query if _SECRET_PARAMETER.search(name))]
 
-    def connect(self):
+    def headers(self, key: str | None = None) -> dict[str, Any]:
+        """The headers of a call: its key for servers that bill a repeated call once, and Azure's authentication.
+
+        Azure's deployments take the API key in a header of its own; the usual one is for tokens of Entra ID.
+        """
+        import openai
+
+        headers: dict[str, Any] = {} if key is None else {"Idempotency-Key": key}
+        parts = urlsplit(self.url)
+        if (parts.hostname or "").endswith(".azure.com") and "/deployments/" in parts.path:
+            headers |= {"api-key": self._key, "Authorization": openai.Omit()}
+        return headers
+
+    def connect(self) -> "openai.AsyncOpenAI":
         """The client, which is made once."""
         import openai
 
         if self._client is None:
             # Calls are repeated by our Caller, which records every fault.
             self._client = openai.AsyncOpenAI(
-                api_key=self._key, base_url=self.url, max_retries=0, timeout=self.timeout
+                api_key=self._key,
+                base_url=self.url,
+                default_query=dict(self._query),
+                max_retries=0,
+                timeout=self.timeout,
             )
         return self._client
 
@@ -78,26 +104,63 @@ class OpenAIEndpoint(Endpoint):
         if isinstance(error, openai.APITimeoutError):
             return CallFault("timeout", f"no answer within {self.timeout:g} s", retry=True)
         if isinstance(error, openai.APIConnectionError):
-            reason = self.redact(str(error.__cause__ or error))
+            reason = self.shorten(str(error.__cause__ or error))
             return CallFault("connection", f"{public_url(self.url)}: {reason}", retry=True)
         # 200 with a body that is not an answer
-        return CallFault("bad_response", self.redact(f"the response is broken: {error}"), retry=True)
+        return CallFault("bad_response", self.shorten(f"the response is broken: {error}"), retry=True)
 
-    def _fault_of_status(self, error) -> CallFault:
-        status, message = error.status_code, self.message_of(error)
-        retry = status in RETRY_STATUS or status >= 500
-        out_of_money = status == 429 and "insufficient_quota" in message
-        fatal = status in (401, 402, 403, 404, 405) or error.code in _FATAL_CODES or out_of_money
-        wait = wait_of(error.response.headers) if retry else None
-        return CallFault(f"http_{status}", message, retry and not fatal, wait, fatal, error.code)
+    def server_error(self, error: "openai.APIStatusError") -> ServerError:
+        """What the server says in a response with an error status."""
+        response = error.response
+        try:
+            text = response.text
+        except Exception:  # a body that could not be read or decoded
+            text = ""
+        said = ServerError.read(error.status_code, text, wait_of(response.headers))
+        return said if said.words else replace(said, words=_reason_of(error))
 
-    def message_of(self, error) -> str:
-        """The server's message in one line. It is cut after the key was removed, so that no part of the key stays."""
-        return self.redact(_message_of(error))[:300]
+    def _fault_of_status(self, error: "openai.APIStatusError") -> CallFault:
+        return self.fault_of_server(self.server_error(error))
+
+    def fault_of_server(self, said: ServerError) -> CallFault:
+        """The fault of an error that the server describes."""
+        status, fatal = said.status, said.is_fatal
+        retry = not fatal and (status is None or status in RETRY_STATUS or status >= 500)
+        kind = "bad_response" if status is None else f"http_{status}"
+        return CallFault(
+            kind,
+            self.shorten(said.words),
+            retry,
+            said.wait if retry else None,
+            fatal,
+            said.code,
+            refuses_content=said.refuses_content,
+        )
+
+    def fault_in_answer(self, response: Any) -> CallFault:
+        """The fault of a response of 200 without an answer: an error object, or the page of a proxy."""
+        if isinstance(response, str):
+            said = ServerError.read(None, response)
+        else:
+            extra = getattr(response, "model_extra", None) or {}
+            body = {key: extra[key] for key in ("error", "detail", "message", "errors") if extra.get(key)}
+            said = ServerError.of_body(None, body) if body else ServerError(None, "")
+        if not said.words:
+            return CallFault("bad_response", "the response does not hold an answer", retry=True)
+        fault = self.fault_of_server(replace(said, status=said.status_in_body))
+        fault.args = (f"the response does not hold an answer; the server says: {fault}",)
+        return fault
+
+    def shorten(self, text: str) -> str:
+        """The text without the key, cut to a readable length afterwards, so that no part of the key stays."""
+        text = self.redact(text)
+        return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
     def redact(self, text: str) -> str:
-        """The text without the key, which servers quote in their messages."""
-        return text.replace(self._key, "[key]") if len(self._key) >= 6 else text
+        """The text without the key and the secrets of the address, which servers quote in their messages."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]") if len(secret) >= 6 else text
+        return text
 
 
 def public_url(url: str) -> str:
@@ -107,10 +170,16 @@ def public_url(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
 
 
-def _message_of(error) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    message = body.get("message") or (body.get("error") or {}) or str(error)
-    return " ".join(str(message).split())
+def _split_query(url: str) -> tuple[str, list[tuple[str, str]]]:
+    """The address that paths of calls are appended to, and the query that follows them."""
+    parts = urlsplit(url)
+    path = _CALLS.sub("", parts.path)
+    return urlunsplit((parts.scheme, parts.netloc, path, "", "")), parse_qsl(parts.query, keep_blank_values=True)
+
+
+def _reason_of(error: "openai.APIStatusError") -> str:
+    reason = getattr(error.response, "reason_phrase", "")
+    return f"{reason or 'an error'} without a message"
 
 
 def wait_of(headers) -> float | None:
@@ -154,7 +223,9 @@ async def missing_models(models: list[OpenAIEndpoint]) -> dict[str, list[str]]:
     for model in models:
         if model.url not in offered:
             try:
-                offered[model.url] = sorted([m.id async for m in model.connect().models.list()])
+                offered[model.url] = sorted(
+                    [m.id async for m in model.connect().models.list(extra_headers=model.headers())]
+                )
             except (openai.APIError, ValueError, TypeError, AttributeError) as error:
                 fault = model.fault_of(error)
                 if fault.kind in ("http_401", "http_403", "connection", "timeout"):

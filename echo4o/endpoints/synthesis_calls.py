@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from echo4o.common.model_text import without_reasoning
 from echo4o.dataset_scripts.synthesis.calls import Check, Ended, Refused, Unanswered, Unreadable, Verdict
 from echo4o.dataset_scripts.synthesis.folder import ANSWERS, SPENDING
 from echo4o.dataset_scripts.synthesis.plan import guess
@@ -19,7 +20,7 @@ from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller
 from echo4o.endpoints.chat_endpoint import ChatEndpoint, ChatRequest, ImageFile
 from echo4o.endpoints.endpoint import Answer, CallFault, Endpoint
-from echo4o.endpoints.image_endpoint import ImageEndpoint, ImageRequest, image_bytes, is_moderation
+from echo4o.endpoints.image_endpoint import ImageEndpoint, ImageRequest, holds_image, image_bytes
 from echo4o.endpoints.json_answers import UnreadableAnswer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, InterruptHandler, RateLimit, Stopped, StopSignal
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, missing_models, public_url
@@ -45,9 +46,11 @@ class ImageChecker(Protocol):
         self, check: Check, image: ImageFile, references: Sequence[ImageFile]
     ) -> tuple[ChatRequest, dict[str, Any]]:
         """The request to the judge, and the facts that it rests on."""
+        ...
 
     def read(self, check: Check, answer: Answer) -> Verdict:
         """The verdict in an answer. Raises [`UnreadableAnswer`]."""
+        ...
 
 
 class SynthesisCalls:
@@ -89,10 +92,10 @@ class SynthesisCalls:
                 self.models[role] = _make_model(role, config)
         _require_prices(recipe, roles, budget)
         self.ledger = Ledger(out / SPENDING, budget)
-        if budget is not None and self.ledger.spent >= budget:
+        spent = self.ledger.spent or 0.0
+        if budget is not None and spent >= budget:
             raise BudgetReached(
-                f"the budget is {budget:g} USD and {self.ledger.spent:.4f} are spent: no call can be made; give a higher "
-                "--budget"
+                f"the budget is {budget:g} USD and {spent:.4f} are spent: no call can be made; give a higher --budget"
             )
         self.names = {role: model.name.removeprefix("openai:") for role, model in self.models.items()}
         self.callers: dict[str, Caller] = {}
@@ -151,12 +154,13 @@ class SynthesisCalls:
 
     async def write(self, prompt: str, salt: str) -> str:
         """The text model's answer to a prompt."""
-        answer = await self._ask("text", ChatRequest(prompt), ["write", prompt, salt])
+        answer = await self._ask("text", ChatRequest(prompt), ["write", prompt, salt], _is_usable_text)
         if answer.refusal:
             raise Refused("text", answer.refusal)
         if answer.cut:
             raise Unreadable("the answer stopped at the length limit (models.text.max_tokens)")
-        return answer.text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be stored
+        text = without_reasoning(answer.text)
+        return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be stored
 
     async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes:
         """The image of an instruction, by the edit model where there are references and one is given."""
@@ -164,21 +168,33 @@ class SynthesisCalls:
         sends_seed = getattr(self.recipe.models, role).send_seed
         request = ImageRequest(instruction, references, seed if sends_seed else None)
         content = ["draw", instruction, [hashlib.sha256(data).hexdigest() for data in references], request.seed, salt]
-        answer = await self._ask(role, request, content)
+        answer = await self._ask(role, request, content, _is_usable_image)
         if answer.refusal:
             raise Refused("image", answer.refusal)
         return image_bytes(answer)
 
     async def judge(self, check: Check, picture: bytes, salt: str) -> Verdict:
         """The judge's verdict on an image; asks again, up to `gates.answers` times, if an answer is unreadable."""
+        checker = self.checker
+        if checker is None:
+            raise RuntimeError("there is no judge among the roles of this synthesis")
         references = () if check.include else tuple(self._image_file(data) for data in check.references)
-        request, facts = self.checker.question(check, self._image_file(picture), references)
+        request, facts = checker.question(check, self._image_file(picture), references)
         hashes = [labelled.image.sha256 for labelled in request.images]
         content = ["judge", request.system, request.text, hashes, facts, salt]
-        for number in range(1, self.recipe.gates.answers + 1):
-            answer = await self._ask("judge", request, [*content, number])
+
+        def is_verdict(answer: Answer) -> bool:
             try:
-                return self.checker.read(check, answer)
+                checker.read(check, answer)
+            except UnreadableAnswer:
+                return False
+            return True
+
+        last = UnreadableAnswer("empty", "the judge was not asked")
+        for number in range(1, self.recipe.gates.answers + 1):
+            answer = await self._ask("judge", request, [*content, number], is_verdict)
+            try:
+                return checker.read(check, answer)
             except UnreadableAnswer as error:
                 last = error
         if last.kind == "refusal":
@@ -199,14 +215,14 @@ class SynthesisCalls:
             self._identities[role] = self.models[role].identity()
         return self._identities[role]
 
-    async def _ask(self, role: str, request: Any, content: list) -> Answer:
+    async def _ask(self, role: str, request: Any, content: list, is_usable: Callable[[Answer], bool]) -> Answer:
         """An answer, kept or paid for; two equal requests at the same time are paid for once."""
         key = request_key([self._identity(role), *content])
         lock = self._locks.setdefault(key, asyncio.Lock())
         try:
             async with lock:
                 self.stop.check()
-                answer = await self.callers[role].ask(request, key, [])
+                answer = await self.callers[role].ask(request, key, [], is_usable)
                 self._refused_in_a_row[role] = 0
                 return answer
         except Stopped:
@@ -233,7 +249,7 @@ class SynthesisCalls:
             return Ended()
         if fault.retry:
             return Unanswered(f"{role}: {fault} ({fault.kind})")
-        if is_moderation(_status(fault), fault.code, str(fault)):
+        if fault.refuses_content:
             return Refused(role if role in ("text", "judge") else "image", str(fault))
         self._refused_in_a_row[role] += 1
         # The first request of its kind, or several in a row, refused: the fault is in the request, not in the row.
@@ -249,6 +265,14 @@ class SynthesisCalls:
 def _usd_of(config: EndpointConfig) -> Callable[[Answer], float]:
     """The cost of an answer; a refused image costs its tokens at most."""
     return lambda answer: config.price.usd(answer.input_tokens, answer.output_tokens, 0 if answer.refusal else 1)
+
+
+def _is_usable_text(answer: Answer) -> bool:
+    return bool(answer.refusal) or bool(without_reasoning(answer.text).strip() and not answer.cut)
+
+
+def _is_usable_image(answer: Answer) -> bool:
+    return bool(answer.refusal) or holds_image(answer)
 
 
 def _make_model(role: str, config: Any) -> OpenAIEndpoint:
@@ -288,10 +312,12 @@ def _is_lost_model(fault: CallFault) -> bool:
     return _status(fault) in (400, 403, 410) and "model" in message and any(words in message for words in _LOST)
 
 
-def _no_such_model(role: str, model: OpenAIEndpoint, known: list[str], message: str = "") -> str:
+def _no_such_model(role: str, model: Endpoint, known: list[str], message: str = "") -> str:
     some = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
     offers = f"it offers {some or 'none'}" if known or not message else f"it says: {message}"
+    where = public_url(model.url) if isinstance(model, OpenAIEndpoint) else "this machine"
+    name = model.model if isinstance(model, OpenAIEndpoint) else model.name
     return (
-        f"models.{role}: {public_url(model.url)} has no model {model.model!r}; {offers}. Models are retired: choose one that is "
+        f"models.{role}: {where} has no model {name!r}; {offers}. Models are retired: choose one that is "
         f"offered to you and set models.{role}.name in the recipe (models.check: false asks without looking first)"
     )

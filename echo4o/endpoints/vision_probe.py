@@ -12,8 +12,8 @@ from pydantic import BaseModel, field_validator
 
 from echo4o.endpoints.calls import Caller
 from echo4o.endpoints.chat_endpoint import ChatRequest, ImageFile, LabelledImage
-from echo4o.endpoints.endpoint import CallFault
-from echo4o.endpoints.json_answers import UnreadableAnswer, json_schema, read_json_answer
+from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.json_answers import UnreadableAnswer, is_readable, json_schema, read_json_answer
 
 LEFT, RIGHT = "blue", "yellow"
 # The answer is kept by a hash of this text: changing it asks every judge again.
@@ -21,6 +21,11 @@ _TEXT = (
     "This is a test picture: its left half has one plain colour, its right half another one. Name both colours in "
     'simple words. Answer with one JSON object and nothing else: {"reason": "...", "left": "...", "right": "..."}'
 )
+
+_ADVICE = {
+    "cut_off": "; give it more room with --max-tokens (models.judge.max_tokens in a recipe): reasoning counts, too",
+    "empty": "; a model that reasons may need more room: --max-tokens (models.judge.max_tokens in a recipe)",
+}
 
 
 class ProbeColours(BaseModel):
@@ -35,6 +40,10 @@ class ProbeColours(BaseModel):
     def _lower(cls, value: str) -> str:
         return value.lower()
 
+    @property
+    def is_right(self) -> bool:
+        return LEFT in self.left and RIGHT in self.right
+
 
 async def probe_vision(caller: Caller) -> None:
     """Ask for the two colours of a test image; stop the run with a clear message if they are not named."""
@@ -46,23 +55,34 @@ async def probe_vision(caller: Caller) -> None:
         request = ChatRequest(_TEXT, images=images, schema=json_schema(ProbeColours))
         key = hashlib.sha256(f"probe {caller.endpoint.identity()} {_TEXT}".encode()).hexdigest()
         try:
-            answer = await caller.ask(request, key, [])
-            seen = read_json_answer(answer, ProbeColours)
+            answer = await caller.ask(request, key, [], _sees)
         except CallFault as fault:
             if caller.stop.reason is None:
                 caller.stop.set(ValueError(f"{name}: {fault} ({fault.kind}); nothing was judged"))
             return
-        except UnreadableAnswer as error:
-            seen, answered = None, str(error)
-        else:
-            answered = f'"{seen.left}" and "{seen.right}"'
-    if seen is None or LEFT not in seen.left or RIGHT not in seen.right:
+    try:
+        seen = read_json_answer(answer, ProbeColours)
+    except UnreadableAnswer as error:
+        advice = _ADVICE.get(error.kind, "")
         caller.stop.set(
             ValueError(
-                f"{name} does not seem to see images: the test image is {LEFT} and {RIGHT}, and it answered {answered}; "
-                "a judge needs vision (--no-probe continues anyway)"
+                f"{name}: its answer to the test image cannot be used, so whether it sees images is not known: "
+                f"{error} ({error.kind}){advice}; nothing was judged (--no-probe continues anyway)"
             )
         )
+        return
+    if not seen.is_right:
+        caller.stop.set(
+            ValueError(
+                f"{name} does not seem to see images: the test image is {LEFT} and {RIGHT}, and it answered "
+                f'"{seen.left}" and "{seen.right}"; a judge needs vision (--no-probe continues anyway)'
+            )
+        )
+
+
+def _sees(answer: Answer) -> bool:
+    """Only the answer of a judge that sees is kept: a server may be given vision later."""
+    return is_readable(answer, ProbeColours) and read_json_answer(answer, ProbeColours).is_right
 
 
 def _probe_image() -> bytes:

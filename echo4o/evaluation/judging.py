@@ -13,8 +13,8 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller, run_async
-from echo4o.endpoints.endpoint import CallFault
-from echo4o.endpoints.json_answers import UnreadableAnswer, read_json_answer
+from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.json_answers import UnreadableAnswer, is_readable, read_json_answer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, InterruptHandler, Stopped, StopSignal
 from echo4o.endpoints.vision_probe import probe_vision
 from echo4o.evaluation.benchmarks.base import Aspect, Benchmark, BenchmarkPrompt
@@ -66,6 +66,10 @@ class Judgement:
     image: str
     image_sha256: str | None = None
     answers_before: int = 0
+
+    def can_read(self, answer: Answer) -> bool:
+        """Whether an answer holds the verdict; only such answers are kept."""
+        return self.question is not None and is_readable(answer, self.question.verdict)
 
     def record(self, setup: JudgingSetup, status: str, **rest: Any) -> dict[str, Any]:
         """The line of `records.jsonl`."""
@@ -178,7 +182,7 @@ def _require_budget(
     waiting: list[Judgement], cache: AnswerCache | None, ledger: Ledger, options: JudgingOptions
 ) -> float:
     """Report the expected cost of the judgements; returns the USD of one. Raises BudgetReached if it is too high."""
-    unpaid = [j.question for j in waiting if cache is None or cache.get(request_key([j.key, 1])) is None]
+    unpaid = [j.question for j in waiting if j.question is not None and not _is_kept(j, cache)]
     tokens = sum(question.estimate_tokens() for question in unpaid)
     expected = ledger.cost_of_tokens(tokens, _VERDICT_TOKENS * len(unpaid))
     if options.budget is not None:
@@ -192,6 +196,11 @@ def _require_budget(
             )
     options.on_estimate(len(unpaid), tokens, expected)
     return (expected or 0.0) / max(1, len(unpaid))
+
+
+def _is_kept(item: Judgement, cache: AnswerCache | None) -> bool:
+    kept = cache.get(request_key([item.key, 1])) if cache is not None else None
+    return kept is not None and item.can_read(kept[0])
 
 
 def _judgements(setup: JudgingSetup, prompts: Sequence[BenchmarkPrompt], found: FoundImages) -> Iterator[Judgement]:
@@ -304,7 +313,8 @@ async def _judge(setup: JudgingSetup, item: Judgement, caller: Caller) -> dict[s
     answers = item.answers_before
     for _ in range(caller.policy.answers):
         try:
-            answer = await caller.ask(item.question, request_key([item.key, answers + 1]), faults)
+            key = request_key([item.key, answers + 1])
+            answer = await caller.ask(item.question, key, faults, item.can_read)
         except CallFault as fault:
             if fault.fatal:
                 raise Stopped from None

@@ -79,3 +79,37 @@ def test_the_format_is_told_in_words_and_as_a_schema():
     schema = json_schema(Grades)
     assert schema["required"] == ["reason", "fantasy_fulfillment", "identity_preservation", "aesthetic_quality"]
     assert schema["additionalProperties"] is False
+
+
+RIGHT = '{"reason": "as asked", "correct": 1}'
+WRONG = '{"reason": "two cups", "correct": 0}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"reason": "first line\nsecond\tline", "correct": 1}',
+        '\ufeff{"reason": "a byte order mark", "correct": 1}',
+        f"<think>It may be {WRONG}, or not.</think>{RIGHT}",
+        f"It may be {WRONG}\n</think>\n\n```json\n{RIGHT}\n```",
+        f"<THINKING>{{ {WRONG}</THINKING> {RIGHT}",
+        f"[THINK]{WRONG}[/THINK]{RIGHT}",
+        f"◁think▷{WRONG}◁/think▷{RIGHT}",
+        f"<|channel|>analysis<|message|>{WRONG}<|end|><|channel|>final<|message|>{RIGHT}",
+        '{"reason": "the sign reads </think> and {x}", "correct": 1}',
+        f'{{"step": "count"}}\n{{"cups": 4}}\n{RIGHT}',
+        f"Draft: {WRONG}\nI look again; the final verdict:\n{RIGHT}",
+        f"{RIGHT}\n{{\"note\": \"done\"}}",
+    ],
+)  # fmt: skip
+def test_the_answer_among_other_text(text):
+    assert read(text) == {"correct": 1}
+
+
+def test_what_is_only_reasoning_or_two_answers_is_not_read():
+    assert why(f"<think>I would say {RIGHT}") == "no_json"
+    assert why(f"<think>{RIGHT}</think>") == "no_json"
+    assert why(f"[{RIGHT}, {WRONG}]") == "ambiguous"
+    assert why(f"```json\n{RIGHT}\n```\n```json\n{WRONG}\n```") == "ambiguous"
+    assert why("", cut=True) == "cut_off"
+    assert why("", Correct, cut=False) == "empty"
