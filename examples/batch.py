@@ -31,7 +31,7 @@ for start in range(0, len(missing), options.batch_size):
     images = pipe(
         [prompts[number] for number in numbers],
         num_inference_steps=options.steps,
-        # One generator per image: its noise depends on its number, not on the batch that it is in.
+        # One generator per image: the noise depends on the number of the image, not on its batch.
         generator=[torch.Generator().manual_seed(number) for number in numbers],
     ).images
     for number, image in zip(numbers, images):

@@ -1,4 +1,4 @@
-"""Edit an image, or combine several: every image that is given is a reference.
+"""Edit an image, or combine several. Every image that you pass is a reference.
 
 python examples/edit.py "make it night" lighthouse.png --model echo-4o --out night.png
 python examples/edit.py "the cup on the table" cup.png table.png --model echo-4o --out both.png
@@ -24,9 +24,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
 pipe = Echo4oPipeline.from_pretrained(options.model, dtype=dtype).to(device)
 
-# Cameras store how they were held beside the pixels.
+# Cameras store the orientation of an image as metadata.
 references = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in options.references]
-edited = pipe(  # as large as the last reference
+edited = pipe(  # the result has the size of the last reference
     options.instruction,
     image=references,
     num_inference_steps=options.steps,

@@ -1,9 +1,9 @@
-"""Score a folder of images, from whatever model, on GenEval++ with a judge. Run it again to continue: nothing is asked twice.
+"""Score a folder of images of any model on GenEval++ with a judge. Run it again to resume; no image is judged twice.
 
     OPENAI_API_KEY=... python examples/evaluate_folder.py images --prompts genevalpp.jsonl --out runs/scores
 
-Images are named by the number of their prompt in the file: 1.png, 2.png, ... A judge behind another server that speaks
-OpenAI's protocol: set OPENAI_BASE_URL, and name its model with --judge.
+Name the images by the number of their prompt in the file: 1.png, 2.png, ... To use another server with the OpenAI
+protocol, set OPENAI_BASE_URL and pass its model with --judge.
 """
 
 import argparse

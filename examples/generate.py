@@ -1,4 +1,4 @@
-"""Generate an image from a prompt, on whatever device there is.
+"""Generate an image from a prompt, on a GPU if there is one.
 
 python examples/generate.py "a lighthouse made of glass" --model echo-4o --out lighthouse.png
 """
@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("prompt")
 parser.add_argument("--model", required=True, help="pipeline folder or Hub repository")
 parser.add_argument("--out", default="image.png")
-parser.add_argument("--steps", type=int, default=49, help="updates of the image; fewer are faster and coarser")
+parser.add_argument("--steps", type=int, default=49, help="sampler updates; fewer are faster and coarser")
 parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
 parser.add_argument("--think", action="store_true", help="let the model plan the image in words first")
 options = parser.parse_args()

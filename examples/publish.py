@@ -13,9 +13,9 @@ from echo4o import Echo4oPipeline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", help="the folder of a run of `echo4o train`")
-parser.add_argument("repository", help="owner/name; it is made if it is missing, and private")
+parser.add_argument("repository", help="owner/name; a missing repository is created and private")
 parser.add_argument("--base-model", required=True, help="Hub repository of the pipeline that was trained")
-parser.add_argument("--dry-run", action="store_true", help="say what would be published")
+parser.add_argument("--dry-run", action="store_true", help="list what would be published")
 options = parser.parse_args()
 
 command = [sys.executable, "-m", "echo4o", "push", options.run, options.repository, "--base-model", options.base_model]

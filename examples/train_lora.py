@@ -20,7 +20,7 @@ parser.add_argument("--steps", type=int, default=3000)
 parser.add_argument("--rank", type=int, default=32)
 options = parser.parse_args()
 
-settings = {  # what differs from the recipe `lora_single_gpu`; all settings: docs/training.md
+settings = {  # changes to the recipe `lora_single_gpu`; see docs/training.md
     "model": options.model,
     "data.path": options.dataset,
     "output_dir": options.out,
@@ -28,7 +28,7 @@ settings = {  # what differs from the recipe `lora_single_gpu`; all settings: do
     "optimizer.warmup_steps": min(100, options.steps // 10),
     "tune.rank": options.rank,
     "checkpoints.every": 250,
-    "images": "null",  # no images of fixed prompts on the way
+    "images": "null",  # generate no images during training
 }
 changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 subprocess.run([sys.executable, "-m", "echo4o", "train", "lora_single_gpu", *changes, "--resume"], check=True)

@@ -155,12 +155,12 @@ def test_where_nothing_fits_the_exit_code_says_so():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--plan"], "name the model"),
+        (["--plan"], "pass a model"),
         (["nowhere", "--plan", "--gpu", "24GB"], "there is no folder nowhere"),
         (["release", "--plan", "--gpu", "much"], "is not an amount of memory"),
         (["release", "--plan", "--gpu", "24GB", "--height", "1000"], "multiples of 16 from 16 to 1024"),
         (["release", "--plan", "--gpu", "24GB", "--references", "5"], "takes 4 per prompt at most"),
-        (["release"], "say --plan"),
+        (["release"], "add --plan"),
         ([str(CHECKPOINT), "--plan", "--gpu", "24GB"], "has no model_index.json; convert"),
     ],
 )
