@@ -70,7 +70,7 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     """(name, prompt) from a file of JSON lines with a field prompt, instruction or text, or of plain lines."""
     path = Path(path)
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         if path.suffix in (".jsonl", ".json"):

@@ -1,7 +1,7 @@
 """Reads the rows of a JSON-lines file as it was really written.
 
 Also a JSON array (on one line or pretty-printed), objects joined as `}{`, commas after lines, a byte order mark, bytes
-that are no UTF-8 and lines of any length. Memory holds one row at a time; what cannot be read comes out as such.
+that are no UTF-8 and lines of any length. NaN and infinity, which JSON does not have, are read as null. Memory holds one row at a time; what cannot be read comes out as such.
 """
 
 import codecs
@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from echo4o.common import strict_json
+
 CHUNK_BYTES = 1 << 18
 MAX_ROW_CHARS = 1 << 20  # a longer row is no row
 MAX_RAW_CHARS = 1 << 24  # what is kept of an unreadable one
 
-_DECODER = json.JSONDecoder()
+_DECODER = strict_json.DECODER
 _BETWEEN = re.compile(r"[\s,\[\]]*")
 _NEXT_OBJECT = re.compile(r"\}[\s,]*(?=\{)|\n(?=\s*\{)")  # where reading goes on inside an array
 _NEXT_LINE = re.compile(r"\}[^\S\n]*,?[^\S\n]*(?=\{)|\n")

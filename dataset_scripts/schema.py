@@ -90,7 +90,7 @@ def read_plan(path: str | Path) -> dict[str, FolderPlan]:
     import yaml
 
     try:
-        text = yaml.safe_load(Path(path).read_text("utf-8"))
+        text = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         folders = text["folders"]
         return {
             name: FolderPlan(entry.get("configuration"), RowMap(**entry["map"]) if entry.get("map") else None)

@@ -8,7 +8,6 @@ order follows the archives and is the same every time. `read_events` also tells 
 """
 
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from echo4o.common import strict_json
 from echo4o.dataset_scripts.archives import Member, read_members
 from echo4o.dataset_scripts.findings import Finding, Reason, Remark, Report
 from echo4o.dataset_scripts.flow import ordered, read_ahead
@@ -329,7 +329,7 @@ class _PartReading:
             "reference_images": [_stored(*reference) for reference in references],
             "image": _stored(*target),
             "source": self.part.folder,
-            "metadata": json.dumps(metadata, ensure_ascii=False),
+            "metadata": strict_json.dumps(metadata, ensure_ascii=False),
         }
         self._forget(number)
         yield self._event(number, row=result)

@@ -18,7 +18,7 @@ parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--steps", type=int, default=49)
 options = parser.parse_args()
 
-prompts = [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
+prompts = [line.strip() for line in options.prompts.read_text("utf-8-sig").splitlines() if line.strip()]
 missing = [number for number in range(len(prompts)) if not (options.out / f"{number:05d}.png").exists()]
 options.out.mkdir(parents=True, exist_ok=True)
 

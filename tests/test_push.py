@@ -1,8 +1,14 @@
 """`echo4o push`: what a folder is, what must not go, what the Hub may do in between, and what is said about it."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import pickle
 import shutil
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from echo4o.hub import safety
+from echo4o.hub import safety, secrets
 from echo4o.hub.kinds.base import Said
 from echo4o.hub.push import push
 from echo4o.hub.recognise import recognise
@@ -27,6 +33,8 @@ FAKE = {  # put together here, so that this file holds none
     "an AWS access key": "AKIA" + "ABCDEFGHIJKLMNOP",
     "a GitHub token": "ghp_" + "a1" * 18,
     "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "a Google API key": "AI" + "za" + "Sy4_-x9" * 5,
+    "an Azure key": "aB3" * 17 + "x" + "JQ" + "QJ99BCACYeBjFXJ3w3AAABACOGabcd",
 }
 
 
@@ -158,13 +166,84 @@ def test_secrets_are_named_by_place_and_never_shown(what, folder, hub, api):
     assert FAKE[what] not in said
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("chunk", [64, 1 << 22])
+def test_secrets_are_found_in_every_encoding_of_text(encoding, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_CHUNK", chunk)
+    monkeypatch.setattr(secrets, "_LONGEST", 400)
+    text = "first\r\n" + "ä" * 40 + "\r\nHF_TOKEN=" + FAKE["a Hugging Face token"] + "\r\nlast"
+    (tmp_path / "n.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="n.txt, line 3: a Hugging Face token") as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    assert FAKE["a Hugging Face token"] not in str(caught.value)
+    assert str(caught.value).count("line 3") == 1
+
+
+OLD_AZURE = [
+    'AZURE_OPENAI_API_KEY = "' + "0a1b2c3d" * 4 + '"',
+    "api-key: " + "0A1b2c3d" * 4,
+    "AccountName=x;Account" + "Key=" + "aB3+" * 21 + "aB==",
+    "secret abc8Q~" + "aB3." * 8 + "x",
+]
+
+
+@pytest.mark.parametrize("text", OLD_AZURE)
+def test_azure_keys_of_every_kind(text, tmp_path):
+    (tmp_path / "n.env.txt").write_text(text)
+    with pytest.raises(ValueError, match="line 1: an Azure key"):
+        safety.require_safe(safety.list_files(tmp_path))
+
+
+def archives_of(name: str, data: bytes) -> dict[str, bytes]:
+    """Archives that hold the file, by their names."""
+    zipped, tarred = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    with tarfile.open(fileobj=tarred, mode="w") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    packed = {f"a.tar.{kind.__name__}": kind.compress(tarred.getvalue()) for kind in (gzip, bz2, lzma)}
+    return packed | {"a.zip": zipped.getvalue(), "a.tar": tarred.getvalue(), "a.dat": zipped.getvalue()}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_secrets_are_found_in_archives(encoding, tmp_path):
+    text = ("a\n" * 9 + "key=" + FAKE["a Google API key"] + "\n").encode(encoding)
+    files = archives_of("in/k.txt", text)
+    files["two.zip"] = archives_of("a.tgz", archives_of("in/k.txt", text)["a.tar.gzip"])["a.zip"]
+    files["k.txt.gz"] = gzip.compress(text)
+    for name, data in files.items():
+        assert list(secrets.find_secrets(name, data)) == [
+            (f"{'' if name == 'k.txt.gz' else 'a.tgz, in/k.txt, ' if name == 'two.zip' else 'in/k.txt, '}line 10",
+             "a Google API key")
+        ], name  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.tar, in/k.txt, line 10") as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1 + len(files)
+
+
+def test_archives_that_are_damaged_or_encrypted(tmp_path):
+    gz = gzip.compress(b"harmless " * 1000)
+    (tmp_path / "half.gz").write_bytes(gz[: len(gz) // 2])
+    (tmp_path / "n.txt").write_bytes(b"BZh no archive, PK neither; AIza is a word, api-key: none")
+    safety.require_safe(safety.list_files(tmp_path))
+    data = bytearray(archives_of("k.txt", b"x")["a.zip"])
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + place] |= 1
+    assert list(secrets.find_secrets("a.zip", bytes(data))) == [
+        ("k.txt", "an encrypted file, which cannot be searched for secrets")
+    ]
+
+
 def test_secrets_are_found_across_chunks_in_headers_and_in_rows(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     secret = FAKE["a Hugging Face token"]
-    monkeypatch.setattr(safety, "_CHUNK", 64)
-    monkeypatch.setattr(safety, "_LONGEST", 50)
+    monkeypatch.setattr(secrets, "_CHUNK", 64)
+    monkeypatch.setattr(secrets, "_LONGEST", 50)
     (tmp_path / "a.txt").write_text("line\n" * 20 + "." * 37 + " " + secret + "\n" + "x" * 300)
     save_file({"w": torch.zeros(1)}, tmp_path / "b.safetensors", {"note": secret})
     pq.write_table(pa.table({"id": ["a", "b"], "metadata": ["{}", f"key {secret}"]}), tmp_path / "c.parquet")

@@ -26,7 +26,7 @@ def load_recipe(path: str | Path, changes: dict | None = None) -> TrainingRecipe
     """
     file = bundled_recipe(str(path)) if str(path) in bundled_names() and not Path(path).exists() else Path(path)
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = yaml.safe_load(file.read_text("utf-8-sig"))
     except (OSError, yaml.YAMLError) as error:
         names = ", ".join(bundled_names())
         raise RecipeError(f"{path} cannot be read: {error} (bundled recipes: {names})") from error

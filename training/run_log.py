@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from echo4o.common import strict_json
 
 LOG_FILE = "train_log.jsonl"
 # The phases of a step, one after the other: waiting for its batches (and, with several processes, for the slowest
@@ -17,7 +17,7 @@ def rounded(entry: dict) -> dict:
 
 def to_lines(log: list[dict]) -> str:
     """A log as JSON lines."""
-    return "".join(json.dumps(rounded(entry)) + "\n" for entry in log)
+    return "".join(strict_json.dumps(rounded(entry)) + "\n" for entry in log)
 
 
 def smoothed(log: list[dict], window: int = 50) -> float:

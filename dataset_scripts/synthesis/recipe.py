@@ -294,7 +294,7 @@ def load_recipe(path: str | Path) -> Recipe:
     is_shipped = str(path) in bundled_names() and not Path(path).exists()
     file = Path(__file__).parent / "recipes" / f"{path}.yaml" if is_shipped else Path(path)
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         names = ", ".join(bundled_names())

@@ -1,6 +1,5 @@
 """``echo4o dataset``: inspect Echo-4o-Image as published, build, validate, count and publish it."""
 
-import json
 import re
 import shlex
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typer.core import TyperCommand
 
 from echo4o.cli import push, synthesize
 from echo4o.cli.frame import finish, say
+from echo4o.common import strict_json
 from echo4o.common.hub_names import is_repository_name
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -205,7 +205,7 @@ def _validate_rows(target: str, configuration: Configuration, reading, findings:
         with progress:
             for number, finding in enumerate(found):
                 if stream:
-                    stream.write(json.dumps(finding.to_dict()) + "\n")
+                    stream.write(strict_json.dumps(finding.to_dict()) + "\n")
                 elif number < shown:
                     print(finding)
     finally:
@@ -260,7 +260,7 @@ def stats(
     write_page(html, counted, f"Echo-4o-Image: {target}")
     summary = counted.summary()
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(strict_json.dumps(summary, indent=2, ensure_ascii=False))
     else:
         _print_stats(summary)
     say("the page:")

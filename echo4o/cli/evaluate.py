@@ -23,6 +23,7 @@ from echo4o.cli.evaluate_options import (
 from echo4o.cli.evaluate_output import judging_progress, print_comparison, print_result, progress
 from echo4o.cli.frame import Command, finish, say
 from echo4o.cli.models import check_model, choose_device, load_pipeline
+from echo4o.common import strict_json
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
@@ -154,9 +155,7 @@ def compare(
 
     found = compare_folders(a, b, bootstrap_seed, any_judge)
     if as_json:
-        import json
-
-        print(json.dumps(found, indent=2))
+        print(strict_json.dumps(found, indent=2))
     else:
         print_comparison(found)
     finish(None, shlex.join(["echo4o", "evaluate", "compare", str(a), str(b), "--json"]))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from echo4o.cli.frame import finish
+from echo4o.common import strict_json
 
 
 def info(
@@ -44,9 +45,7 @@ def info(
 
     facts = collect()
     if as_json:
-        import json
-
-        print(json.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
     else:
         from rich.console import Console
         from rich.table import Table

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from echo4o.common import files
+from echo4o.common import files, strict_json
 
 _BLOCK = 1 << 16  # bytes read at a time when looking for the last line end
 
@@ -68,7 +68,7 @@ class JsonLinesWriter:
         length: how many bytes of the file to keep, the rest is cut off; None cuts off a torn last line only.
         exclusive: raise ValueError if another process has opened the file like this.
         ascii: write characters beyond ASCII as escapes, which also keeps text that is not valid Unicode.
-        allow_nan: write NaN and infinity, which JSON does not have, instead of raising ValueError.
+        allow_nan: write NaN and infinity, which JSON does not have, as null instead of raising ValueError.
 
     Attributes:
         length: the size of the file in bytes.
@@ -97,7 +97,11 @@ class JsonLinesWriter:
 
     def append(self, value: dict) -> None:
         """Append a value as one line."""
-        data = json.dumps(value, ensure_ascii=self._ascii, allow_nan=self._allow_nan).encode() + b"\n"
+        if self._allow_nan:
+            text = strict_json.dumps(value, ensure_ascii=self._ascii)
+        else:
+            text = json.dumps(value, ensure_ascii=self._ascii, allow_nan=False)
+        data = text.encode() + b"\n"
         files.write(self._stream, data)
         self._stream.flush()
         self.length += len(data)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from echo4o.common import strict_json
 from echo4o.common.files import write_text
 from echo4o.endpoints.endpoint import Answer
 
@@ -35,4 +36,4 @@ class AnswerCache:
 
     def put(self, key: str, answer: Answer, run: str) -> None:
         """Keep an answer; raises OSError if it cannot be written. ASCII escapes keep text that is not valid Unicode."""
-        write_text(self._path(key), json.dumps({"answer": asdict(answer), "run": run}), shared=True)
+        write_text(self._path(key), strict_json.dumps({"answer": asdict(answer), "run": run}), shared=True)

@@ -5,11 +5,12 @@ objects are COCO's 80 classes under GenEval's names; contents are drawn anew. En
 templates stumble ("one cats", "couchs"), the wording is theirs otherwise.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from echo4o.common import strict_json
 
 PER_TAG = 40
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -68,7 +69,7 @@ def content(row: dict) -> frozenset:
 def write_prompts(rows: Sequence[dict], path: Path) -> None:
     from echo4o.common.files import write_text
 
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(f"{strict_json.dumps(row)}\n" for row in rows))
 
 
 def _draw(tag: str, plan: list[dict], rng: np.random.Generator, taken: set) -> dict:

@@ -31,7 +31,7 @@ class JudgePrompt:
 
     @classmethod
     def read(cls, path: Path) -> "JudgePrompt":
-        source = path.read_text("utf-8")
+        source = path.read_text("utf-8-sig")
         if "{{" not in source:
             raise ValueError(
                 f"{path}: it does not contain {{{{ instruction }}}}, so the judge would not see the prompt"

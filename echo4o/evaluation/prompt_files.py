@@ -1,7 +1,6 @@
 """Prompts of a benchmark: read from a file, or fetched once from their source, checked and kept."""
 
 import hashlib
-import json
 import os
 import re
 import urllib.error
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from echo4o.common import strict_json
 from echo4o.common.files import write_bytes
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, PromptSource
 
@@ -80,7 +80,7 @@ def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
             if not row.strip():
                 continue
             try:
-                row = json.loads(row)
+                row = strict_json.loads(row)
             except ValueError as error:
                 raise ValueError(f"{where}: this is no JSON ({error})") from None
         if not isinstance(row, dict):
@@ -102,7 +102,7 @@ def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
 
 def _read_list(text: str, file: Path) -> list[tuple[int, object]]:
     try:
-        return list(enumerate(json.loads(text), start=1))
+        return list(enumerate(strict_json.loads(text), start=1))
     except ValueError as error:
         raise ValueError(f"{file}: this is no JSON ({error})") from None
 

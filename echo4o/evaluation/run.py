@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echo4o.common import strict_json
 from echo4o.common.files import write_bytes, write_text
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
@@ -21,7 +22,6 @@ from echo4o.evaluation.score_report import write_report
 
 def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
     """Write the prompts into the folder, so that each later step needs nothing else; refuse another set's folder."""
-    import json
 
     header = {
         "benchmark": benchmark.name,
@@ -36,7 +36,7 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
         changed = ", ".join(name for name in header if known.get(name) != header[name])
         raise ValueError(f"{out} holds an evaluation of other prompts ({changed} differs): use another --out")
     lines = [header, *(to_row(prompt) for prompt in prompts.prompts)]
-    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    text = "".join(f"{strict_json.dumps(line, ensure_ascii=False)}\n" for line in lines)
     write_text(out / PROMPTS, text)
 
 
@@ -93,14 +93,13 @@ def evaluate_images(
         judge: as on the command line, or a [`Judge`].
         rows: the prompts as rows of a prompt file, or `prompts`: the file; neither: the official ones.
     """
-    import json
 
     from echo4o.evaluation.prompt_files import load_prompts
 
     chosen, out = get_benchmark(benchmark), Path(out)
     if rows is not None:
         prompts = out / "rows.jsonl"
-        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        text = "".join(f"{strict_json.dumps(row, ensure_ascii=False)}\n" for row in rows)
         write_text(prompts, text)
     of_file = load_prompts(chosen, prompts and Path(prompts))
     keep_prompts(chosen, of_file, out)

@@ -82,7 +82,7 @@ def skeleton(recipe: TrainingRecipe) -> Skeleton:
     """Build the recipe's model on the meta device; only configurations are read."""
     backbone = backbone_class(recipe.backbone)
     file = Path(recipe.model) / "model_index.json"
-    index = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    index = json.loads(file.read_text("utf-8-sig")) if file.is_file() else {}
     with torch.device("meta"):
         components = {name: _empty(backbone, recipe.model, name) for name in backbone.component_classes}
         built = Skeleton(backbone, components, index)

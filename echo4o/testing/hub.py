@@ -22,6 +22,7 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 from echo4o.testing.hub_store import HubFault, Repo, StoredFile
 from echo4o.testing.processes import offline_environment
@@ -143,7 +144,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     # --- requests and responses ---
 
-    def log_message(self, *args) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def handle_request(self) -> None:
@@ -187,7 +188,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def send(self, code: int, body=b"", headers: dict | None = None, kind: str = "application/json") -> None:
+    def send(self, code: int, body: Any = b"", headers: dict | None = None, kind: str = "application/json") -> None:
         if self.lost:
             self.close_connection = True
             return
@@ -204,8 +205,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         self.wfile.write(body)
 
-    def fail(self, code: int, what: str, **headers: str) -> None:
-        self.send(code, {"error": what}, {"X-Error-Code": what, "X-Error-Message": what, **headers})
+    def fail(self, code: int, what: str, **headers: str | None) -> None:
+        self.send(
+            code,
+            {"error": what},
+            {"X-Error-Code": what, "X-Error-Message": what, **{name: value or "" for name, value in headers.items()}},
+        )
 
     # --- accounts and repositories ---
 
@@ -311,7 +316,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if header.get("parentCommit") not in (None, repo.resolve(branch)):
             self.fail(412, "A commit has happened since")
             return
-        files = repo.files if branch == "main" else dict(repo.at(branch))
+        files = repo.files if branch == "main" else dict(repo.at(branch) or {})
         for operation in operations:
             self.apply(files, operation["key"], operation["value"])
         sha = repo.commit(header.get("summary", ""), branch, files)
@@ -337,7 +342,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if json.loads(body)["tag"] in repo.tags:
             self.fail(409, "Tag reference exists already")
             return
-        repo.tags[json.loads(body)["tag"]] = repo.resolve(rest)
+        repo.tags[json.loads(body)["tag"]] = repo.resolve(rest) or ""
         self.send(200, {})
 
     def do_branch(self, repo: Repo, rest: str, body: bytes, query) -> None:
@@ -345,7 +350,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.fail(409, "Reference already exists")
             return
         start = json.loads(body or b"{}").get("startingPoint")
-        repo.branches[rest] = repo.resolve(start)
+        repo.branches[rest] = repo.resolve(start) or ""
         self.send(200, {})
 
     # --- listings and downloads ---
@@ -410,8 +415,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_file(files[path], repo.resolve(revision))
 
-    def send_file(self, file: StoredFile, sha: str) -> None:
-        headers = {"ETag": f'"{file.lfs or file.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+    def send_file(self, file: StoredFile, sha: str | None) -> None:
+        headers = {"ETag": f'"{file.lfs or file.oid}"', "X-Repo-Commit": sha or "", "Accept-Ranges": "bytes"}
         if file.lfs:
             headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": f'"{file.lfs}"'}
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")

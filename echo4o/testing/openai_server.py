@@ -17,7 +17,7 @@ to a client that is still connected.
 """
 
 import base64
-import email
+import email.message
 import http.server
 import io
 import json
@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -175,7 +175,8 @@ class OpenAIServer:
         if not self.vision:
             return {"reason": "I believe it is", "left": "red", "right": "green"}
         image = call.open_image()
-        left, right = (_PROBE_COLOURS.get(image.getpixel((x, 8)), "unknown") for x in (8, image.width - 8))
+        pixels = [cast(tuple[int, int, int], image.getpixel((x, 8))) for x in (8, image.width - 8)]
+        left, right = (_PROBE_COLOURS.get(pixel, "unknown") for pixel in pixels)
         return {"reason": "two halves", "left": left, "right": right}
 
 
@@ -220,9 +221,9 @@ def read_image_request(path: str, data: bytes, headers) -> RecordedCall:
         return RecordedCall(body["model"], body["prompt"], (), body, lower, "generate")
     form = email.message_from_bytes(f"Content-Type: {lower['content-type']}\r\n\r\n".encode() + data)
     body, images = {}, []
-    for part in form.get_payload():
-        name = part.get_param("name", header="content-disposition")
-        content = part.get_payload(decode=True)
+    for part in cast(list[email.message.Message], form.get_payload()):
+        name = str(part.get_param("name", header="content-disposition"))
+        content = cast(bytes, part.get_payload(decode=True))
         if name.startswith("image"):
             images.append(content)
         else:
@@ -233,7 +234,7 @@ def read_image_request(path: str, data: bytes, headers) -> RecordedCall:
 def image_response(image: bytes | None) -> dict:
     """The answer of images/generations and images/edits."""
     data = [] if image is None else [{"b64_json": base64.b64encode(image).decode()}]
-    usage = {"input_tokens": 50, "output_tokens": 1000, "total_tokens": 1050}
+    usage: dict[str, Any] = {"input_tokens": 50, "output_tokens": 1000, "total_tokens": 1050}
     usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 50}
     return {"created": 0, "data": data, "usage": usage}
 
@@ -299,7 +300,7 @@ def _handler(server: OpenAIServer):
         wbufsize = -1  # one packet per answer: no waiting for acknowledgements
         disable_nagle_algorithm = True
 
-        def log_message(self, *_) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
         def do_POST(self) -> None:

@@ -189,7 +189,7 @@ def nonfinite_names(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[s
 def read_json(file: str | Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError, with the file's name, when it holds anything else."""
     try:
-        value = json.loads(Path(file).read_text("utf-8"))
+        value = json.loads(Path(file).read_text("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

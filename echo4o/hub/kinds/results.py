@@ -1,6 +1,5 @@
 """A judged benchmark: its pictures as rows with prompt, scores and reason, and the score."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
+from echo4o.common import strict_json
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.folder import IMAGES, PROMPTS, RECORDS, RESULT
@@ -45,14 +45,14 @@ class Results(Kind):
             last = list(records.values())
             row = {"file_name": f"{IMAGES}/{image}", "id": last[0]["id"], "prompt": prompts[last[0]["id"]]["text"]}
             row |= {"group": last[0]["group"], "status": " ".join(dict.fromkeys(r["status"] for r in last))}
-            row |= {"scores": json.dumps([r["scores"] for r in last])}
+            row |= {"scores": strict_json.dumps([r["scores"] for r in last])}
             rows.append(row | {"reason": "\n".join(r.get("reason") or "" for r in last)})
         return rows
 
     def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        text = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         files: dict[str, Source] = {row["file_name"]: self.folder / row["file_name"] for row in self.rows}
-        result = json.dumps(self.result.values, indent=2, ensure_ascii=False) + "\n"
+        result = strict_json.dumps(self.result.values, indent=2, ensure_ascii=False) + "\n"
         return files | {ROWS: text.encode(), RESULT: result.encode()}
 
     def check(self) -> str:

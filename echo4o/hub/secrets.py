@@ -1,0 +1,162 @@
+"""Finds what looks like a secret in files: in text of any Unicode encoding, in Parquet rows, headers and archives."""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from echo4o.hub.remote import Source
+
+_CHUNK = 1 << 22
+_LONGEST = 4096  # bytes of a secret; what may be cut at the end of a chunk
+_MOST_DEPTH = 4  # archives within archives
+_SECRETS = {
+    "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
+    "an OpenAI or similar API key": rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
+    "an AWS access key": rb"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])",
+    "a GitHub token": rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50,})",
+    "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
+    "a Google API key": rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])",
+    # Keys of today carry a mark, storage keys stand in connection strings, older keys are 32 hexadecimal digits.
+    "an Azure key": rb"[A-Za-z0-9]{40,60}JQQJ9[9DH][A-Za-z0-9]{20,}"
+    rb"|(?i:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{43,86}="
+    rb"|(?<![A-Za-z0-9_~.-])[A-Za-z0-9_~.]{3}[78]Q~[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9_~.-])"
+    rb"|(?i:azure[a-z_]*key|api-key)[\"']?\s*[:=]\s*[\"']?[0-9a-fA-F]{32}(?![0-9a-zA-Z])",
+}
+_SECRET = re.compile(b"|".join(b"(%s)" % pattern for pattern in _SECRETS.values()))
+_ENCRYPTED = "an encrypted file, which cannot be searched for secrets"
+_BROKEN = (
+    zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError,
+    RuntimeError, ValueError,
+)  # fmt: skip
+
+
+def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
+    """(place, what) of all that looks like a secret; the secret itself is never returned."""
+    if isinstance(source, bytes):
+        yield from _in_stream(io.BytesIO(source))
+    elif name.endswith(".parquet"):
+        yield from _in_parquet(source)
+    elif name.endswith(".safetensors"):
+        yield from _in_chunks([_safetensors_header(source)])
+    else:
+        with open(source, "rb") as stream:
+            yield from _in_stream(stream)
+
+
+def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
+    if depth < _MOST_DEPTH and (kind := _archive_kind(stream)):
+        try:
+            for member, content in _members(kind, stream):
+                if content is None:
+                    yield member, _ENCRYPTED
+                    continue
+                for place, what in _in_stream(content, depth + 1):
+                    yield (f"{member}, {place}" if member else place), what
+            return
+        except _BROKEN:  # not an archive after all, or damaged: its bytes are searched
+            stream.seek(0)
+    yield from _in_chunks(iter(lambda: stream.read(_CHUNK), b""))
+
+
+def _archive_kind(stream: BinaryIO) -> str | None:
+    start = stream.read(512)
+    stream.seek(0)
+    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return "zip"
+    if start[:2] == b"\x1f\x8b":
+        return "gz"
+    if start[:3] == b"BZh" and start[4:10] == b"1AY&SY":
+        return "bz2"
+    if start[:6] == b"\xfd7zXZ\x00":
+        return "xz"
+    return "tar" if start[257:262] == b"ustar" else None
+
+
+def _members(kind: str, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO | None]]:
+    """The files of an archive with their names; no content where it is encrypted, no name of a single file."""
+    if kind == "zip":
+        with zipfile.ZipFile(stream) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    yield info.filename, None
+                elif not info.is_dir():
+                    with archive.open(info) as content:
+                        yield info.filename, cast(BinaryIO, content)
+    elif kind == "tar":
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for member in archive:
+                if content := archive.extractfile(member) if member.isfile() else None:
+                    yield member.name, cast(BinaryIO, content)
+    else:
+        opened = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
+        with opened(stream) as content:
+            yield "", cast(BinaryIO, content)
+
+
+def _in_chunks(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    line, tail = 1, b""
+    for chunk in chunks:
+        text = tail + chunk
+        told = len(tail)  # what ends before was told with the chunk before
+        for match in _SECRET.finditer(text):
+            if match.end() > told:
+                yield _line(line, text, match.start()), _name_of(match)
+        if b"\0" in text:
+            yield from _in_wide_text(text, told, line)
+        tail = text[-_LONGEST:]
+        line += text.count(b"\n", 0, len(text) - len(tail))
+
+
+def _in_wide_text(text: bytes, told: int, line: int) -> Iterator[tuple[str, str]]:
+    """In text as UTF-16 or UTF-32, whose ASCII letters are one byte between bytes of zero."""
+    for match in _SECRET.finditer(text.replace(b"\0", b"")):
+        for width in (2, 4):
+            wide = (b"\0" * (width - 1)).join(bytes([letter]) for letter in match[0])
+            place = text.find(wide, max(0, told - len(wide) + 1))
+            if place >= 0:
+                yield _line(line, text, place), _name_of(match)
+                break
+
+
+def _line(first: int, text: bytes, place: int) -> str:
+    number = first + text.count(b"\n", 0, place)
+    return f"line {number}"
+
+
+def _name_of(match: re.Match[bytes]) -> str:
+    return next(name for name, found in zip(_SECRETS, match.groups()) if found is not None)
+
+
+def _in_parquet(path: Path) -> Iterator[tuple[str, str]]:
+    """In the columns of text; Parquet packs them, so that its bytes show nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid:  # whether it is what it should be is for others to say
+        yield from _in_chunks([path.read_bytes()])
+        return
+    with file:
+        columns = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+        row = 0
+        for batch in file.iter_batches(columns=columns, batch_size=1000):
+            for column in columns:
+                for number, value in enumerate(batch.column(column).to_pylist()):
+                    if value and (match := _SECRET.search(value.encode("utf-8", "replace"))):
+                        yield f"row {row + number}, column {column}", _name_of(match)
+            row += len(batch)
+
+
+def _safetensors_header(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return stream.read(min(length, 100_000_000))
