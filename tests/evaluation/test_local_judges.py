@@ -176,10 +176,10 @@ def test_a_transformers_model_is_asked(tiny_llava, tmp_path):
     result = evaluate_images("genevalpp", pictures, judge, tmp_path, rows=rows, options=NO_PROBE)
     assert result["judge"]["dtype"] == "float32" and result["statuses"]["judge_error"] == 1
     (record,) = JsonLines(tmp_path / "records.jsonl")
-    assert record["faults"][0]["kind"] in ("no_json", "empty")
+    assert record["faults"][0]["kind"] == "cut_off"
     # The probe finds out before anything is judged.
     judge = make_judge(f"hf:{tiny_llava}", device="cpu", max_tokens=4)
-    with pytest.raises(ValueError, match="does not seem to see images"):
+    with pytest.raises(ValueError, match="cut_off.*--max-tokens"):
         evaluate_images("genevalpp", pictures, judge, tmp_path / "probed", rows=rows)
 
 

@@ -41,9 +41,10 @@ def make_judge(
     if kind == "self":
         from echo4o.evaluation.judges.local import PipelineJudge
 
-        if not (rest or model):
+        evaluated = rest or model
+        if not evaluated:
             raise ValueError("--judge self asks the evaluated model: give --model, or --judge self:MODEL")
-        return PipelineJudge(rest or model, load_pipeline, max_tokens=max_tokens)
+        return PipelineJudge(evaluated, load_pipeline, max_tokens=max_tokens)
     if kind == "pixels":
         from echo4o.evaluation.judges.pixels import PixelsJudge
 

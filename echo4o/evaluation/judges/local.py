@@ -32,7 +32,8 @@ class TransformersJudge(_LocalJudge):
     def __init__(self, model: str, device: str | None = None, max_tokens: int | None = None):
         self.model_id, self.name = model, f"hf:{model}"
         self.device, self.max_tokens = device or "auto", max_tokens or MAX_TOKENS
-        self._model = self._processor = None
+        self._model: Any = None
+        self._processor: Any = None
         self._require_vision()
 
     def _require_vision(self) -> None:
@@ -65,7 +66,8 @@ class TransformersJudge(_LocalJudge):
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForImageTextToText.from_pretrained(self.model_id, dtype="auto").to(device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.model_id, dtype="auto")
+        self._model = model.to(device).eval()
 
     def answer(self, request: ChatRequest) -> Answer:
         import torch
@@ -91,7 +93,10 @@ class TransformersJudge(_LocalJudge):
             output = self._model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         tokens = output[0, inputs["input_ids"].shape[1] :]
         text = self._processor.decode(tokens, skip_special_tokens=True)
-        return Answer(text, cut=False, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(tokens))
+        ends = self._model.generation_config.eos_token_id
+        ended = len(tokens) > 0 and int(tokens[-1]) in (ends if isinstance(ends, list) else [ends])
+        cut = len(tokens) >= self.max_tokens and not ended
+        return Answer(text, cut=cut, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(tokens))
 
 
 class PipelineJudge(_LocalJudge):
@@ -100,7 +105,7 @@ class PipelineJudge(_LocalJudge):
     def __init__(self, model: str, load_pipeline: Callable | None = None, max_tokens: int | None = None):
         self.model_id, self.name = model, f"self:{model}"
         self._load, self.max_tokens = load_pipeline, max_tokens or MAX_TOKENS
-        self._pipe = None
+        self._pipe: Any = None
 
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name, "max_tokens": self.max_tokens}

@@ -46,7 +46,7 @@ def group_of(item: dict[str, Any]):
     """The detector's group of an entry of a checklist."""
     from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup
 
-    size = item.get("size")
+    size: Any = item.get("size")
     return ShapeGroup(
         item["class"], item.get("color"), item.get("count", 1), item.get("region"), _SIZES.get(size, size)
     )
