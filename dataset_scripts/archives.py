@@ -1,7 +1,7 @@
-"""Streams the members of tar archives: read once from front to back, never extracted, a bounded buffer in memory.
+"""Streams the members of tar archives once from start to end, with a bounded buffer and without extracting files.
 
-Hostile archives are expected: what is no plain file, lies outside, is far too large or inflates without end is told and
-passed over; damage ends the archive with a remark instead of an exception or, worse, in silence.
+Archives are not trusted: members that are not plain files, lie outside of the archive or are too large are reported and
+skipped. Damage ends the archive with a remark.
 """
 
 import bz2
@@ -11,22 +11,22 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from echo4o.dataset_scripts.findings import Remark
-from echo4o.dataset_scripts.pictures import MAX_PICTURE_BYTES
+from echo4o.dataset_scripts.images import MAX_IMAGE_BYTES
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # names and extended headers
-MAX_INFLATION = 100  # bytes out per byte in, beyond the first gigabyte: pictures hardly compress
+MAX_INFLATION = 100  # bytes out per byte in, beyond the first gigabyte; images hardly compress
 _FREE_INFLATION = 1 << 30
 _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
-class Member:
-    """A plain file of an archive with its bytes, or what is wrong with a member or with the archive."""
+class ArchiveMember:
+    """A plain file of an archive with its bytes, or the problem of a member or of the archive."""
 
     number: int  # from 0 in each archive
     name: str
@@ -39,40 +39,46 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def read_members(stream: BinaryIO, name: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Member]:
+def read_members(
+    stream: BinaryIO, name: str, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[ArchiveMember]:
     """The members of the archive in `stream`, in order. `data` is read only for names that are `wanted`."""
     number = -1
     try:
-        window = _Window(_inflate(stream, name))
-        tar = tarfile.TarFile(fileobj=window, mode="r", errorlevel=2)
+        window = _StreamWindow(_inflate(stream, name))
+        tar: Any = tarfile.TarFile(fileobj=cast(BinaryIO, window), mode="r", errorlevel=2)
         while (info := tar.next()) is not None:
             number += 1
-            tar.members = []  # else every header stays in memory
+            tar.members = []  # tarfile would keep every header in memory
             if not info.isdir():
                 yield _read_member(window, info, number, wanted)
         if detail := _bad_end(window):
-            yield Member(number + 1, "", problem=Remark.DAMAGED_ARCHIVE, detail=detail)
-    except _Bomb as error:
-        yield Member(number + 1, "", problem=Remark.DECOMPRESSION_BOMB, detail=str(error))
+            yield ArchiveMember(number + 1, "", problem=Remark.DAMAGED_ARCHIVE, detail=detail)
+    except _DecompressionBomb as error:
+        yield ArchiveMember(number + 1, "", problem=Remark.DECOMPRESSION_BOMB, detail=str(error))
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
-        yield Member(number + 1, "", problem=Remark.DAMAGED_ARCHIVE, detail=f"{error}; the rest of it is not read")
+        yield ArchiveMember(
+            number + 1, "", problem=Remark.DAMAGED_ARCHIVE, detail=f"{error}; the rest of it is not read"
+        )
 
 
-def _read_member(window: "_Window", info: tarfile.TarInfo, number: int, wanted: Callable[[str], bool]) -> Member:
+def _read_member(
+    window: "_StreamWindow", info: tarfile.TarInfo, number: int, wanted: Callable[[str], bool]
+) -> ArchiveMember:
     if info.size < 0:
         raise tarfile.ReadError("a member of negative size")
     if detail := _unsafe(info):
-        return Member(number, info.name, problem=Remark.UNSAFE_MEMBER, detail=detail)
+        return ArchiveMember(number, info.name, problem=Remark.UNSAFE_MEMBER, detail=detail)
     if not wanted(info.name):
-        return Member(number, info.name)
-    if info.size > MAX_PICTURE_BYTES:
-        detail = f"{info.size:,} bytes; at most {MAX_PICTURE_BYTES:,} are read"
-        return Member(number, info.name, problem=Remark.DECOMPRESSION_BOMB, detail=detail)
+        return ArchiveMember(number, info.name)
+    if info.size > MAX_IMAGE_BYTES:
+        detail = f"{info.size:,} bytes; at most {MAX_IMAGE_BYTES:,} are read"
+        return ArchiveMember(number, info.name, problem=Remark.DECOMPRESSION_BOMB, detail=detail)
     window.seek(info.offset_data)
     data = window.read_data(info.size)
     if len(data) < info.size:
         raise EOFError(f"it ends inside {info.name}")
-    return Member(number, info.name, data)
+    return ArchiveMember(number, info.name, data)
 
 
 def _unsafe(info: tarfile.TarInfo) -> str:
@@ -86,8 +92,8 @@ def _unsafe(info: tarfile.TarInfo) -> str:
     return ""
 
 
-def _bad_end(window: "_Window") -> str:
-    """What is wrong with how the archive ends. tarfile stops at a damaged header as if that were the end."""
+def _bad_end(window: "_StreamWindow") -> str:
+    """The problem at the end of the archive, or "". tarfile treats a damaged header as the end."""
     last = window.last_header
     if len(last) == _BLOCK and not last.strip(b"\0"):
         rest = window.drain()
@@ -97,16 +103,16 @@ def _bad_end(window: "_Window") -> str:
     return f"no header can be read at byte {window.position - len(last):,}; the rest of it is not read"
 
 
-class _Bomb(Exception):
+class _DecompressionBomb(Exception):
     pass
 
 
-class _Window:
-    """What tarfile needs of a file, over chunks that come once: tell, seek forward (and one byte back), bounded reads."""
+class _StreamWindow:
+    """The file interface that tarfile needs, over a stream of chunks: tell, seek forward (and one byte back), read."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self.chunks = chunks
-        self.buffer, self.offset = b"", 0  # what is at hand, how much of it is used
+        self.buffer, self.offset = b"", 0  # the current chunk, and the position in it
         self.position = 0
         self.last_header = b""
 
@@ -114,7 +120,7 @@ class _Window:
         return self.position
 
     def read(self, size: int) -> bytes:
-        """For tarfile, which reads nothing but headers here."""
+        """Read a header, for tarfile."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         self.last_header = self.read_data(size)
@@ -141,14 +147,14 @@ class _Window:
             return
         while step:
             if self.offset == len(self.buffer) and not self._fill():
-                return  # the read that follows tells the end
+                return  # the next read reports the end
             used = min(step, len(self.buffer) - self.offset)
             self.offset += used
             self.position += used
             step -= used
 
     def drain(self) -> int:
-        """Read to the end, which also checks the sums of a compressed archive; how many bytes were not zero padding."""
+        """Read to the end, which also verifies the checksums of a compressed archive. Returns the bytes that are not padding."""
         rest = self.buffer[self.offset :]
         count = len(rest.rstrip(b"\0")) and len(rest)
         for chunk in self.chunks:
@@ -166,7 +172,7 @@ class _Window:
 
 
 def _inflate(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    """The decompressed chunks. The kind of compression is told by the first bytes, not by the name."""
+    """The decompressed chunks. The compression is recognised by the first bytes, not by the name."""
     head = stream.read(CHUNK_BYTES)
     if head.startswith(b"\x1f\x8b"):
         make = _Gunzip
@@ -189,7 +195,9 @@ def _decompress(stream: BinaryIO, data: bytes, make: Callable) -> Iterator[bytes
         data = b""
         outside += len(chunk)
         if outside > max(_FREE_INFLATION, MAX_INFLATION * inside):
-            raise _Bomb(f"{inside:,} bytes became more than {outside:,}; the rest of the archive is not read")
+            raise _DecompressionBomb(
+                f"{inside:,} bytes became more than {outside:,}; the rest of the archive is not read"
+            )
         if chunk:
             yield chunk
         if engine.eof:

@@ -1,7 +1,7 @@
 """After `import echo4o`, `load_dataset("echo-4o-image")` finds the dataset without a namespace.
 
-It is, in this order: the `data_dir` given, the folder ./echo-4o-image, what `use_dataset` was told, what the variable
-ECHO4O_DATASET says. `datasets` has no public way to name a dataset, so one function of its loader is wrapped, when and
+Its location is, in this order: `data_dir`, the folder ./echo-4o-image, the argument of `use_dataset`, the variable
+ECHO4O_DATASET. `datasets` has no public way to name a dataset, so one function of its loader is wrapped, when and
 if `datasets` is imported; where that function is missing, everything else works and a warning says what to use instead.
 """
 
@@ -30,7 +30,7 @@ def use_dataset(target: str | None) -> None:
 
 
 def resolve(data_dir: str | None = None) -> str:
-    """What the bare name means here; FileNotFoundError when nothing says so."""
+    """The location of the bare name. Raises FileNotFoundError if it is not configured."""
     if data_dir:
         return str(data_dir)
     if Path(NAME).is_dir():
@@ -60,7 +60,7 @@ def install() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers the name when `datasets` has been imported, and takes itself away."""
+    """Registers the name when `datasets` has been imported, and removes itself."""
 
     def find_spec(self, name, path=None, target=None):
         if name != _LOADER:

@@ -1,8 +1,8 @@
-"""Builds Echo-4o-Image as a folder of Parquet shards that `load_dataset` reads, streams and that can be published.
+"""Builds Echo-4o-Image as a folder of Parquet shards that `load_dataset` can load and stream.
 
-Work happens in `OUT/.build`. A shard gets its name when it is on the disk, a line of the journal then says where reading
-was, and the last rename puts the data where it can be loaded. Killed at any moment, the same call goes on from the last
-shard and ends with the same bytes.
+Shards are written in `OUT/.build`. A shard is renamed when it is on the disk, and a line of the journal then records the
+position of the reader. The last rename makes the dataset loadable. After an interruption the same call resumes from the
+last shard and produces the same bytes.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from filelock import FileLock, Timeout
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.dataset_scripts.card import write_card
-from echo4o.dataset_scripts.findings import Report
+from echo4o.dataset_scripts.findings import ReadingReport
 from echo4o.dataset_scripts.manifest import MANIFEST, make_manifest, read_manifest, versions
 from echo4o.dataset_scripts.names import ALL, SPLIT
 from echo4o.dataset_scripts.shards import ROW_GROUP_BYTES, ShardWriter
-from echo4o.dataset_scripts.source import Source
-from echo4o.dataset_scripts.upstream import BEGINNING, Event, Place, ReadOptions, check_source, read_events
+from echo4o.dataset_scripts.source import PublishedSource
+from echo4o.dataset_scripts.upstream import START, ReadEvent, ReadOptions, ReadPosition, check_source, read_events
 
 SHARD_BYTES = 500 << 20
 WORK = ".build"
@@ -36,7 +36,7 @@ REJECTED, REMARKS, CARD = "rejected.jsonl", "remarks.jsonl", "README.md"
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What decides the bytes of the result, with the source and the versions of the libraries."""
+    """Options that determine the bytes of the result, together with the source and the versions of the libraries."""
 
     configuration: str = ALL
     shard_bytes: int = SHARD_BYTES
@@ -50,31 +50,31 @@ def build(
     reading: ReadOptions | None = None,
     *,
     max_rejected: int | None = None,
-    progress: Callable[[int, Report], object] = lambda rows, report: None,
+    progress: Callable[[int, ReadingReport], object] = lambda rows, report: None,
 ) -> dict:
     """Build `src`, a folder or `hf://datasets/owner/name` in the published layout, into the folder `out`.
 
-    A build that was broken off goes on; one that is finished is left alone. Rows that fail the checks are written whole
-    to rejected.jsonl, what else is to tell about the source to remarks.jsonl. `progress` is told after every row.
+    An interrupted build is resumed; a finished one is not changed. Rejected rows are written to rejected.jsonl, and
+    remarks on the source to remarks.jsonl. `progress` is called after every row.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: a source that cannot be mapped, or more than `max_rejected` rejected rows.
+        ValueError: the source cannot be mapped, or there are more than `max_rejected` rejected rows.
         FileExistsError: `out` holds something else, or is being built by another process.
-        OSError: the disk is full; the same call goes on once there is room.
+        OSError: the disk is full; the same call resumes once there is space.
     """
     out = Path(out)
     options, reading = options or BuildOptions(), reading or ReadOptions()
-    source = Source(src)
+    source = PublishedSource(src)
     terms = _terms(source, options, reading)
     shutil.rmtree(out / _REMOVED, ignore_errors=True)
     if (out / "data").exists() and (out / MANIFEST).is_file() and not (out / WORK).exists():
         return _finished(out, terms)
     _prepare(out, terms)
-    with _alone(out):
-        work = _Work(out, source, terms, options, max_rejected)
+    with _exclusive(out):
+        work = _Build(out, source, terms, options, max_rejected)
         try:
             if not work.complete:
                 work.run(replace(reading, spool_dir=str(out / WORK)), progress)
@@ -83,8 +83,8 @@ def build(
         return work.publish()
 
 
-def _terms(source: Source, options: BuildOptions, reading: ReadOptions) -> dict:
-    """All that the result depends on. A build goes on only where these are the same."""
+def _terms(source: PublishedSource, options: BuildOptions, reading: ReadOptions) -> dict:
+    """Everything that the result depends on. A build is resumed only with the same terms."""
     parts = check_source(source, options.configuration, reading)
     row_files = {}
     for file in (file for part in parts for file in part.rows):
@@ -132,12 +132,12 @@ def _difference(before: dict, now: dict) -> str:
 
 
 def _prepare(out: Path, terms: dict) -> None:
-    """Make the work folder, or see that the one that is there belongs to the same build."""
+    """Create the work folder, or check that the existing one belongs to the same build."""
     begun = out / WORK / "terms.json"
     if begun.is_file() and _size(out / WORK / JOURNAL):
         if difference := _difference(json.loads(begun.read_text("utf-8")), terms):
             raise FileExistsError(
-                f"{out / WORK} was begun with another {difference}: use what it was begun with, or remove it"
+                f"{out / WORK} was begun with another {difference}: use the same settings, or remove it"
             )
         return
     others = [p.name for p in out.iterdir() if p.name != WORK] if out.exists() else []
@@ -148,7 +148,7 @@ def _prepare(out: Path, terms: dict) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _exclusive(out: Path) -> Iterator[None]:
     lock = FileLock(out / WORK / "lock")
     try:
         lock.acquire(timeout=0)
@@ -160,16 +160,18 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-class _Work:
-    """A build under way: its journal, the shard that is being written, the account of rows."""
+class _Build:
+    """A build in progress: its journal, the shard being written, the counts of rows."""
 
-    def __init__(self, out: Path, source: Source, terms: dict, options: BuildOptions, max_rejected: int | None):
+    def __init__(
+        self, out: Path, source: PublishedSource, terms: dict, options: BuildOptions, max_rejected: int | None
+    ):
         self.out, self.folder, self.source, self.terms = out, out / WORK, source, terms
         self.options, self.max_rejected = options, max_rejected
         self.entries = self._read_journal()
         last = self.entries[-1] if self.entries else {}
         self.complete = last.get("complete", False)
-        self.place = Place(*last.get("place", BEGINNING))
+        self.place = ReadPosition(*last.get("place", START))
         self.held_from = last.get("held_from", 0)
         self.report = _report(last)
         self.rejected = self.remarks = self.journal = None
@@ -182,7 +184,7 @@ class _Work:
         self.numbers: list[tuple[int, int]] = []  # of rows done since the last entry
 
     def _read_journal(self) -> list[dict]:
-        """The entries up to the first whose shard is not there as it was written."""
+        """The entries up to the first whose shard is missing or has another size."""
         path, entries = self.folder / JOURNAL, []
         for entry, end in JsonLines(path).with_ends():
             if shard := entry.get("shard"):
@@ -198,7 +200,7 @@ class _Work:
         if self.shard:
             self.shard.give_up()
 
-    def run(self, reading: ReadOptions, progress: Callable[[int, Report], object]) -> None:
+    def run(self, reading: ReadOptions, progress: Callable[[int, ReadingReport], object]) -> None:
         done = {tuple(number) for entry in self.entries for number in entry["numbers"]}
         remarks = [r for r in JsonLines(self.folder / REMARKS) if r["part"] == self.place.part]
         events = read_events(
@@ -212,10 +214,10 @@ class _Work:
             remarks=[r for r in remarks if "archive" in r],
         )
         progress(len(done), self.report)
-        with contextlib.closing(events):  # its threads end with it, whatever happens here
+        with contextlib.closing(events):  # ends its threads
             for event in events:
                 if event.place.part != self.place.part:
-                    self._end_shard(Place(event.place.part, -1, -1), 0)
+                    self._end_shard(ReadPosition(event.place.part, -1, -1), 0)
                 self._take(event)
                 progress(event.number is not None, self.report)
         self._end_shard(self.place, self.held_from, complete=True)
@@ -225,12 +227,12 @@ class _Work:
             if entry.get("shard"):
                 yield from pq.read_table(self.folder / entry["shard"]["file"], columns=["id"])["id"].to_pylist()
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: ReadEvent) -> None:
         self.place, self.held_from = event.place, event.held_from
         if event.number is not None:
             self.numbers.append(event.number)
         if event.row is None:
-            self._tell(event)
+            self._record(event)
             return
         self.report.accept(event.configuration)
         if self.shard is None:
@@ -239,7 +241,7 @@ class _Work:
         if self.shard.bytes >= self.options.shard_bytes:
             self._end_shard(event.place, event.held_from)
 
-    def _tell(self, event: Event) -> None:
+    def _record(self, event: ReadEvent) -> None:
         self.report.add(event.finding)
         if event.number is None:
             self.remarks.append(event.finding.to_dict() | {"part": event.place.part})
@@ -258,8 +260,8 @@ class _Work:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.shard = ShardWriter(path, self.options.row_group_bytes)
 
-    def _end_shard(self, place: Place, held_from: int, complete: bool = False) -> None:
-        """Finish the shard, if one is open, and note in the journal that everything up to `place` is done."""
+    def _end_shard(self, place: ReadPosition, held_from: int, complete: bool = False) -> None:
+        """Finish the open shard, if any, and record in the journal that everything up to `place` is done."""
         shard, self.shard = self.shard, None
         facts = None
         if shard:
@@ -290,7 +292,7 @@ class _Work:
         self.numbers, self.place, self.held_from = [], place, held_from
 
     def publish(self) -> dict:
-        """Write card and manifest, and move everything into place; `data` comes last and makes it loadable."""
+        """Write card and manifest, and move all files to the output folder; `data` last, which makes it loadable."""
         shards = [entry["shard"] for entry in self.entries if entry.get("shard")]
         manifest = make_manifest(shards, self.report, self.terms)
         if not (self.out / "data").exists():
@@ -307,10 +309,10 @@ class _Work:
         return manifest
 
 
-def _report(entry: dict) -> Report:
+def _report(entry: dict) -> ReadingReport:
     counts = entry.get("report", {})
     rejected = {name: Counter(reasons) for name, reasons in counts.get("rejected", {}).items()}
-    return Report(Counter(counts.get("accepted", {})), rejected, Counter(counts.get("remarks", {})))
+    return ReadingReport(Counter(counts.get("accepted", {})), rejected, Counter(counts.get("remarks", {})))
 
 
 def _size(path: Path) -> int | None:

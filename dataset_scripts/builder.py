@@ -3,7 +3,7 @@
     builder = Echo4oImage(config_name="surreal_fantasy", data_dir="Echo-4o-Image")
     builder.download_and_prepare("out", file_format="parquet", num_proc=4)
 
-`datasets` cannot resume this; `echo4o dataset build` can, and it keeps an account of every row.
+`datasets` cannot resume this; `echo4o dataset build` can, and it records every rejected row.
 """
 
 import logging
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import datasets
 
 from echo4o.dataset_scripts.features import ALL, CONFIGURATIONS, SPLIT, features
-from echo4o.dataset_scripts.findings import Report
-from echo4o.dataset_scripts.pictures import Verify
+from echo4o.dataset_scripts.findings import ReadingReport
+from echo4o.dataset_scripts.images import ImageVerification
 from echo4o.dataset_scripts.schema import parse_map, read_plan
-from echo4o.dataset_scripts.source import Source
-from echo4o.dataset_scripts.upstream import ReadOptions, Shard, read_events
+from echo4o.dataset_scripts.source import PublishedSource
+from echo4o.dataset_scripts.upstream import ReadOptions, RowShares, read_events
 
 log = logging.getLogger(__name__)
 SHARES = 64  # that rows are dealt into for several processes
@@ -27,9 +27,9 @@ class Echo4oImageConfig(datasets.BuilderConfig):
     """One configuration.
 
     Args:
-        verify: "full" decodes every picture, "header" is the fast way.
-        map: `column=field` pairs, or the path of a mapping file, for rows of no known shape.
-        max_rejected: fail when more rows than that are rejected; None for any number.
+        verify: "full" decodes every image, "header" checks header and end mark.
+        map: `column=field` pairs, or the path of a mapping file, for rows of unknown shape.
+        max_rejected: raise ValueError if more rows are rejected; None for any number.
     """
 
     verify: str = "full"
@@ -37,16 +37,16 @@ class Echo4oImageConfig(datasets.BuilderConfig):
     max_rejected: int | None = None
 
     def create_config_id(self, config_kwargs: dict, custom_features=None) -> str:
-        """With the state of the source in it: a folder that has changed is not read from the cache."""
+        """The id contains a fingerprint of the source, so a changed folder is not read from the cache."""
         plain = super().create_config_id(config_kwargs, custom_features)
-        return f"{plain}-{Source(self.data_dir).fingerprint(times=True)[:16]}" if self.data_dir else plain
+        return f"{plain}-{PublishedSource(self.data_dir).fingerprint(times=True)[:16]}" if self.data_dir else plain
 
 
 class Echo4oImage(datasets.GeneratorBasedBuilder):
     """Reads `data_dir`, a folder or `hf://datasets/owner/name`, in the published layout.
 
-    With several processes each reads all archives and takes its share of the rows, so that a row finds its pictures
-    wherever they are, and a duplicate is found wherever it is.
+    With several processes each reads all archives and takes its share of the rows, so that a row finds its images
+    in any archive, and duplicates are found everywhere.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -64,7 +64,9 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         if not self.config.data_dir:
             raise ValueError('Echo4oImage needs data_dir, the folder or "hf://datasets/owner/name" that it reads')
-        Source(self.config.data_dir).select(self.config.name, self._options().plan)  # says early what is missing
+        PublishedSource(self.config.data_dir).select(
+            self.config.name, self._options().plan
+        )  # says early what is missing
         # Streaming reads the archives once; a list here would make it read them once per share.
         shares = frozenset(range(SHARES)) if dl_manager.is_streaming else list(range(SHARES))
         return [datasets.SplitGenerator(SPLIT, gen_kwargs={"shares": shares})]
@@ -72,13 +74,13 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
     def _options(self) -> ReadOptions:
         given = self.config.map
         if isinstance(given, str):
-            return ReadOptions(verify=Verify(self.config.verify), plan=read_plan(given))
-        return ReadOptions(verify=Verify(self.config.verify), row_map=parse_map(given) if given else None)
+            return ReadOptions(verify=ImageVerification(self.config.verify), plan=read_plan(given))
+        return ReadOptions(verify=ImageVerification(self.config.verify), row_map=parse_map(given) if given else None)
 
     def _generate_examples(self, shares):
-        report = Report()
-        only = Shard(frozenset(shares), SHARES) if len(shares) < SHARES else None
-        for event in read_events(Source(self.config.data_dir), self.config.name, self._options(), only=only):
+        report = ReadingReport()
+        only = RowShares(frozenset(shares), SHARES) if len(shares) < SHARES else None
+        for event in read_events(PublishedSource(self.config.data_dir), self.config.name, self._options(), only=only):
             if event.row is not None:
                 report.accept(event.configuration)
                 yield event.row["id"], event.row

@@ -1,4 +1,4 @@
-"""The dataset card: which files are which configuration, and their features; the words are in `model_cards`."""
+"""The dataset card: which files are which configuration, and their features; the text is in `model_cards`."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def make_card(manifest: dict, repo: str = "echo-4o-image") -> str:
 
 
 def about_of(manifest: dict) -> About:
-    """What the release said about itself; without a word, it is Echo-4o-Image."""
+    """The description from the release's about.yaml; the default describes Echo-4o-Image."""
     return About.model_validate(manifest["source"].get("about") or {})
 
 

@@ -15,7 +15,7 @@ _COMMON = 0.2  # an n-gram of more than this share of the prompts ("a photo of")
 
 
 @dataclass(frozen=True)
-class Match:
+class PromptMatch:
     """A row that comes close to a prompt. `overlap` is shared n-grams / all n-grams of both; 1.0 is equal."""
 
     benchmark: str
@@ -26,7 +26,7 @@ class Match:
 
 
 def normalise(text: str) -> str:
-    """Words in lower case, without punctuation and articles' accents of encoding."""
+    """Words in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -54,7 +54,7 @@ class PromptIndex:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def matches(self, row_id: str, instruction: str) -> Iterator[Match]:
+    def matches(self, row_id: str, instruction: str) -> Iterator[PromptMatch]:
         """The prompts that the instruction comes close to."""
         text = normalise(instruction)
         grams = ngrams(text)
@@ -63,7 +63,7 @@ class PromptIndex:
             theirs = self.grams[number]
             overlap = 1.0 if text == normal else len(grams & theirs) / len(grams | theirs)
             if overlap >= self.overlap:
-                yield Match(name, prompt, row_id, instruction, round(overlap, 3))
+                yield PromptMatch(name, prompt, row_id, instruction, round(overlap, 3))
 
 
 def read_prompts(path: str | Path) -> list[tuple[str, str]]:

@@ -1,12 +1,12 @@
-"""What can be wrong with a row or with a member of an archive, and how it is told."""
+"""Problems of rows and archive members, and their counts."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 
-class Reason(StrEnum):
-    """Why a row is rejected. Every row that was given is accepted, or rejected for exactly one of these."""
+class RejectionReason(StrEnum):
+    """Why a row is rejected. Every row is accepted, or rejected for exactly one reason."""
 
     MISSING_IMAGE = "missing image"
     UNDECODABLE = "undecodable"
@@ -16,16 +16,16 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"  # the same instruction and the same image bytes as an earlier row
     MISSING_REFERENCE = "missing reference"
     UNREADABLE_ROW = "unreadable row"
-    UNSAFE_MEMBER = "unsafe member"  # what the row names is a link, a device, or lies outside the archive
+    UNSAFE_MEMBER = "unsafe member"  # the row's image is a link, a device, or lies outside the archive
 
 
 class Remark(StrEnum):
-    """What is told about the source without rejecting a row by itself. No name equals that of a reason."""
+    """Problems of the source that reject no row by themselves. No value equals that of a rejection reason."""
 
     UNSAFE_MEMBER = "refused member"
     DECOMPRESSION_BOMB = "oversized member"
     UNUSED_MEMBER = "member without row"
-    SURPLUS_MEMBER = "surplus member"  # its rows have their picture already, or are rejected for another reason
+    SURPLUS_MEMBER = "surplus member"  # its rows already have their image, or are rejected for another reason
     AMBIGUOUS_MEMBER = "ambiguous member"  # several rows' paths fit its name equally well
     DAMAGED_ARCHIVE = "damaged archive"
     OPEN_ARRAY = "unclosed array"  # a JSON array of rows without its end
@@ -33,9 +33,9 @@ class Remark(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One row that is rejected or one remark on the source. `row` or `raw` is the whole row as it was given."""
+    """A rejected row or a remark on the source. `row` or `raw` is the whole row as it was read."""
 
-    reason: Reason | Remark
+    reason: RejectionReason | Remark
     detail: str
     configuration: str = ""
     file: str | None = None
@@ -46,20 +46,20 @@ class Finding:
     raw: str | None = None
 
     def to_dict(self) -> dict:
-        """Without the fields that are empty."""
+        """As a dictionary, without empty fields."""
         return {"reason": str(self.reason)} | {
             key: value for key, value in asdict(self).items() if key != "reason" and value not in (None, "")
         }
 
     def __str__(self) -> str:
         row = f"{self.file}:{self.line}" if self.line else self.file
-        picture = f"{self.archive}: {self.member}" if self.member is not None else self.archive
-        return f"{self.reason}: {', '.join(filter(None, (row, picture)))}: {self.detail}"
+        member = f"{self.archive}: {self.member}" if self.member is not None else self.archive
+        return f"{self.reason}: {', '.join(filter(None, (row, member)))}: {self.detail}"
 
 
 @dataclass
-class Report:
-    """The account of one reading: `given` equals accepted plus rejected rows."""
+class ReadingReport:
+    """Counts of accepted and rejected rows and of remarks; `given` is the number of all rows."""
 
     accepted: Counter = field(default_factory=Counter)  # by configuration
     rejected: dict[str, Counter] = field(default_factory=dict)  # configuration -> reasons
@@ -69,7 +69,7 @@ class Report:
         self.accepted[configuration] += 1
 
     def add(self, finding: Finding) -> None:
-        if isinstance(finding.reason, Reason):
+        if isinstance(finding.reason, RejectionReason):
             self.rejected.setdefault(finding.configuration, Counter())[str(finding.reason)] += 1
         else:
             self.remarks[str(finding.reason)] += 1

@@ -1,4 +1,4 @@
-"""Two small helpers that overlap reading and checking, keep the order and bound what is in flight."""
+"""Helpers that overlap reading and checking of items, in order and with a bounded number of items in flight."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""Looks at a source without reading its pictures: what is there, and how it would be mapped."""
+"""Inspects a source without reading its images: its files, and the mapping of its rows."""
 
 import json
 from collections import Counter
@@ -11,17 +11,17 @@ from echo4o.dataset_scripts.archives import read_members
 from echo4o.dataset_scripts.json_rows import read_rows
 from echo4o.dataset_scripts.names import PARTS
 from echo4o.dataset_scripts.schema import RowMap, recognise
-from echo4o.dataset_scripts.source import Part, Source
+from echo4o.dataset_scripts.source import PublishedSource, SourcePart
 
 _MEMBERS = 5
 _SAMPLES = 2
 
 
 @dataclass
-class PartView:
-    """One folder as `inspect` shows it."""
+class PartInspection:
+    """One folder of a source as `echo4o dataset inspect` shows it."""
 
-    part: Part
+    part: SourcePart
     rows: int = 0
     unreadable: int = 0
     shapes: Counter = field(default_factory=Counter)  # tuple of keys -> rows
@@ -37,20 +37,20 @@ class PartView:
         return recognise(common[0][0]) if common else None
 
     def plan(self) -> dict:
-        """What a mapping file says about this folder; null where a person must decide."""
+        """The entry of a mapping file for this folder; null values must be completed by the user."""
         row_map = self.row_map
         mapped = row_map.to_dict() if row_map else dict.fromkeys(("instruction", "image", "reference_images"))
         return {"configuration": self.part.configuration, "map": mapped}
 
 
-def inspect_source(location: str, rows: int | None = 2000) -> tuple[Source, list[PartView]]:
-    """Look at the first `rows` rows of each file (None: all) and the first members of each archive."""
-    source = Source(location)
+def inspect_source(location: str, rows: int | None = 2000) -> tuple[PublishedSource, list[PartInspection]]:
+    """Inspect the first `rows` rows of each file (None: all) and the first members of each archive."""
+    source = PublishedSource(location)
     return source, [_view(source, part, rows) for part in source.parts]
 
 
-def _view(source: Source, part: Part, limit: int | None) -> PartView:
-    view = PartView(part)
+def _view(source: PublishedSource, part: SourcePart, limit: int | None) -> PartInspection:
+    view = PartInspection(part)
     for file in part.rows:
         with source.open(file.path) as stream:
             for given in islice(read_rows(stream), limit):
@@ -69,7 +69,7 @@ def _view(source: Source, part: Part, limit: int | None) -> PartView:
     return view
 
 
-def _note_row(view: PartView, row: dict) -> None:
+def _note_row(view: PartInspection, row: dict) -> None:
     if len(view.shapes) < 1000:
         view.shapes[tuple(sorted(row))] += 1
     if len(view.samples) < _SAMPLES:
@@ -104,31 +104,31 @@ def _style(path: str) -> str:
     return f"{where}, {PurePosixPath(path).suffix}"
 
 
-def describe(source: Source, views: list[PartView]) -> str:
-    """The inspection as text for people."""
+def describe(source: PublishedSource, views: list[PartInspection]) -> str:
+    """The inspection as text."""
     lines = [f"{source.location}: {len(source.files)} files" + (f" at {source.revision}" if source.revision else "")]
     for view in views:
         lines += ["", *_describe_part(view)]
-    shown = {f.path for v in views for f in (*v.part.rows, *v.part.archives, *v.part.pictures)}
+    shown = {f.path for v in views for f in (*v.part.rows, *v.part.archives, *v.part.images)}
     others = [f.path for f in source.files if f.path not in shown]
     if others:
         lines += ["", f"not used: {', '.join(others[:10])}" + (f" and {len(others) - 10} more" if others[10:] else "")]
     return "\n".join(lines)
 
 
-def _describe_part(view: PartView) -> list[str]:
+def _describe_part(view: PartInspection) -> list[str]:
     part = view.part
     size = format_bytes(sum(a.size for a in part.archives))
     lines = [
         f"{part.folder}  ->  {part.configuration or 'unknown: assign one of ' + ', '.join(PARTS)}",
         f"  rows      {', '.join(f.path for f in part.rows)}: {view.rows:,} looked at, {view.unreadable} unreadable",
-        f"  archives  {len(part.archives)} ({size}), {len(part.pictures)} loose pictures",
+        f"  archives  {len(part.archives)} ({size}), {len(part.images)} loose images",
     ]
     for archive, members in view.members.items():
         lines.append(f"            {archive}: {', '.join(members)}, ...")
     for keys, count in view.shapes.most_common(5):
         shape = recognise(keys)
-        known = ", ".join(f"{k}={v}" for k, v in shape.to_dict().items()) if shape else "no known shape: needs --map"
+        known = ", ".join(f"{k}={v}" for k, v in shape.to_dict().items()) if shape else "unknown shape: needs --map"
         lines.append(f"  {count:,} rows with {', '.join(keys)}")
         lines.append(f"            -> {known}")
     for key, kinds in view.types.items():
@@ -140,7 +140,7 @@ def _describe_part(view: PartView) -> list[str]:
     return lines
 
 
-def mapping_yaml(views: list[PartView]) -> str:
+def mapping_yaml(views: list[PartInspection]) -> str:
     """A mapping file to complete."""
     import yaml
 

@@ -1,7 +1,8 @@
-"""Reads the rows of a JSON-lines file as it was really written.
+"""Reads rows from JSON-lines files and their common variants.
 
-Also a JSON array (on one line or pretty-printed), objects joined as `}{`, commas after lines, a byte order mark, bytes
-that are no UTF-8 and lines of any length. NaN and infinity, which JSON does not have, are read as null. Memory holds one row at a time; what cannot be read comes out as such.
+It also reads a JSON array (on one line or pretty-printed), objects joined as `}{`, commas after lines, a byte order
+mark, bytes that are not UTF-8 and lines of any length. NaN and infinity are read as null. One row at a time is in
+memory. Unreadable rows have an `error`.
 """
 
 import codecs
@@ -14,19 +15,19 @@ from typing import BinaryIO
 from echo4o.common import strict_json
 
 CHUNK_BYTES = 1 << 18
-MAX_ROW_CHARS = 1 << 20  # a longer row is no row
-MAX_RAW_CHARS = 1 << 24  # what is kept of an unreadable one
+MAX_ROW_CHARS = 1 << 20  # longer rows are rejected
+MAX_RAW_CHARS = 1 << 24  # kept of an unreadable row
 
 _DECODER = strict_json.DECODER
 _BETWEEN = re.compile(r"[\s,\[\]]*")
-_NEXT_OBJECT = re.compile(r"\}[\s,]*(?=\{)|\n(?=\s*\{)")  # where reading goes on inside an array
+_NEXT_OBJECT = re.compile(r"\}[\s,]*(?=\{)|\n(?=\s*\{)")  # where reading continues inside an array
 _NEXT_LINE = re.compile(r"\}[^\S\n]*,?[^\S\n]*(?=\{)|\n")
 _SLACK = 16  # an error this close to the end of what was read may be an incomplete row
 
 
 @dataclass(frozen=True)
-class GivenRow:
-    """One value of a row file: `row`, or what is wrong with it (`error`) and its text (`raw`)."""
+class ParsedRow:
+    """One value of a row file: `row`, or the `error` and the text (`raw`) of an unreadable one."""
 
     line: int
     row: dict | None
@@ -34,53 +35,53 @@ class GivenRow:
     raw: str | None = None
 
 
-def read_rows(stream: BinaryIO) -> Iterator[GivenRow]:
+def read_rows(stream: BinaryIO) -> Iterator[ParsedRow]:
     """The rows of an open file in their order; unreadable ones have an `error`."""
-    text = _Text(stream)
+    text = _TextWindow(stream)
     while True:
         text.skip(_BETWEEN)
         if text.ended:
             break
         yield from _read_value(text)
     if text.depth > 0:
-        yield GivenRow(text.line, None, OPEN_ARRAY, "")
+        yield ParsedRow(text.line, None, OPEN_ARRAY, "")
 
 
 OPEN_ARRAY = "the array of rows is never closed: the end of the file may be missing"
 
 
-def _read_value(text: "_Text") -> Iterator[GivenRow]:
+def _read_value(text: "_TextWindow") -> Iterator[ParsedRow]:
     line = text.line
     while True:
         try:
             value, end = _DECODER.raw_decode(text.buffer, text.start)
         except json.JSONDecodeError as error:
-            at = error.pos - text.start
+            position = error.pos - text.start
             # An unterminated string means that the text ran out: a line break inside a string is an error by itself.
             incomplete = error.msg.startswith("Unterminated") or error.pos >= len(text.buffer) - _SLACK
             if incomplete and text.left <= MAX_ROW_CHARS and text.read_more():
                 continue
-            what = _too_long() if text.left > MAX_ROW_CHARS else f"{error.msg} at character {at}"
+            what = _too_long() if text.left > MAX_ROW_CHARS else f"{error.msg} at character {position}"
         except (ValueError, RecursionError) as error:
             what = f"{type(error).__name__}: {str(error)[:100]}"
         else:
             if end == len(text.buffer) and not isinstance(value, dict) and text.read_more():
-                continue  # a number may go on
+                continue  # a number may continue
             raw = text.take(end)
             yield _judge(line, value, raw)
             return
-        yield GivenRow(line, None, what, _skip_broken(text))
+        yield ParsedRow(line, None, what, _skip_broken(text))
         return
 
 
-def _judge(line: int, value: object, raw: str) -> GivenRow:
+def _judge(line: int, value: object, raw: str) -> ParsedRow:
     if len(raw) > MAX_ROW_CHARS:
-        return GivenRow(line, None, _too_long(), raw)
+        return ParsedRow(line, None, _too_long(), raw)
     if not isinstance(value, dict):
-        return GivenRow(line, None, f"a row must be an object, this is {type(value).__name__}", raw)
+        return ParsedRow(line, None, f"a row must be an object, this is {type(value).__name__}", raw)
     if _has_surrogates(raw) or ("\\u" in raw and _has_surrogates(json.dumps(value, ensure_ascii=False))):
-        return GivenRow(line, None, "the text is not valid UTF-8", raw)
-    return GivenRow(line, value)
+        return ParsedRow(line, None, "the text is not valid UTF-8", raw)
+    return ParsedRow(line, value)
 
 
 def _has_surrogates(text: str) -> bool:
@@ -95,8 +96,8 @@ def _too_long() -> str:
     return f"longer than {MAX_ROW_CHARS:,} characters"
 
 
-def _skip_broken(text: "_Text") -> str:
-    """Pass over an unreadable row up to where the next one may begin; its text."""
+def _skip_broken(text: "_TextWindow") -> str:
+    """Skip an unreadable row up to where the next one may begin. Returns its text."""
     pattern = _NEXT_OBJECT if text.depth > 0 and text.buffer[text.start] == "{" else _NEXT_LINE
     kept, length = [], 0
     while True:
@@ -114,8 +115,8 @@ def _skip_broken(text: "_Text") -> str:
             return "".join(kept).rstrip() + cut
 
 
-class _Text:
-    """A window of decoded text that slides over a binary stream. Bytes that are no UTF-8 become lone surrogates."""
+class _TextWindow:
+    """A window of decoded text that slides over a binary stream. Bytes that are not UTF-8 become lone surrogates."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.decoder = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -132,7 +133,7 @@ class _Text:
         return self.start == len(self.buffer) and not self.read_more()
 
     def read_more(self) -> bool:
-        """At least doubles what is left to look at, so that a row read in many pieces is parsed only a few times."""
+        """Read more text. At least doubles the window, so that a long row is parsed only a few times."""
         if self.finished:
             return False
         data = self.stream.read(max(CHUNK_BYTES, self.left))

@@ -1,13 +1,13 @@
-"""Rows for training: each process sees its own, and stopping in the middle of an epoch loses and repeats none.
+"""Rows for training, divided among processes. A run that is interrupted within an epoch resumes with the next row.
 
     rows = training_rows("echo-4o-image", streaming=True, process_index=0, num_processes=8, seed=1)
-    for row in rows:            # one epoch; pictures are PIL images
+    for row in rows:            # one epoch; images are PIL images
         ...
     state = rows.state_dict()   # a few numbers; in a new process: rows.load_state_dict(state)
 
 The order is a function of (seed, epoch, processes) alone, so a state is an epoch and a position. Map-style access
-permutes all rows. Streaming permutes the row groups of all shards, deals them out to the processes and permutes the rows
-inside windows of a few groups; a shuffle buffer, whose rows a state cannot hold, is not needed.
+permutes all rows. Streaming permutes the row groups of all shards, divides them among the processes and permutes the rows
+within windows of a few groups, so the state holds no rows.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ WINDOW = 4  # row groups whose rows are shuffled together, about 30 MB each
 _AT_ONCE = 32  # rows fetched together from a map-style dataset
 
 
-class Order(Protocol):
-    """Where the rows of one process are, epoch by epoch."""
+class RowOrder(Protocol):
+    """The rows of one process in the order of each epoch."""
 
     signature: str
 
     def __len__(self) -> int: ...
 
     def rows(self, epoch: int, position: int) -> Iterator[dict]:
-        """The rows from a position on, pictures not decoded."""
+        """The rows from a position on, images not decoded."""
 
 
 class TrainingRows:
-    """Iterates one epoch from where it stands; the next iteration is the next epoch.
+    """Iterates over the rest of the current epoch; the next iteration is the next epoch.
 
     Attributes:
         epoch, position: the rows of `epoch` before `position` have been handed out.
     """
 
-    def __init__(self, order: Order, features: datasets.Features, workers: int = 2, decode: bool = True):
+    def __init__(self, order: RowOrder, features: datasets.Features, workers: int = 2, decode: bool = True):
         self.order, self.features, self.workers, self.decode = order, features, workers, decode
         self.epoch = self.position = 0
 
@@ -79,11 +79,11 @@ class TrainingRows:
                 pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on with the next row."""
+        """The state from which `load_state_dict` continues with the next row."""
         return {"epoch": self.epoch, "position": self.position, "signature": self.order.signature}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where another run stood; ValueError when it had other data, another seed or other processes."""
+        """Continue from a saved state. Raises ValueError if data, seed or processes differ."""
         if state["signature"] != self.order.signature:
             raise ValueError(
                 "the state belongs to other rows: data, configuration, seed, shuffle, window, process_index and "
@@ -110,14 +110,14 @@ def training_rows(
 
     Args:
         data: a built folder, a Hub repository, or (map-style) a dataset that is already loaded.
-        streaming: read the shards where they are, instead of through the cache of `datasets`.
+        streaming: read the shards directly, instead of through the cache of `datasets`.
         window: row groups that are shuffled together when streaming; they are held in memory.
-        workers: pictures decoded at a time, by threads.
-        decode: give PIL images; otherwise {"bytes", "path"}.
-        columns: leave out the others.
+        workers: number of threads that decode images.
+        decode: yield PIL images; otherwise {"bytes", "path"}.
+        columns: read only these columns.
 
     Raises:
-        ValueError: a process index out of range, or a configuration that is not there.
+        ValueError: the process index is out of range, or the configuration does not exist.
     """
     if not 0 <= process_index < num_processes:
         raise ValueError(f"process_index is {process_index}; with num_processes={num_processes} it is 0 to below that")

@@ -1,4 +1,4 @@
-"""manifest.json: what a built dataset holds, file by file, and what it was built from."""
+"""manifest.json: the files of a built dataset and their sources."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from echo4o.common.files import sha256_of
-from echo4o.dataset_scripts.findings import Report
+from echo4o.dataset_scripts.findings import ReadingReport
 from echo4o.dataset_scripts.names import PARTS
 
 MANIFEST = "manifest.json"
@@ -15,12 +15,12 @@ FORMAT = 1
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bytes of a shard."""
+    """Versions of the libraries that determine the bytes of a shard."""
     return {name: version(name) for name in ("echo4o", "datasets", "pillow", "pyarrow")}
 
 
-def make_manifest(shards: Iterable[dict], report: Report, terms: dict) -> dict:
-    """Sum the shards up by configuration and category."""
+def make_manifest(shards: Iterable[dict], report: ReadingReport, terms: dict) -> dict:
+    """The manifest of a build: sums over its shards by configuration and category."""
     configurations: dict[str, dict] = {}
     for shard in sorted(shards, key=lambda s: (PARTS.index(s["configuration"]), s["file"])):
         facts = configurations.setdefault(
@@ -52,7 +52,9 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a built dataset; FileNotFoundError or ValueError when there is none that can be read."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: the folder is no dataset that `echo4o dataset build` finished")
+        raise FileNotFoundError(
+            f"{path} is not there: the folder is not a dataset that `echo4o dataset build` finished"
+        )
     try:
         manifest = json.loads(path.read_text("utf-8"))
         manifest["configurations"].values()

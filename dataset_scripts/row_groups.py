@@ -33,7 +33,7 @@ _ROWS_PER_BLOCK = 100  # of a dataset in memory-mapped files, which has no row g
 class GroupOrder:
     """The order in which one of several shares reads its rows, by number.
 
-    Row groups are permuted once, dealt out to the shares, and permuted again in every epoch; rows are permuted within
+    Row groups are permuted once, divided among the shares, and permuted again in every epoch; rows are permuted within
     windows of a few groups.
 
     Args:
@@ -88,7 +88,7 @@ class GroupOrder:
         """The windows of an epoch, and the position at which each of them starts (and the last one ends)."""
         first, step = (0, 1) if self._by_rows else self.share
         dealt = list(range(len(self.counts)))
-        if self.shuffle:  # neighbours in a shard are alike: deal them to different shares, once for all epochs
+        if self.shuffle:  # neighbours in a shard are alike: assign them to different shares, once for all epochs
             dealt = np.random.default_rng([self.seed]).permutation(len(dealt)).tolist()
         mine = dealt[first::step]
         if self.shuffle:
@@ -113,12 +113,12 @@ class GroupOrder:
 
 
 class RowGroups:
-    """Rows of a dataset by number. Row groups are read on demand and ahead, again and again if the network fails.
+    """Rows of a dataset by number. Row groups are read on demand and ahead, with retries.
 
     Args:
         counts: rows of every group.
         read: the rows of a group, images not decoded. Called by several threads.
-        features: the columns to give, and what they are decoded to.
+        features: the columns to yield and their decoding.
         stored: the same rows as an iterable dataset of `datasets`, in their stored order.
         held: row groups to keep in memory; the least recently used one goes first. [`StreamedRows`] adds its own.
     """
@@ -147,7 +147,7 @@ class RowGroups:
         """The rows of Parquet files: local paths or hf:// addresses.
 
         Args:
-            columns: leave out the others.
+            columns: read only these columns.
             features: how columns are decoded; None: as the files say.
         """
         with ThreadPoolExecutor(16) as pool:
@@ -158,7 +158,7 @@ class RowGroups:
 
         def read(number: int, names: list[str]) -> pa.Table:
             file, group = groups[number]
-            return patiently(lambda: _read_group(file, group, names), file)
+            return with_retries(lambda: _read_group(file, group, names), file)
 
         def stored() -> datasets.IterableDataset:
             files_of = {"train": list(files)}
@@ -253,7 +253,7 @@ class StreamedRows:
         return self.order.row(epoch, position)
 
 
-def patiently(function: Callable[[], T], name: str) -> T:
+def with_retries(function: Callable[[], T], name: str) -> T:
     """Call a function again when the Hub or the network fails for a moment. `name`: of what it reads."""
     for attempt in count():
         try:
@@ -286,7 +286,7 @@ def _footer(file: str) -> tuple[list[int], pa.Schema]:
             counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
             return counts, parquet.schema_arrow
 
-    return patiently(read, file)
+    return with_retries(read, file)
 
 
 def _read_group(file: str, group: int, columns: list[str]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""From the keys of an upstream row to our columns. Known shapes are recognised, an unknown one is never guessed."""
+"""Maps the keys of an upstream row to the dataset's columns. Known shapes are recognised; others need a mapping."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 
 INSTRUCTIONS = ("instruction", "instruction_list[0]")
 REFERENCES = ("input_images", "input_image", "reference_images")
-LISTED = "image_list"  # with output_image: the references; alone: the last picture is the target
+LISTED = "image_list"  # with output_image: the references; alone: the last image is the target
 TARGET = "output_image"
 CATEGORIES = ("type", "category")
 
@@ -15,7 +15,7 @@ _FIELD = re.compile(r"([\w.\- ]+)(\[(-?\d*)(:)?(-?\d*)\])?")
 
 
 class SchemaError(ValueError):
-    """Rows whose keys fit no known shape."""
+    """The keys of the rows do not fit a known shape."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RowMap:
 
 
 def recognise(keys: Iterable[str]) -> RowMap | None:
-    """The mapping of a known shape, or None."""
+    """The mapping for a row with these keys, or None if their shape is unknown."""
     keys = set(keys)
     instruction = next((field for field in INSTRUCTIONS if field.split("[")[0] in keys), None)
     references = [key for key in REFERENCES if key in keys]
@@ -78,31 +78,31 @@ def parse_map(pairs: Iterable[str]) -> RowMap:
 
 
 @dataclass(frozen=True)
-class FolderPlan:
-    """What a person decided for one folder of the source."""
+class FolderMapping:
+    """The configuration and mapping that the user assigned to a folder of the source."""
 
     configuration: str | None = None
     map: RowMap | None = None
 
 
-def read_plan(path: str | Path) -> dict[str, FolderPlan]:
-    """The YAML file that `echo4o dataset inspect --write FILE` starts and a person completes."""
+def read_plan(path: str | Path) -> dict[str, FolderMapping]:
+    """Read a mapping file that `echo4o dataset inspect --write FILE` created and the user completed."""
     import yaml
 
     try:
         text = yaml.safe_load(Path(path).read_text("utf-8-sig"))
         folders = text["folders"]
         return {
-            name: FolderPlan(entry.get("configuration"), RowMap(**entry["map"]) if entry.get("map") else None)
+            name: FolderMapping(entry.get("configuration"), RowMap(**entry["map"]) if entry.get("map") else None)
             for name, entry in folders.items()
         }
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         example = "folders: {FOLDER: {configuration: multi_reference, map: {image: output_image}}}"
-        raise ValueError(f"{path}: no mapping that can be read ({error}); write {example}") from error
+        raise ValueError(f"{path} is not a mapping file ({error}); write {example}") from error
 
 
 class FieldError(ValueError):
-    """A field of one row that does not hold what it should."""
+    """A field of a row has a value of the wrong type."""
 
 
 def text_of(row: Mapping, field: str) -> str | None:
@@ -112,24 +112,24 @@ def text_of(row: Mapping, field: str) -> str | None:
         value = value[0]
     if value is None or isinstance(value, str):
         return value
-    raise FieldError(f"{field} holds {_kind(value)}, a text is needed")
+    raise FieldError(f"{field} holds {_kind(value)} instead of text")
 
 
 def label_of(row: Mapping, field: str | None) -> str:
-    """A category: a text, or what else it is as text."""
+    """A category as text."""
     value = _get(row, field) if field else None
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
 def paths_of(row: Mapping, fields_: str | None) -> list[str]:
-    """The picture paths in one or several fields, in order. An absent field holds none."""
+    """The image paths in one or several fields, in order. An absent field holds none."""
     paths = []
     for field in fields_.split(",") if fields_ else []:
         value = _get(row, field)
         values = value if isinstance(value, list) else [] if value is None else [value]
         for path in values:
             if path is not None and not isinstance(path, str):
-                raise FieldError(f"{field} holds {_kind(path)}, a path is needed")
+                raise FieldError(f"{field} holds {_kind(path)} instead of a path")
         paths += ["" if path is None else path for path in values]
     return paths
 
@@ -144,7 +144,7 @@ def _get(row: Mapping, field: str):
     if not indexed or value is None:
         return value
     if not isinstance(value, list):
-        raise FieldError(f"{key} holds {_kind(value)}, a list is needed")
+        raise FieldError(f"{key} holds {_kind(value)} instead of a list")
     if colon:
         return value[int(first) if first else None : int(last) if last else None]
     try:

@@ -1,4 +1,4 @@
-"""Writes rows as one Parquet shard: pages cut by content, a page index, row groups that a stream can take one by one."""
+"""Writes rows as one Parquet shard with content-defined pages, a page index and small row groups for streaming."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ ROW_GROUP_BYTES = 32 << 20
 ROW_GROUP_ROWS = 1000
 # The values that `datasets` writes with: two versions of a dataset share the pages that did not change.
 CHUNKING = {"min_chunk_size": 256 * 1024, "max_chunk_size": 1024 * 1024, "norm_level": 0}
-_PICTURES = ("image.bytes", "reference_images.list.element.bytes")
+_IMAGES = ("image.bytes", "reference_images.list.element.bytes")
 _WORDS = ("task", "category", "source")
 _TEXTS = ("id", "instruction", "metadata", "image.path", "reference_images.list.element.path")
 _IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 class ShardWriter:
-    """One shard under a temporary name until `finish`."""
+    """Writes one shard, under a temporary name until `finish`."""
 
     def __init__(self, path: Path, row_group_bytes: int = ROW_GROUP_BYTES):
         self.schema = features().arrow_schema
@@ -36,7 +36,7 @@ class ShardWriter:
         self.writer = pq.ParquetWriter(
             self.file,
             self.schema,
-            compression={name: "none" for name in _PICTURES} | {name: "snappy" for name in (*_WORDS, *_TEXTS)},
+            compression={name: "none" for name in _IMAGES} | {name: "snappy" for name in (*_WORDS, *_TEXTS)},
             use_dictionary=list(_WORDS),
             write_page_index=True,
             use_content_defined_chunking=CHUNKING,
@@ -52,7 +52,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> dict:
-        """Give the file its name; what the manifest says about it."""
+        """Complete and rename the file. Returns the facts for the manifest."""
         if self.rows:
             self._flush()
         self.writer.add_key_value_metadata({"content_defined_chunking": json.dumps(CHUNKING)})
@@ -72,7 +72,7 @@ class ShardWriter:
         try:
             self.writer.close()
         except (OSError, pa.ArrowException):
-            pass  # it cannot write its end either
+            pass  # the footer cannot be written either
         self.file.give_up()
 
     def _flush(self) -> None:
@@ -82,13 +82,13 @@ class ShardWriter:
 
 
 def row_bytes(row: dict) -> int:
-    """About how much a row takes."""
+    """Approximate size of a row in bytes."""
     pictures = sum(len(p["bytes"]) for p in (row["image"], *row["reference_images"]))
     return pictures + len(row["instruction"]) + len(row["metadata"] or "") + 100
 
 
 def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
-    """Rows of our features as a table, pictures copied once."""
+    """Rows as a table; image bytes are copied once."""
     columns = []
     for name in schema.names:
         values = [row[name] for row in rows]
@@ -112,7 +112,7 @@ def _images(pictures: list[dict]) -> pa.StructArray:
 
 
 class HashingFile:
-    """A file opened for writing under a temporary name. `finish` gives it its name; `digest` is of what was written."""
+    """A file written under a temporary name until `finish`. `digest` is the hash of its content."""
 
     def __init__(self, path: Path):
         self.path, self.partial = path, path.with_name(path.name + ".partial")

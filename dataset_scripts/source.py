@@ -1,4 +1,4 @@
-"""Finds the parts of the published layout in a folder or a Hub repository (hf://): row files, archives, loose pictures."""
+"""Finds the parts of the published layout in a folder or a Hub repository (hf://): row files, archives, loose images."""
 
 import hashlib
 import os
@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from echo4o.dataset_scripts.archives import is_archive
 from echo4o.dataset_scripts.names import PARTS
-from echo4o.dataset_scripts.schema import FolderPlan
+from echo4o.dataset_scripts.schema import FolderMapping
 from echo4o.model_cards.facts import ABOUT, read_about
 
 ROW_SUFFIXES = (".jsonl", ".json", ".ndjson")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Folder names (letters only, lower case) that say which part they are; the upstream spelling is "Surrel".
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Patterns of folder names (letters only, lower case) by configuration; the upstream spelling is "Surrel".
 _NAMES = {
     "surreal_fantasy": re.compile(r"surr?eal|surrel|fantasy"),
     "multi_reference": re.compile(r"multi\w*(ref|image)|reference"),
@@ -33,19 +33,19 @@ class SourceFile:
 
 
 @dataclass
-class Part:
-    """One folder of the published layout. `configuration` is None when nothing says which it is."""
+class SourcePart:
+    """One folder of the published layout. `configuration` is None if it is unknown."""
 
     folder: str
     configuration: str | None
     rows: list[SourceFile] = field(default_factory=list)
     archives: list[SourceFile] = field(default_factory=list)
-    pictures: list[SourceFile] = field(default_factory=list)  # that lie there unpacked
+    images: list[SourceFile] = field(default_factory=list)  # outside of archives
     others: list[SourceFile] = field(default_factory=list)
 
 
-class Source:
-    """A folder or a Hub repository in the published layout. Hidden files are left out."""
+class PublishedSource:
+    """A folder or a Hub repository in the published layout. Hidden files are ignored."""
 
     def __init__(self, location: str):
         self.location = os.path.expanduser(str(location)).rstrip("/")
@@ -56,11 +56,11 @@ class Source:
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading from front to back."""
-        options = {"block_size": 0} if self.revision else {}  # hf: one request that goes on where it broke off
+        options = {"block_size": 0} if self.revision else {}  # hf: one request, resumed after an interruption
         return self.fs.open(f"{self.root}/{path}", "rb", **options)
 
     def about(self) -> dict | None:
-        """What the release says about itself in `about.yaml`; None when it has none."""
+        """The content of `about.yaml`; None if there is no such file."""
         if not any(file.path == ABOUT for file in self.files):
             return None
         with self.open(ABOUT) as stream:
@@ -72,25 +72,25 @@ class Source:
         text = "\n".join([self.revision or "", *stated])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
-    def select(self, configuration: str, plan: Mapping[str, FolderPlan]) -> list[Part]:
+    def select(self, configuration: str, plan: Mapping[str, FolderMapping]) -> list[SourcePart]:
         """The parts of a configuration, in the order of their folders; `all` takes every one.
 
         Raises:
-            ValueError: there is none, or `all` is asked for and nothing says what a folder is.
+            ValueError: there is no such part, or with `all`, the configuration of a folder is unknown.
         """
         named = {part.folder for part in self.parts}
         if unknown := sorted(set(plan) - named):
             raise ValueError(f"the mapping names {unknown[0]!r}; the folders with rows are {', '.join(sorted(named))}")
         chosen = []
         for part in self.parts:
-            decided = plan.get(part.folder, FolderPlan()).configuration or part.configuration
+            decided = plan.get(part.folder, FolderMapping()).configuration or part.configuration
             if decided is None and configuration == "all":
                 raise ValueError(
                     f"nothing says which configuration the folder {part.folder!r} is: assign it with "
                     f"--assign {part.folder}=multi_reference, or in a mapping file (echo4o dataset inspect --write)"
                 )
             if configuration in ("all", decided):
-                chosen.append(Part(part.folder, decided, part.rows, part.archives, part.pictures, part.others))
+                chosen.append(SourcePart(part.folder, decided, part.rows, part.archives, part.images, part.others))
         if not chosen:
             found = (
                 ", ".join(f"{p.folder} ({p.configuration or 'unknown'})" for p in self.parts) or "no folder with rows"
@@ -107,30 +107,32 @@ class Source:
                 files.append(SourceFile(relative, info["size"] or 0, info.get("mtime") or 0.0))
         return sorted(files, key=lambda f: _natural(f.path))
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[SourcePart]:
         depths = {f.path.count("/") for f in self.files if f.path.lower().endswith(ROW_SUFFIXES)}
         is_part = depths == {0}  # the source is one of the folders itself
-        parts: dict[str, Part] = {}
+        parts: dict[str, SourcePart] = {}
         for f in self.files:
             top = self.name if is_part else f.path.split("/")[0] if "/" in f.path else None
             if top is None:
                 continue
-            part = parts.setdefault(top, Part(top, configuration_of(top)))
+            part = parts.setdefault(top, SourcePart(top, configuration_of(top)))
             suffix = PurePosixPath(f.path).suffix.lower()
             if is_archive(f.path):
                 part.archives.append(f)
             elif suffix in ROW_SUFFIXES:
                 part.rows.append(f)
-            elif suffix in PICTURE_SUFFIXES:
-                part.pictures.append(f)
+            elif suffix in IMAGE_SUFFIXES:
+                part.images.append(f)
             else:
                 part.others.append(f)
         order = {name: number for number, name in enumerate(PARTS)}
-        return sorted((p for p in parts.values() if p.rows), key=lambda p: order.get(p.configuration, len(order)))
+        return sorted(
+            (p for p in parts.values() if p.rows), key=lambda p: order.get(p.configuration or "", len(order))
+        )
 
 
-class Whole:
-    """A stream that must give as many bytes as were listed: a connection that ends early is no short file."""
+class CompleteStream:
+    """Raises OSError if a stream ends before the listed size of its file, as after a lost connection."""
 
     def __init__(self, stream: BinaryIO, file: SourceFile):
         self.stream, self.file, self.given = stream, file, 0
@@ -139,12 +141,12 @@ class Whole:
         data = self.stream.read(size)
         self.given += len(data)
         if not data and size and self.given < self.file.size:
-            raise OSError(f"{self.file.path}: it ended after {self.given:,} of {self.file.size:,} bytes")
+            raise OSError(f"{self.file.path}: the stream ended after {self.given:,} of {self.file.size:,} bytes")
         return data
 
 
 def configuration_of(folder: str) -> str | None:
-    """Which configuration a folder's name says it is."""
+    """The configuration that a folder's name indicates, or None."""
     letters = re.sub(r"[^a-z]", "", folder.lower())
     matches = [name for name, pattern in _NAMES.items() if pattern.search(letters)]
     return matches[0] if len(matches) == 1 else None
@@ -157,7 +159,7 @@ def _natural(path: str) -> tuple:
 
 
 def _open(location: str):
-    """The file system, the root in it and, for the Hub, the commit that is read."""
+    """The file system, the root in it and, on the Hub, the commit."""
     if location.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 

@@ -1,4 +1,4 @@
-"""Counts what a built dataset holds, from its texts alone where the builder noted the rest."""
+"""Statistics of a built dataset. Images are read only if the metadata lacks their facts."""
 
 import heapq
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from echo4o.dataset_scripts.contamination import Match, PromptIndex
+from echo4o.dataset_scripts.contamination import PromptIndex, PromptMatch
 from echo4o.dataset_scripts.loading import parquet_files
 from echo4o.dataset_scripts.manifest import listed_shards, read_manifest
 from echo4o.dataset_scripts.names import ALL
@@ -19,12 +19,12 @@ from echo4o.dataset_scripts.row_groups import open_file
 from echo4o.dataset_scripts.validate import is_built
 
 _TEXTS = ["id", "instruction", "task", "category", "source", "metadata"]
-_PICTURES = ["image", "reference_images"]
+_IMAGES = ["image", "reference_images"]
 SAMPLES = 6  # of each configuration in the gallery
 
 
 @dataclass
-class Numbers:
+class ConfigurationStats:
     """The counts of one configuration."""
 
     rows: int = 0
@@ -33,7 +33,7 @@ class Numbers:
     words: Counter = field(default_factory=Counter)  # words of the instruction -> rows
     sizes: Counter = field(default_factory=Counter)  # (width, height) -> rows
     formats: Counter = field(default_factory=Counter)
-    references: Counter = field(default_factory=Counter)  # pictures referred to -> rows
+    references: Counter = field(default_factory=Counter)  # number of reference images -> rows
     bytes: int = 0
 
     def summary(self) -> dict:
@@ -51,8 +51,8 @@ class Numbers:
 
 
 @dataclass
-class Sample:
-    """A row of the gallery and where its pictures are."""
+class GalleryRow:
+    """A row of the gallery and the position of its images."""
 
     file: str
     group: int
@@ -61,13 +61,13 @@ class Sample:
 
 
 @dataclass
-class Stats:
-    """All configurations, the contamination, and rows to look at."""
+class DatasetStats:
+    """Statistics of all configurations, contamination, and example rows."""
 
-    numbers: dict[str, Numbers] = field(default_factory=dict)
-    matches: list[Match] = field(default_factory=list)
+    numbers: dict[str, ConfigurationStats] = field(default_factory=dict)
+    matches: list[PromptMatch] = field(default_factory=list)
     prompts: Counter = field(default_factory=Counter)  # benchmark -> prompts compared with
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[GalleryRow]] = field(default_factory=dict)
 
     def summary(self) -> dict:
         contamination = {
@@ -104,19 +104,19 @@ def collect(
     configuration: str = ALL,
     prompts: PromptIndex | None = None,
     progress: Callable[[int], object] = lambda rows: None,
-) -> Stats:
+) -> DatasetStats:
     """Count the rows of a built folder or of a repository with Parquet files."""
-    stats = Stats(prompts=Counter(name for name, *_ in prompts.prompts) if prompts else Counter())
+    stats = DatasetStats(prompts=Counter(name for name, *_ in prompts.prompts) if prompts else Counter())
     smallest: dict[str, list] = {}
     for name, file in _files(data, configuration):
-        numbers = stats.numbers.setdefault(name, Numbers())
+        numbers = stats.numbers.setdefault(name, ConfigurationStats())
         for group, rows in _groups(file):
             for index, row in enumerate(rows):
                 _count(numbers, row)
                 if prompts:
                     stats.matches += prompts.matches(row["id"], row["instruction"])
-                # The rows with the smallest ids: any few, but the same ones each time.
-                entry = (_Falling(row["id"] or ""), Sample(file, group, index, row))
+                # The rows with the smallest ids: an arbitrary but reproducible choice.
+                entry = (_Descending(row["id"] or ""), GalleryRow(file, group, index, row))
                 chosen = smallest.setdefault(name, [])
                 (heapq.heappush if len(chosen) < SAMPLES else heapq.heappushpop)(chosen, entry)
             progress(len(rows))
@@ -125,8 +125,8 @@ def collect(
     return stats
 
 
-class _Falling(str):
-    """A text that sorts the other way round, so that a heap drops the largest."""
+class _Descending(str):
+    """A text with reversed order, so that a heap drops the largest."""
 
     def __lt__(self, other) -> bool:
         return str.__gt__(self, other)
@@ -149,8 +149,8 @@ def _groups(file: str) -> Iterator[tuple[int, list[dict]]]:
         for group in range(parquet.num_row_groups):
             rows = parquet.read_row_group(group, columns=_TEXTS).to_pylist()
             facts = [_facts(row["metadata"]) for row in rows]
-            if not all(facts):  # the builder did not note them: look at the pictures
-                pictures = parquet.read_row_group(group, columns=_PICTURES).to_pylist()
+            if not all(facts):  # not in the metadata: read the images
+                pictures = parquet.read_row_group(group, columns=_IMAGES).to_pylist()
                 facts = [known or _look(stored) for known, stored in zip(facts, pictures)]
             yield group, [row | {"facts": known} for row, known in zip(rows, facts)]
 
@@ -171,7 +171,7 @@ def _look(stored: dict) -> dict:
     return {"image": facts, "references": len(stored["reference_images"] or [])}
 
 
-def _count(numbers: Numbers, row: dict) -> None:
+def _count(numbers: ConfigurationStats, row: dict) -> None:
     image = row["facts"]["image"]
     numbers.rows += 1
     numbers.tasks[row["task"]] += 1

@@ -9,15 +9,15 @@ from jinja2 import Environment
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import figure_uri, thumbnail_uri
 from echo4o.dataset_scripts.row_groups import open_file
-from echo4o.dataset_scripts.stats import Numbers, Sample, Stats
+from echo4o.dataset_scripts.stats import ConfigurationStats, DatasetStats, GalleryRow
 
 TEMPLATE = Path(__file__).with_name("stats_page.html.j2")
 _THUMBNAIL = 256
 _MATCHES = 200
 
 
-def write_page(path: Path, stats: Stats, title: str) -> None:
-    """Write the page; it holds plots and pictures itself."""
+def write_page(path: Path, stats: DatasetStats, title: str) -> None:
+    """Write the page; plots and images are embedded."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text("utf-8")
     )
@@ -35,7 +35,7 @@ def write_page(path: Path, stats: Stats, title: str) -> None:
     write_text(path, text)
 
 
-def _card(sample: Sample) -> dict:
+def _card(sample: GalleryRow) -> dict:
     with open_file(sample.file) as stream:
         table = pq.ParquetFile(stream).read_row_group(sample.group, columns=["image", "reference_images"])
     stored = table.slice(sample.index, 1).to_pylist()[0]
@@ -46,7 +46,7 @@ def _card(sample: Sample) -> dict:
     }
 
 
-def _plots(numbers: Numbers) -> str:
+def _plots(numbers: ConfigurationStats) -> str:
     """Lengths, categories, sizes and references side by side."""
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Finds what is wrong with a dataset, row by row: in the published layout, or built."""
+"""Checks a dataset row by row, in the published layout or built."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from echo4o.dataset_scripts.findings import Finding, Reason, Report
+from echo4o.dataset_scripts.findings import Finding, ReadingReport, RejectionReason
 from echo4o.dataset_scripts.flow import ordered
+from echo4o.dataset_scripts.images import CheckedImage, check_image
 from echo4o.dataset_scripts.manifest import MANIFEST, listed_shards, read_manifest
 from echo4o.dataset_scripts.names import ALL, MULTI_REFERENCE
-from echo4o.dataset_scripts.pictures import Picture, check_picture
-from echo4o.dataset_scripts.source import Source
+from echo4o.dataset_scripts.source import PublishedSource
 from echo4o.dataset_scripts.upstream import ReadOptions, read_events, row_id
 
 _BATCH = 32
@@ -21,14 +21,14 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class RowCheck:
-    """A row that was looked at: in order, or with what is wrong with it."""
+    """A checked row; `finding` is None if it is valid."""
 
     configuration: str
     finding: Finding | None
 
 
 def is_built(target: str | Path) -> bool:
-    """Whether it is a folder that `echo4o dataset build` finished."""
+    """Whether `target` is a folder that `echo4o dataset build` finished."""
     return "://" not in str(target) and (Path(target) / MANIFEST).is_file()
 
 
@@ -37,9 +37,9 @@ def validate(
     configuration: str = ALL,
     options: ReadOptions | None = None,
     progress: Callable[[int], object] = lambda rows: None,
-) -> tuple[Report, Iterator[Finding]]:
-    """The account, which fills while the findings are taken, and the findings."""
-    report = Report()
+) -> tuple[ReadingReport, Iterator[Finding]]:
+    """Returns a report and the findings; the report is filled while the findings are iterated."""
+    report = ReadingReport()
     options = options or ReadOptions()
 
     def findings() -> Iterator[Finding]:
@@ -54,18 +54,18 @@ def validate(
             else:
                 report.add(check.finding)
                 yield check.finding
-            progress(check.finding is None or isinstance(check.finding.reason, Reason))
+            progress(check.finding is None or isinstance(check.finding.reason, RejectionReason))
 
     return report, findings()
 
 
 def _source(target: str | Path, configuration: str, options: ReadOptions) -> Iterator[RowCheck]:
-    for event in read_events(Source(target), configuration, options):
+    for event in read_events(PublishedSource(target), configuration, options):
         yield RowCheck(event.configuration, event.finding)
 
 
 def _built(folder: Path, configuration: str, options: ReadOptions) -> Iterator[RowCheck]:
-    """The rows of the shards, each with its pictures decoded; files are checked by `check_shards`."""
+    """The rows of the shards, each with its images decoded; files are checked by `check_shards`."""
     seen: set[str] = set()
     with ThreadPoolExecutor(max(1, options.workers)) as pool:
         for name, shard in listed_shards(read_manifest(folder)):
@@ -81,7 +81,7 @@ def _built(folder: Path, configuration: str, options: ReadOptions) -> Iterator[R
             for (number, row), job in jobs:
                 fault = job.result()
                 if not fault and row["id"] in seen:
-                    fault = Reason.DUPLICATE, f"an earlier row has the id {row['id']}"
+                    fault = RejectionReason.DUPLICATE, f"an earlier row has the id {row['id']}"
                 if fault:
                     shown = {key: row[key] for key in ("id", "instruction", "metadata")} if row else None
                     yield RowCheck(name, Finding(*fault, name, shard["file"], number, row=shown))
@@ -103,35 +103,35 @@ def _rows(path: Path) -> Iterator[tuple[int, dict | None]]:
         yield number + 1, None
 
 
-def _check_row(row: dict | None, verify: str) -> tuple[Reason, str] | None:
+def _check_row(row: dict | None, verify: str) -> tuple[RejectionReason, str] | None:
     if row is None:
-        return Reason.UNREADABLE_ROW, "the shard cannot be read from here on"
+        return RejectionReason.UNREADABLE_ROW, "the shard cannot be read from here on"
     if not (row["instruction"] or "").strip():
-        return Reason.EMPTY_INSTRUCTION, "there is no text"
-    target, fault = _check_stored(row["image"], Reason.MISSING_IMAGE, verify)
+        return RejectionReason.EMPTY_INSTRUCTION, "there is no text"
+    target, fault = _check_stored(row["image"], RejectionReason.MISSING_IMAGE, verify)
     if fault:
         return fault
     references = row["reference_images"] or []
     if row["task"] == MULTI_REFERENCE and not references:
-        return Reason.MISSING_REFERENCE, "the row has none"
+        return RejectionReason.MISSING_REFERENCE, "the row has none"
     for number, stored in enumerate(references, 1):
-        _, fault = _check_stored(stored, Reason.MISSING_REFERENCE, verify)
+        _, fault = _check_stored(stored, RejectionReason.MISSING_REFERENCE, verify)
         if fault:
             return fault[0], f"reference {number}: {fault[1]}"
     if row["metadata"] is not None:
         try:
             json.loads(row["metadata"])
         except ValueError as error:
-            return Reason.UNREADABLE_ROW, f"metadata is no JSON: {error}"
+            return RejectionReason.UNREADABLE_ROW, f"metadata is not JSON: {error}"
     if row["id"] != row_id(row["instruction"], target) and "archive" in (row["metadata"] or ""):
-        return Reason.UNREADABLE_ROW, "the id does not belong to this instruction and image"
+        return RejectionReason.UNREADABLE_ROW, "the id does not belong to this instruction and image"
     return None
 
 
 def _check_stored(
-    stored: dict | None, absent: Reason, verify: str
-) -> tuple[Picture | None, tuple[Reason, str] | None]:
+    stored: dict | None, absent: RejectionReason, verify: str
+) -> tuple[CheckedImage | None, tuple[RejectionReason, str] | None]:
     if not stored or stored["bytes"] is None:
         return None, (absent, "there are no bytes")
-    picture = check_picture(stored["bytes"], verify)
+    picture = check_image(stored["bytes"], verify)
     return picture, (picture.reason, picture.detail) if picture.reason else None

@@ -50,7 +50,7 @@ def test_the_workflows_do_what_was_promised():
     assert "schedule" in read(GITHUB / "workflows" / "libraries.yml")[True]
 
 
-def test_watched_paths_exist():
+def test_run_monitored_paths_exist():
     for path in WORKFLOWS:
         for event in read(path)[True].values():
             for watched in (event or {}).get("paths", []) if isinstance(event, dict) else []:

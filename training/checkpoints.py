@@ -1,13 +1,13 @@
-"""Checkpoints: all that a run needs to go on bit for bit, written so that no fault costs the one before.
+"""Checkpoints: the state that a run needs to resume bit for bit. Writing one never damages the previous one.
 
     checkpoints/step-00000200/
-        weights/        what is trained, its optimizer and its average: torch.distributed.checkpoint, one share per
-                        process where the model is sharded, free of what is frozen
+        weights/        trained parameters, optimizer states and averages (torch.distributed.checkpoint); one shard per
+                        process if the model is sharded; no frozen parameters
         rank-00000.pt   random states of each process
         state.json      step, data position, recipe
         manifest.json   name and size of every file above; written last
 
-A checkpoint is written into a hidden folder, brought to the disk (fsync) and renamed; older ones go after that.
+A checkpoint is written into a hidden folder, flushed to the disk (fsync) and renamed; then older ones are deleted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from echo4o.common import files
 
@@ -35,7 +37,7 @@ MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "weights"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says what is left."""
+    """A checkpoint could not be written or read; the message names the last complete one."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Number of optimizer steps that were done."""
         return int(self.folder.name.removeprefix("step-"))
 
     def state(self) -> dict:
@@ -59,23 +61,23 @@ class CheckpointFolder:
     Args:
         folder: where they are.
         keep: how many of the last ones are kept.
-        say: prints a message for the person at the terminal.
+        log: prints a message.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, say=print):
-        self.folder, self.keep, self.say = Path(folder), keep, say
+    def __init__(self, folder: Path, keep: int = 2, log=print):
+        self.folder, self.keep, self.log = Path(folder), keep, log
 
     def complete(self) -> list[Checkpoint]:
-        """Checkpoints that can be loaded, oldest first; whatever is incomplete is named and left out."""
-        found = []
+        """Checkpoints that can be loaded, oldest first; incomplete ones are reported and left out."""
+        complete = []
         for folder in sorted(self.folder.glob("*step-*")):
-            why = None if folder.name.startswith("step-") else "it was never finished"
-            why = why or missing_from(folder)
-            if why:
-                self.say(f"{folder} is ignored: {why}.")
+            problem = None if folder.name.startswith("step-") else "it was never finished"
+            problem = problem or missing_from(folder)
+            if problem:
+                self.log(f"{folder} is ignored: {problem}.")
             else:
-                found.append(Checkpoint(folder))
-        return found
+                complete.append(Checkpoint(folder))
+        return complete
 
     def last(self) -> Checkpoint | None:
         return (self.complete() or [None])[-1]
@@ -85,8 +87,8 @@ class CheckpointFolder:
         final, work = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
         if final.is_dir() and missing_from(final) is None:
             return final
-        together(accelerator, lambda: _start(work), main_only=True)
-        together(accelerator, lambda: _write_share(accelerator, work, tensors))
+        together(accelerator, lambda: _create(work), main_only=True)
+        together(accelerator, lambda: _write_shard(accelerator, work, tensors))
         together(accelerator, lambda: _finish(work, final, state), main_only=True)
         together(accelerator, self._remove_old, main_only=True)
         return final
@@ -99,7 +101,7 @@ class CheckpointFolder:
 
 
 def missing_from(folder: Path) -> str | None:
-    """Why a checkpoint's folder is incomplete; None when it is whole."""
+    """Why a checkpoint's folder is incomplete; None if it is complete."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text("utf-8"))
         wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
@@ -109,7 +111,7 @@ def missing_from(folder: Path) -> str | None:
 
 
 def together(accelerator: Accelerator, work, main_only: bool = False) -> None:
-    """Do `work` on every process (or the first one); when it fails on any, all raise CheckpointError."""
+    """Run `work` on every process (or the main one). All processes raise CheckpointError if it fails on any."""
     problem = None
     if accelerator.is_main_process or not main_only:
         try:
@@ -132,17 +134,17 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _start(work: Path) -> None:
+def _create(work: Path) -> None:
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
 
 
-def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
+def _write_shard(accelerator: Accelerator, work: Path, tensors: dict) -> None:
     with quiet():
-        dcp.save(
+        save_state_dict(
             tensors,
-            storage_writer=dcp.FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
+            storage_writer=FileSystemWriter(work / WEIGHTS, single_file_per_rank=True, sync_files=True),
             no_dist=not dist.is_initialized(),
         )
     with open(work / f"rank-{accelerator.process_index:05d}.pt", "wb") as file:
@@ -152,7 +154,7 @@ def _write_share(accelerator: Accelerator, work: Path, tensors: dict) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """DCP warns whenever a single process saves or loads; that is meant here."""
+    """Silence the warning of DCP that a single process saves or loads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -173,9 +175,9 @@ def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> Non
     """Fill `tensors` in place, for any number of processes, and set this process's random states."""
     try:
         with quiet():
-            dcp.load(
+            load_state_dict(
                 tensors,
-                storage_reader=dcp.FileSystemReader(checkpoint.folder / WEIGHTS),
+                storage_reader=FileSystemReader(checkpoint.folder / WEIGHTS),
                 no_dist=not dist.is_initialized(),
             )
         file = checkpoint.folder / f"rank-{accelerator.process_index:05d}.pt"
@@ -186,9 +188,13 @@ def load(checkpoint: Checkpoint, accelerator: Accelerator, tensors: dict) -> Non
 
 
 def random_states() -> dict:
-    """Of Python, numpy, torch and CUDA. Samples do not depend on them (their draws are named); LoRA dropout does."""
-    kind, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    """Random states of Python, numpy, torch and CUDA. Only LoRA dropout uses them; samples use named generators."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 

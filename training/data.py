@@ -1,7 +1,7 @@
-"""The rows of a run: where they come from, the order in which they are read, and a cache of prepared ones.
+"""The rows of a run: their sources, the order in which they are read, and a cache of prepared rows.
 
-The order is a function of the recipe alone, not of the number of processes. Its whole state is how many rows were drawn
-from each source: resuming computes where the order continues, and reads no row again.
+The order depends on the recipe, not on the number of processes. Its state is the number of rows taken from each source,
+so a resumed run continues without reading earlier rows again.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRow
 from echo4o.training.backbones.base import PreparedRow, RowPreparation, TrainingSample
 from echo4o.training.recipe import DataSource, RecipeError
 
-UNREADABLE = (ValueError, OSError, SyntaxError)  # what PIL raises for damaged pictures
+UNREADABLE = (ValueError, OSError, SyntaxError)  # PIL raises these for damaged images
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
-Source = datasets.Dataset | RowGroups | datasets.IterableDataset
+RowSource = datasets.Dataset | RowGroups | datasets.IterableDataset
 COLUMNS = ("id", "instruction", "reference_images", "image")
-SHUFFLE_BUFFER = (
-    128  # rows; with images of 1 MB, about 256 MB for each pack of a process, as the next rows are read ahead
-)
+# rows; with images of 1 MB, about 256 MB for each pack of a process, because the next rows are read ahead
+SHUFFLE_BUFFER = 128
 
 
-class Ref(NamedTuple):
-    """Names one reading of one row."""
+class RowRef(NamedTuple):
+    """One reading of one row: its source, the epoch and its number in the source."""
 
     source: int
     epoch: int
@@ -46,19 +45,19 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-class Order:
-    """The rows of all sources without end: each draw chooses a source by weight, each source shuffles every epoch.
+class SampledOrder:
+    """Endless order over all sources: a source is sampled by weight, and each source is shuffled in every epoch.
 
     Args:
         rows: number of rows of each source.
         weights: of each source.
-        start, stride: yield every `stride`-th draw from `start` on (the share of one lane).
+        start, stride: yield every `stride`-th row from `start` on (the rows of one lane).
     """
 
     def __init__(self, rows: Sequence[int], weights: Sequence[float], seed: int, start: int = 0, stride: int = 1):
         self.rows, self.seed, self.start, self.stride = list(rows), seed, start, stride
         self._bounds = [total / sum(weights) for total in accumulate(weights)]
-        self.drawn = [0] * len(rows)  # from each source, over all lanes: the whole state
+        self.drawn = [0] * len(rows)  # rows taken from each source, over all lanes: the whole state
 
     def _source(self, draw: int) -> int:
         if len(self.rows) == 1:
@@ -66,10 +65,10 @@ class Order:
         chance = random.Random(self.seed * 1_000_003 + draw).random()
         return next(i for i, bound in enumerate(self._bounds) if chance < bound or i == len(self._bounds) - 1)
 
-    def __iter__(self) -> Order:
+    def __iter__(self) -> SampledOrder:
         return self
 
-    def __next__(self) -> Ref:
+    def __next__(self) -> RowRef:
         while True:
             draw = sum(self.drawn)
             source = self._source(draw)
@@ -77,7 +76,7 @@ class Order:
             self.drawn[source] += 1
             if draw % self.stride == self.start:
                 epoch, place = divmod(count, rows)
-                return Ref(source, epoch, _permutation(rows, self.seed + 7919 * source, epoch)[place])
+                return RowRef(source, epoch, _permutation(rows, self.seed + 7919 * source, epoch)[place])
 
     def state(self) -> dict:
         return {"drawn": list(self.drawn)}
@@ -87,7 +86,7 @@ class Order:
         self.drawn = list(state["drawn"] if "drawn" in state else state["place"])
 
 
-class MapShare:
+class MapStyleShare:
     """Every `stride`-th row of a permutation of all rows, from `start` on."""
 
     def __init__(self, rows: int, start: int, stride: int, seed: int):
@@ -102,9 +101,9 @@ class MapShare:
 
 
 class StreamedOrder:
-    """The rows of one lane without end, where at least one source is streamed.
+    """Endless order of one lane, for runs with at least one streamed source.
 
-    Each draw chooses a source by weight. Each source deals its rows out to the lanes, so that a lane reads few row
+    A source is sampled by weight for every row. Each source is divided among the lanes, so that a lane reads few row
     groups at a time.
 
     Args:
@@ -113,24 +112,24 @@ class StreamedOrder:
         lane: number of the lane.
     """
 
-    def __init__(self, shares: Sequence[MapShare | StreamedRows], weights: Sequence[float], seed: int, lane: int):
+    def __init__(self, shares: Sequence[MapStyleShare | StreamedRows], weights: Sequence[float], seed: int, lane: int):
         if not all(map(len, shares)):
             raise RecipeError("A streamed dataset has no rows for one of the packs of a step.")
         self.shares, self.seed, self.lane = list(shares), seed, lane
         self._bounds = [total / sum(weights) for total in accumulate(weights)]
-        self.drawn = [0] * len(shares)  # from each source
+        self.drawn = [0] * len(shares)  # rows taken from each source
         facts = [list(weights), seed, lane, *(_describe(share) for share in shares)]
         self.signature = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def __iter__(self) -> StreamedOrder:
         return self
 
-    def __next__(self) -> Ref:
+    def __next__(self) -> RowRef:
         chance = random.Random(f"{self.seed} {self.lane} {sum(self.drawn)}").random()
         source = next((i for i, bound in enumerate(self._bounds) if chance < bound), len(self._bounds) - 1)
         epoch, position = divmod(self.drawn[source], len(self.shares[source]))
         self.drawn[source] += 1
-        return Ref(source, epoch, self.shares[source].number(epoch, position))
+        return RowRef(source, epoch, self.shares[source].number(epoch, position))
 
     def state(self) -> dict:
         return {"drawn": list(self.drawn), "order": self.signature}
@@ -144,18 +143,18 @@ class StreamedOrder:
         self.drawn = list(state["drawn"])
 
 
-def _describe(share: MapShare | StreamedRows) -> list:
-    """What the order of a share depends on."""
-    if isinstance(share, MapShare):
+def _describe(share: MapStyleShare | StreamedRows) -> list:
+    """The values that determine the order of a share."""
+    if isinstance(share, MapStyleShare):
         return ["map", share.rows, share.start, share.stride, share.seed]
     order = share.order
     return ["stream", order.counts, order.share, order.seed, order.shuffle, order.window]
 
 
 class StoredOrder:
-    """One lane of a single dataset that is streamed in its stored order: every `stride`-th row, again and again.
+    """Endless order of one lane over a single dataset in its stored order: every `stride`-th row.
 
-    For datasets without row groups, and for runs that version 0.1 began. A row's number is its position among the
+    Used for datasets without row groups and for runs begun with version 0.1. A row's number is its position among the
     lane's own rows; resuming reads all rows before that position again.
     """
 
@@ -166,28 +165,28 @@ class StoredOrder:
         self.taken = 0
         self.epoch = 0
         self._rows: Iterator[dict] | None = None
-        self._before: str | None = None  # id of the row that came last
+        self._before: str | None = None  # id of the previous row
 
-    def next(self) -> tuple[Ref, dict]:
-        """The next row and its name."""
+    def next(self) -> tuple[RowRef, dict]:
+        """The next row and its reference."""
         for _ in range(2):
             if self._rows is None:
                 self._rows = islice(iter(self.dataset), self.taken, None)
             try:
                 row = next(self._rows, None)
             except UNREADABLE as error:
-                place = f"after row {self._before}" if self._before else "in first place"
-                raise ValueError(f"The streamed row {place} cannot be read: {error}") from error
+                position = f"after row {self._before}" if self._before else "at the start"
+                raise ValueError(f"The streamed row {position} cannot be read: {error}") from error
             if row is not None:
                 self.taken, self._before = self.taken + 1, row["id"]
-                return Ref(0, self.epoch, self.taken - 1), row
+                return RowRef(0, self.epoch, self.taken - 1), row
             if self.taken == 0:
                 break
             self._rows, self.taken, self.epoch = None, 0, self.epoch + 1
         raise RecipeError("A streamed dataset has no rows for one of the packs of a step.")
 
-    def again(self, refs: Sequence[Ref]) -> dict[Ref, dict]:
-        """Rows that were read before, by name."""
+    def again(self, refs: Sequence[RowRef]) -> dict[RowRef, dict]:
+        """Rows that were read before, by reference."""
         wanted = {ref.row: ref for ref in refs}
         rows = enumerate(islice(iter(self.dataset), max(wanted, default=-1) + 1))
         return {wanted[index]: row for index, row in rows if index in wanted}
@@ -199,12 +198,12 @@ class StoredOrder:
         self.epoch, self.taken = state["place"]
 
 
-class Rows:
-    """All sources of a run, and a bounded memory of their prepared rows.
+class PreparedRows:
+    """All sources of a run, and a bounded cache of their prepared rows.
 
     Args:
         sources: datasets (`datasets.Dataset`), row groups to stream, or one iterable dataset in its stored order.
-        cache_bytes: most memory for prepared rows; the least recently used go first.
+        cache_bytes: upper limit of memory for prepared rows; the least recently used are dropped first.
         shuffle_buffers: of each source, rows to shuffle together if it is streamed.
     """
 
@@ -222,24 +221,28 @@ class Rows:
         self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
         self._room = cache_bytes
 
-    def order(self, start: int = 0, stride: int = 1) -> Order | StreamedOrder:
+    def order(self, start: int = 0, stride: int = 1) -> SampledOrder | StreamedOrder:
         """The order of one of `stride` lanes."""
         if not any(isinstance(source, RowGroups) for source in self.sources):
-            return Order([len(source) for source in self.sources], self.weights, self.seed, start, stride)
+            return SampledOrder([len(source) for source in self.sources], self.weights, self.seed, start, stride)
         shares = [self._share(number, start, stride) for number in range(len(self.sources))]
         return StreamedOrder(shares, self.weights, self.seed, start)
 
-    def _share(self, number: int, start: int, stride: int) -> MapShare | StreamedRows:
+    def _share(self, number: int, start: int, stride: int) -> MapStyleShare | StreamedRows:
         source, seed, buffer = self.sources[number], self.seed + 7919 * number, self.shuffle_buffers[number]
         if not isinstance(source, RowGroups):
-            return MapShare(len(source), start, stride, seed)
+            return MapStyleShare(len(source), start, stride, seed)
         window = max(1, -(-buffer * len(source.counts) // max(1, len(source))))
         share = (start, stride)
         order = GroupOrder(source.counts, share, seed=seed, shuffle=buffer > 0, window=window, split_rows=True)
         return StreamedRows(source, order)
 
-    def lane(self, start: int, stride: int, state: dict | None = None) -> Order | StreamedOrder | StoredOrder:
-        """The order of a lane that packs are filled from. `state`: one that it must be able to load."""
+    def lane(self, start: int, stride: int, state: dict | None = None) -> SampledOrder | StreamedOrder | StoredOrder:
+        """The order of the rows of a packing lane.
+
+        Args:
+            state: a saved state that the order must be able to load.
+        """
         first = self.sources[0]
         if isinstance(first, datasets.IterableDataset):
             return StoredOrder(first, start, stride)
@@ -247,8 +250,12 @@ class Rows:
             return StoredOrder(first.stored(), start, stride)  # begun by version 0.1
         return self.order(start, stride)
 
-    def samples(self, refs: Sequence[Ref], known: dict[Ref, dict] | None = None) -> list[TrainingSample]:
-        """The samples of these readings, in order. `known`: rows that were read from a stream."""
+    def samples(self, refs: Sequence[RowRef], known: dict[RowRef, dict] | None = None) -> list[TrainingSample]:
+        """The samples for `refs`, in their order.
+
+        Args:
+            known: rows already read from a stream.
+        """
         if known is not None:
             prepared = self._prepare([known[ref] for ref in refs])
             return [self._sample(row, ref) for ref, row in zip(refs, prepared)]
@@ -257,37 +264,37 @@ class Rows:
             new = sorted({r.row for r in refs if r.source == source and (source, r.row) not in held})
             if new:
                 prepared = self._prepare(_read(dataset, new))
-                held |= {(source, row): made for row, made in zip(new, prepared)}
-        for key, made in held.items():
-            self._remember(key, made)
+                held |= {(source, row): result for row, result in zip(new, prepared)}
+        for key, prepared_row in held.items():
+            self._remember(key, prepared_row)
         return [self._sample(held[ref.source, ref.row], ref) for ref in refs]
 
-    def _prepare(self, rows: list[dict]) -> list[PreparedRow]:
+    def _prepare(self, rows: list[dict]) -> Sequence[PreparedRow]:
         try:
             return self.backbone.prepare(rows)
         except (ValueError, OSError):
-            for row in rows:  # again, one by one: the message must name the row
+            for row in rows:  # one by one, so that the message names the row
                 try:
                     self.backbone.prepare([row])
                 except (ValueError, OSError) as error:
                     raise ValueError(f"Row {row['id']}: {error}") from error
             raise
 
-    def _sample(self, row: PreparedRow, ref: Ref) -> TrainingSample:
+    def _sample(self, row: PreparedRow, ref: RowRef) -> TrainingSample:
         return self.backbone.sample(row, ref.epoch)
 
-    def _remember(self, key: tuple[int, int], made: PreparedRow) -> None:
+    def _remember(self, key: tuple[int, int], row: PreparedRow) -> None:
         if key in self._cache:
             self._cache.move_to_end(key)
             return
-        self._cache[key] = made
-        self._room -= made.nbytes
+        self._cache[key] = row
+        self._room -= row.nbytes
         while self._room < 0:
             self._room += self._cache.popitem(last=False)[1].nbytes
 
 
 def _read(dataset, numbers: Sequence[int]) -> list[dict]:
-    """Rows with their pictures decoded. Raises ValueError naming the row that does not decode."""
+    """Rows with decoded images. Raises ValueError naming the row that does not decode."""
     try:
         return list(dataset.select(numbers))
     except UNREADABLE:
@@ -300,7 +307,7 @@ def _read(dataset, numbers: Sequence[int]) -> list[dict]:
         raise
 
 
-def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[Source]:
+def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[RowSource]:
     """Open the datasets of a recipe's `data`. Raises RecipeError naming the one that cannot be opened.
 
     Args:
@@ -316,7 +323,7 @@ def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[
     return sources
 
 
-def _open(data: DataSource) -> Source:
+def _open(data: DataSource) -> RowSource:
     folder = Path(data.path)
     if not folder.exists() and not is_repository_name(data.path) and data.path != BARE_NAME and "://" not in data.path:
         raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
@@ -327,13 +334,13 @@ def _open(data: DataSource) -> Source:
             dataset = _streamed(data) if data.streaming else _loaded(data)
     except RecipeError:
         raise
-    except Exception as error:  # datasets raises anything, from any of its readers
+    except Exception as error:  # the readers of `datasets` raise exceptions of any type
         text = (str(error).strip().splitlines() or [repr(error)])[0].strip("\"'")
         what = text if folder.exists() else f"there is no such folder, and on the Hub: {text}"
         raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
     if not isinstance(dataset, datasets.IterableDataset) and not len(dataset):
         raise RecipeError(f"data.path={data.path} has no rows.")
-    given = dataset.column_names  # a stream may not know
+    given = dataset.column_names  # None if a stream does not know them
     missing = [name for name in COLUMNS if given is not None and name not in given]
     if given is not None and missing:
         raise RecipeError(
@@ -350,7 +357,7 @@ def _loaded(data: DataSource) -> datasets.Dataset:
 
 
 def _saved(data: DataSource) -> datasets.Dataset | RowGroups:
-    """What `save_to_disk` wrote: one dataset, or one by split."""
+    """A dataset written by `save_to_disk`: a single split, or one of several."""
     dataset = datasets.load_from_disk(data.path)
     if data.name is not None:
         raise RecipeError(f"data.name={data.name} has no effect: {data.path} was saved from a single configuration.")

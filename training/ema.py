@@ -1,4 +1,4 @@
-"""A moving average of what is trained, and of nothing else: small under LoRA, sharded where the model is."""
+"""Exponential moving average of the trained parameters. It is sharded if the model is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echo4o.training.model import trainable
 
 
 class MovingAverage:
-    """Float32 averages beside the trained parameters. The decay warms up: early steps are not worth remembering."""
+    """Float32 averages of the trained parameters. The decay warms up, so that early steps have little weight."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
@@ -20,7 +20,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """After an optimizer step."""
+        """Update the averages after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 9))
         for name, parameter in trainable(model):
@@ -28,9 +28,9 @@ class MovingAverage:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averages in place of its parameters."""
+        """Within the context, the model's parameters have the averaged values."""
         with torch.no_grad():
-            own = {name: p.detach().clone() for name, p in trainable(model)}
+            raw = {name: p.detach().clone() for name, p in trainable(model)}
             for name, parameter in trainable(model):
                 parameter.copy_(self.values[name])
         try:
@@ -38,4 +38,4 @@ class MovingAverage:
         finally:
             with torch.no_grad():
                 for name, parameter in trainable(model):
-                    parameter.copy_(own[name])
+                    parameter.copy_(raw[name])

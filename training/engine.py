@@ -1,4 +1,4 @@
-"""Accelerate, set up as a recipe asks, and refused where it would quietly be something else."""
+"""Builds the Accelerator of a run and checks that the launch matches the recipe."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import nn
 
 from echo4o.training.recipe import RecipeError, TrainingRecipe
 
-# The others wait while the first process draws pictures or writes a pipeline of 30 GB.
+# Timeout of collective operations: other processes wait while the main one generates images or writes 30 GB.
 WAIT = timedelta(hours=1)
 
 
 def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
-    """The engine of a run.
+    """Build the Accelerator of a run.
 
     Raises:
-        RecipeError: another number of processes runs than was asked for or started, sharding was asked for and would
+        RecipeError: the number of processes differs from the recipe or the launch, sharding was requested and would
             not happen, or a tracker is not installed.
     """
     for tracker in recipe.trackers:
@@ -44,9 +44,9 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     try:
-        _refuse_less(accelerator, recipe)
+        _check_launch(accelerator, recipe)
     except RecipeError:
-        # Accelerate notes the plugin in the environment, where the process's next run would read it as its launcher's.
+        # Accelerate sets this variable, and the next run of this process would read it as a launcher's.
         if recipe.sharding == "fsdp2":
             os.environ.pop("ACCELERATE_USE_FSDP", None)
         raise
@@ -61,7 +61,7 @@ def _require(tracker: str) -> None:
         raise RecipeError(f"trackers: {tracker} is not installed: pip install {tracker}") from None
 
 
-def _refuse_less(accelerator: Accelerator, recipe: TrainingRecipe) -> None:
+def _check_launch(accelerator: Accelerator, recipe: TrainingRecipe) -> None:
     running, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != running:
         raise RecipeError(f"{started} processes were started, but Accelerate runs {running}: nothing was trained.")
@@ -103,8 +103,8 @@ def _fsdp2(recipe: TrainingRecipe) -> FullyShardedDataParallelPlugin:
 
 
 @contextmanager
-def buffers_apart(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """While Accelerate shards the model: it takes whatever a model stores for a sharded parameter, buffers as well."""
+def hidden_buffers(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Hide persistent buffers while FSDP wraps the model: Accelerate would treat them as sharded parameters."""
     hidden = []
     if accelerator.distributed_type == DistributedType.FSDP:
         for module in model.modules():
@@ -117,12 +117,12 @@ def buffers_apart(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 
 def loads_weights(accelerator: Accelerator) -> bool:
-    """Whether this process reads the weights; of a sharded model, only the first does and sends them on."""
+    """Whether this process reads the weights. Of a sharded model, only the main process reads and broadcasts them."""
     return accelerator.distributed_type != DistributedType.FSDP or accelerator.is_main_process
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory that this process has held: of its accelerator, or resident in the host."""
+    """Peak memory of this process in GB: on its accelerator, or resident in the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
@@ -140,7 +140,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
 from echo4o.common.files import replacing_folder
 from echo4o.modeling.common.weights import component_tensors
@@ -30,7 +32,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 class ExportError(RuntimeError):
-    """The trained tensors do not make a complete model."""
+    """The trained tensors do not form a complete model."""
 
 
 def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None:
@@ -105,16 +107,18 @@ def write_pipeline(
             with torch.device("meta"):
                 shapes = {n: t for n, t in cls.from_config(cls.load_config(base / component)).state_dict().items()}
             expected |= {f"{component}.{name}" for name in shapes}
-            learned = {n.removeprefix(f"{component}.") for n in names if n.startswith(f"{component}.")}
-            _write_component(work / component, base / component, shapes, read_trained, learned, dtype)
+            trained_names = {n.removeprefix(f"{component}.") for n in names if n.startswith(f"{component}.")}
+            _write_component(work / component, base / component, shapes, read_trained, trained_names, dtype)
         if unknown := names - expected:
-            raise ExportError(f"The pipeline has no place for {len(unknown)} trained tensors: {sorted(unknown)[:3]}.")
+            raise ExportError(
+                f"The pipeline has no parameters for {len(unknown)} trained tensors: {sorted(unknown)[:3]}."
+            )
     return folder
 
 
-def _write_component(folder: Path, base: Path, shapes: dict, read_trained, learned: set[str], dtype) -> None:
+def _write_component(folder: Path, base: Path, shapes: dict, read_trained, trained_names: set[str], dtype) -> None:
     stored = component_tensors(base)
-    check_keys(str(base), shapes, {*stored, *learned})
+    check_keys(str(base), shapes, {*stored, *trained_names})
     groups, sizes = [[]], 0
     for name, empty in shapes.items():
         size = empty.numel() * dtype.itemsize
@@ -127,7 +131,7 @@ def _write_component(folder: Path, base: Path, shapes: dict, read_trained, learn
     for number, group in enumerate(groups, 1):
         several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         file = f"diffusion_pytorch_model{several}.safetensors"
-        tensors = read_trained([n for n in group if n in learned])
+        tensors = read_trained([n for n in group if n in trained_names])
         for name in group:
             if name not in tensors:
                 with safe_open(stored[name].file, "pt") as source:
@@ -148,28 +152,28 @@ def _write_component(folder: Path, base: Path, shapes: dict, read_trained, learn
 
 
 def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", merge: bool = False) -> Path:
-    """Write what a checkpoint holds as an adapter (LoRA) or a pipeline folder.
+    """Export a checkpoint as an adapter (LoRA) or a pipeline folder.
 
     Args:
         weights: "ema", "raw", or "auto": the average if there is one.
-        merge: LoRA: write a whole pipeline with the adapter's effect in its weights.
+        merge: LoRA: write a complete pipeline with the adapter fused into its weights.
     """
     recipe = read_recipe(checkpoint.state()["recipe"])
     backbone = backbone_class(recipe.backbone)
     if weights == "ema" and recipe.ema is None:
         raise RecipeError(f"{checkpoint.folder} has no average: its recipe has no ema section. Use --weights raw.")
     section = "ema" if weights != "raw" and recipe.ema is not None else "model"
-    reader = dcp.FileSystemReader(checkpoint.folder / WEIGHTS)
+    reader = FileSystemReader(checkpoint.folder / WEIGHTS)
     held = {k.removeprefix(f"{section}."): v for k, v in reader.read_metadata().state_dict_metadata.items()}
     names = {k for k in held if k.partition(".")[0] in backbone.trained_components}
     dtype = getattr(torch, recipe.save_dtype)
 
     def read(wanted: Iterable[str]) -> dict[str, torch.Tensor]:
         wanted = list(wanted)
-        tensors = {n: torch.empty(held[n].size, dtype=held[n].properties.dtype) for n in wanted}
+        tensors = {name: _empty_tensor(held[name]) for name in wanted}
         if tensors:
             with quiet():
-                dcp.load({f"{section}.{n}": t for n, t in tensors.items()}, storage_reader=reader, no_dist=True)
+                load_state_dict({f"{section}.{n}": t for n, t in tensors.items()}, storage_reader=reader, no_dist=True)
         return tensors
 
     base = base_folder(recipe.model)
@@ -192,6 +196,11 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         return merge_adapter(str(base), adapter, out, dtype)
     finally:
         shutil.rmtree(adapter, ignore_errors=True)
+
+
+def _empty_tensor(stored: Any) -> torch.Tensor:
+    assert isinstance(stored, TensorStorageMetadata)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)
 
 
 def load_adapter(pipeline, adapter: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model that trains: loading it, choosing what of it trains, and the one forward pass that Accelerate wraps."""
+"""The trained model: loading, freezing, LoRA adapters, and the module whose forward pass Accelerate wraps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from typing import cast as cast_type
 
 import torch
 from safetensors import safe_open
@@ -107,7 +108,7 @@ def frozen_dtype(recipe: TrainingRecipe) -> torch.dtype:
 
 
 def _load_nf4(model: str, cls: Any) -> nn.Module:
-    from diffusers import BitsAndBytesConfig
+    from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 
     try:
         settings = BitsAndBytesConfig(
@@ -131,7 +132,7 @@ def cast(pipeline, dtype: torch.dtype) -> None:
             nn.Module.to(module, dtype)  # diffusers' own `to` warns about modules kept in float32 that do not exist
 
 
-# --- what trains ----------------------------------------------------------------------------------------------------
+# --- trained parts ----------------------------------------------------------------------------------------------------
 
 
 def part_of(name: str, component_classes: dict[str, type]) -> str:
@@ -146,8 +147,8 @@ def part_names(backbone: type[Backbone]) -> list[str]:
     return [part for name in backbone.trained_components for part in backbone.component_classes[name]._trainable_parts]
 
 
-def set_up(model: nn.Module, recipe: TrainingRecipe, component_classes: dict[str, type]) -> None:
-    """Freeze and unfreeze as the recipe says, and add the adapter.
+def set_up(model: Any, recipe: TrainingRecipe, component_classes: dict[str, type]) -> None:
+    """Set `requires_grad` of all parameters as the recipe defines, and add the LoRA adapter.
 
     Args:
         model: has the trained components as attributes, as [`TrainedModel`].
@@ -164,13 +165,13 @@ def set_up(model: nn.Module, recipe: TrainingRecipe, component_classes: dict[str
             component.enable_gradient_checkpointing()
 
 
-def lora_config(tune: LoraTuning, transformer_class: type):
+def lora_config(tune: LoraTuning, transformer_class: Any):
     """The recipe's settings as PEFT's configuration, with the targets that the model class names."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=tune.rank,
-        lora_alpha=tune.alpha,
+        lora_alpha=cast_type(int, tune.alpha),  # PEFT computes with floats as well
         lora_dropout=tune.dropout,
         use_rslora=tune.rslora,
         use_dora=tune.dora,
@@ -178,8 +179,8 @@ def lora_config(tune: LoraTuning, transformer_class: type):
     )
 
 
-def add_lora(transformer: nn.Module, tune: LoraTuning, seed: int) -> None:
-    """Inject adapters, initialized the same on every process and in every run of this seed.
+def add_lora(transformer: Any, tune: LoraTuning, seed: int) -> None:
+    """Inject LoRA adapters, with the same initial values on every process for a given seed.
 
     Raises:
         RecipeError: the rank exceeds the matrices.
@@ -195,7 +196,7 @@ def add_lora(transformer: nn.Module, tune: LoraTuning, seed: int) -> None:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names, without what wrappers add, and parameters of everything that trains."""
+    """Names (without the prefixes of wrappers) and parameters that are trained."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield clean_name(name), parameter

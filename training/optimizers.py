@@ -1,13 +1,14 @@
-"""Optimizers: AdamW, and Muon for runs that must learn in minutes on a CPU."""
+"""Optimizers: AdamW, and Muon for short runs on a CPU."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from echo4o.training.recipe import Optimizer
+from echo4o.training.recipe import OptimizerSettings
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,7 +25,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon updates matrices only; give other parameters to AdamW.")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
@@ -44,6 +45,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
+        assert p.grad is not None
         state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov
 
@@ -66,17 +68,18 @@ def _orthogonalise(x: torch.Tensor) -> torch.Tensor:
     return (wide if x.shape[1] <= x.shape[2] else wide.mT).to(x.dtype)
 
 
-def build_optimizers(settings: Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimizers(settings: OptimizerSettings, model: nn.Module) -> list[torch.optim.Optimizer]:
     """One or two optimizers over the model's trainable parameters."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if settings.name == "adamw":
         return [_adamw([p for _, p in named], settings)]
     in_layers = {name: p.ndim == 2 and ".layers." in f".{name}" for name, p in named}
+    assert settings.muon_lr is not None
     muon = Muon([p for n, p in named if in_layers[n]], settings.muon_lr, weight_decay=settings.weight_decay)
     return [muon, _adamw([p for n, p in named if not in_layers[n]], settings)]
 
 
-def _adamw(params: list[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+def _adamw(params: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )

@@ -1,4 +1,4 @@
-"""The batches of each process and step: a fixed number of samples, or packs filled up to a number of tokens.
+"""Batches of each process and step: a fixed number of samples, or packs filled up to a number of tokens.
 
 Packing works in lanes. A step has as many lanes as packs; lane i reads every n-th row, keeps a small buffer of samples
 and fills one pack per step. A lane depends on its number alone, so the packs of a step are the same whether one process
@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from echo4o.training.backbones.base import TrainingBatch, TrainingSample
-from echo4o.training.data import Ref, Rows, StoredOrder
-from echo4o.training.recipe import Packing, RecipeError
+from echo4o.training.data import PreparedRows, RowRef, StoredOrder
+from echo4o.training.recipe import PackingSettings, RecipeError
 
 Collate = Callable[[Sequence[TrainingSample]], TrainingBatch]
 
 
 class FixedBatches:
-    """`batch_size` samples per step, dealt out to the processes in turn and split into micro-batches.
+    """`batch_size` samples per step, distributed round-robin over the processes and split into micro-batches.
 
     Args:
         micro_batch_size: samples per forward pass and process; None: one forward pass per step.
@@ -27,7 +27,7 @@ class FixedBatches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: PreparedRows,
         batch_size: int,
         micro_batch_size: int | None,
         collate: Collate,
@@ -63,17 +63,17 @@ class FixedBatches:
 class Lane:
     """Fills one pack per step from a buffer, best fit: the oldest sample first, then always the largest that fits."""
 
-    def __init__(self, rows: Rows, settings: Packing, start: int, stride: int, on_too_long: Callable):
+    def __init__(self, rows: PreparedRows, settings: PackingSettings, start: int, stride: int, on_too_long: Callable):
         self.rows, self.settings, self.on_too_long = rows, settings, on_too_long
         self.start, self.stride, self.order = start, stride, rows.lane(start, stride)
-        self.buffer: list[tuple[Ref, TrainingSample]] = []
-        self.too_long = 0  # in a row
+        self.buffer: list[tuple[RowRef, TrainingSample]] = []
+        self.too_long = 0  # consecutive samples that were too long
 
     def next_pack(self) -> list[TrainingSample]:
         self._fill()
         room, chosen = self.settings.tokens, []
-        while (place := best_fit([len(sample) for _, sample in self.buffer], room, first=not chosen)) is not None:
-            chosen.append(self.buffer.pop(place)[1])
+        while (index := best_fit([len(sample) for _, sample in self.buffer], room, first=not chosen)) is not None:
+            chosen.append(self.buffer.pop(index)[1])
             room -= len(chosen[-1])
         return chosen
 
@@ -81,11 +81,11 @@ class Lane:
         while missing := self.settings.buffer - len(self.buffer):
             if isinstance(self.order, StoredOrder):
                 taken = dict(self.order.next() for _ in range(missing))
-                made = list(zip(taken, self.rows.samples(list(taken), taken)))
+                new = list(zip(taken, self.rows.samples(list(taken), taken)))
             else:
                 refs = [next(self.order) for _ in range(missing)]
-                made = list(zip(refs, self.rows.samples(refs)))
-            for ref, sample in made:
+                new = list(zip(refs, self.rows.samples(refs)))
+            for ref, sample in new:
                 if sample.full_length > self.settings.tokens:
                     self.too_long += 1
                     self.on_too_long(sample)
@@ -93,13 +93,13 @@ class Lane:
                     self.too_long = 0
                     self.buffer.append((ref, sample))
             if self.too_long >= 1000:
-                raise RecipeError(f"1000 samples in a row exceed packing.tokens={self.settings.tokens}: raise it.")
+                raise RecipeError(f"1000 consecutive samples exceed packing.tokens={self.settings.tokens}: raise it.")
 
     def state(self) -> dict:
         return self.order.state() | {"buffer": [list(ref) for ref, _ in self.buffer]}
 
     def load_state(self, state: dict) -> None:
-        refs = [Ref(*values) for values in state["buffer"]]
+        refs = [RowRef(*values) for values in state["buffer"]]
         self.order = self.rows.lane(self.start, self.stride, state)
         self.order.load_state(state)
         known = self.order.again(refs) if isinstance(self.order, StoredOrder) else None
@@ -113,7 +113,7 @@ def best_fit(lengths: Sequence[int], room: int, first: bool) -> int | None:
     """
     if first:
         return 0 if lengths and lengths[0] <= room else None
-    fitting = [(length, -place) for place, length in enumerate(lengths) if length <= room]
+    fitting = [(length, -index) for index, length in enumerate(lengths) if length <= room]
     return -max(fitting)[1] if fitting else None
 
 
@@ -122,8 +122,8 @@ class PackedBatches:
 
     def __init__(
         self,
-        rows: Rows,
-        packing: Packing,
+        rows: PreparedRows,
+        packing: PackingSettings,
         collate: Collate,
         rank: int = 0,
         processes: int = 1,

@@ -6,8 +6,8 @@
     DIR/cache.json                  the encoder settings (for BAGEL: VAE, image limits, patch size) and the dataset
     DIR/rows-00000003.safetensors   rows 3*n to 4*n-1 of the dataset; ids and digests in its metadata
 
-A run that reads the cache has the losses of a run that encodes, bit for bit: everything random is still drawn in every
-epoch. Files are written atomically. After an interruption the same command writes the missing files, on any number of
+A run that reads the cache has the losses of a run that encodes, bit for bit: everything random is still sampled in
+every epoch. Files are written atomically. After an interruption the same command writes the missing files, on any number of
 processes.
 """
 
@@ -44,10 +44,10 @@ ROWS_PER_FILE = 64  # at 1024 x 1024, 2 MB of moments per image
 
 
 class CacheError(ValueError):
-    """A cache that is incomplete, or was made with other settings or images."""
+    """The cache is incomplete, or was made with other settings or images."""
 
 
-# --- what a cache was made with -------------------------------------------------------------------------------------
+# --- settings and digests -------------------------------------------------------------------------------------
 
 
 def settings_of(backbone: Backbone) -> dict:
@@ -66,17 +66,17 @@ def check_settings(folder: Path, stored: dict, wanted: dict) -> None:
 def digest_of(row: dict) -> str:
     """A hash of the row's images as they are stored, so that a changed image is not mistaken for the cached one."""
     digest = hashlib.blake2b(digest_size=16)
-    for picture in [row.get("image"), *(row["reference_images"] or [])]:
-        data = b"" if picture is None else _image_bytes(picture, row["id"])
+    for image in [row.get("image"), *(row["reference_images"] or [])]:
+        data = b"" if image is None else _image_bytes(image, row["id"])
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
-def _image_bytes(picture: dict, row: str) -> bytes:
-    if picture.get("bytes") is not None:
-        return picture["bytes"]
+def _image_bytes(stored: dict, row: str) -> bytes:
+    if stored.get("bytes") is not None:
+        return stored["bytes"]
     try:
-        return Path(picture["path"]).read_bytes()
+        return Path(stored["path"]).read_bytes()
     except (OSError, TypeError) as error:
         raise CacheError(f"row {row}: an image cannot be read: {error}") from error
 
@@ -94,7 +94,7 @@ def undecoded(dataset):
 def decoded(row: dict) -> dict:
     """The row with its images as PIL images."""
 
-    def picture(stored: dict | None):
+    def decode(stored: dict | None):
         if stored is None or isinstance(stored, PILImage.Image):
             return stored
         try:
@@ -102,8 +102,8 @@ def decoded(row: dict) -> dict:
         except OSError as error:
             raise CacheError(f"row {row['id']}: an image does not decode: {error}") from error
 
-    references = [picture(p) for p in row["reference_images"] or []]
-    return row | {"image": picture(row.get("image")), "reference_images": references}
+    references = [decode(stored) for stored in row["reference_images"] or []]
+    return row | {"image": decode(row.get("image")), "reference_images": references}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def precompute(
     processes: int = 1,
     rows_per_file: int = ROWS_PER_FILE,
     wait: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> None:
     """Write this process's files of the cache; existing files are kept.
 
@@ -175,10 +175,10 @@ def file_of(folder: Path, number: int) -> Path:
 def write_rows(path: Path, rows: Sequence[dict], backbone: Backbone) -> None:
     """Write one file of the cache atomically."""
     tensors, index = {}, []
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         (prepared,) = backbone.prepare([decoded(row)])
         stored, facts = prepared.to_cache()
-        tensors |= {f"{place}.{name}": tensor for name, tensor in stored.items()}
+        tensors |= {f"{position}.{name}": tensor for name, tensor in stored.items()}
         index.append({"id": row["id"], "digest": digest_of(row), "tensors": sorted(stored)} | facts)
     _write(path, lambda file: save_file(tensors, file, metadata={"rows": json.dumps(index)}))
 
@@ -280,6 +280,7 @@ def run(dataset: str, model: str, out: Path, name: str | None = None, split: str
 
 def _run(data: DataSource, model: str, out: Path) -> int:
     from accelerate import Accelerator
+    from datasets import Dataset
     from tqdm.auto import tqdm
 
     accelerator = Accelerator()
@@ -287,6 +288,7 @@ def _run(data: DataSource, model: str, out: Path) -> int:
     if started != accelerator.num_processes:
         raise CacheError(f"{started} processes were started, but Accelerate runs {accelerator.num_processes}.")
     (rows,) = open_sources([data])
+    assert isinstance(rows, Dataset)  # `data` is not streamed
     recipe = read_recipe(
         {"backbone": backbone_of(model), "model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}
     )

@@ -1,4 +1,4 @@
-"""The next step is read, decoded and packed in a thread while this one is computed."""
+"""Reads, decodes and packs the next step in a thread while the current step is computed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from echo4o.training.packing import FixedBatches, PackedBatches
 
 
 class Prefetch:
-    """One step ahead of `batches`, never more, and never in the way of resuming: state and facts are those of the last
-    step that was handed out. What goes wrong in the thread is raised where its step is asked for.
+    """Prepares one step of `batches` ahead.
 
-    A thread suffices: decoding, resizing, convolutions and random numbers all release Python's lock.
+    State and facts are those of the last step that was returned, so a resumed run loses no rows. Exceptions of the
+    thread are raised by `next_step`. A thread is enough: decoding, resizing and convolutions release the GIL.
     """
 
     def __init__(self, batches: FixedBatches | PackedBatches):
@@ -25,9 +25,9 @@ class Prefetch:
         """This process's batches of the next step."""
         ready = self._next or self._thread.submit(self._prepare)
         self._next = None
-        made, self._state, self._facts = ready.result()
+        batches, self._state, self._facts = ready.result()
         self._next = self._thread.submit(self._prepare)
-        return made
+        return batches
 
     def _prepare(self) -> tuple[list[TrainingBatch], dict, dict[str, float]]:
         return self.batches.next_step(), self.batches.state(), self.batches.facts()
@@ -36,9 +36,9 @@ class Prefetch:
         return self._state
 
     def load_state(self, state: dict) -> None:
-        """Before the first step."""
+        """Continue from a saved state. Call it before the first step."""
         assert self._next is None
-        # In the thread as well, so that a picture is encoded by as many cores as in a run without an interruption.
+        # In the thread, so that images are encoded with the same number of cores as in an uninterrupted run.
         self._thread.submit(self.batches.load_state, state).result()
         self._state = state
 
@@ -46,5 +46,5 @@ class Prefetch:
         return self._facts
 
     def close(self) -> None:
-        """Wait for what is being prepared and forget it."""
+        """Wait for the step in preparation and discard it."""
         self._thread.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What a training run is, in one file: unknown keys, impossible values and settings without effect are errors."""
+"""Training recipes: YAML files that define a run. Unknown keys, invalid values and settings without effect are errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from echo4o.common.configuration import StrictModel
 
 
 class Section(StrictModel):
-    """A section of a recipe."""
+    """A section of a training recipe."""
 
 
 class DataSource(Section):
@@ -20,10 +20,11 @@ class DataSource(Section):
     path: str  # folder of Parquet files, folder saved by `datasets`, or Hub repository
     name: str | None = None  # configuration of the dataset
     split: str = "train"
-    weight: float = Field(1.0, gt=0)  # of several datasets: how often this one is drawn from, relative to the others
+    # With several datasets: relative probability of sampling a row from this one
+    weight: float = Field(default=1.0, gt=0)
     streaming: bool = False  # read row groups as they are needed, instead of downloading the dataset first
     shuffle_buffer: int | None = Field(
-        None, ge=0
+        default=None, ge=0
     )  # when streaming: rows shuffled together (None: 128; 0: stored order)
 
 
@@ -31,21 +32,21 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (dict, DataSource)) else value
 
 
-def _no_is_a_word(value: Any) -> Any:
+def _false_to_no(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
 
-class Optimizer(Section):
+class OptimizerSettings(Section):
     """`muon` updates the layers' matrices by orthogonalised momentum (at `muon_lr`) and the rest by AdamW (at `lr`)."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(2e-5, gt=0)
-    muon_lr: float | None = Field(None, gt=0)
+    lr: float = Field(default=2e-5, gt=0)
+    muon_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_muon(self):
@@ -58,7 +59,7 @@ class FullTuning(Section):
     """Train the weights themselves, of the named parts; the others are frozen."""
 
     method: Literal["full"] = "full"
-    parts: tuple[str, ...] = Field((), min_length=1)  # each backbone names its own
+    parts: tuple[str, ...] = Field(default=(), min_length=1)  # each backbone names its own
 
     def describe(self) -> str:
         """One sentence for a model card."""
@@ -69,11 +70,11 @@ class LoraTuning(Section):
     """Train low-rank additions to matrices; everything else is frozen."""
 
     method: Literal["lora"]
-    rank: int = Field(32, gt=0)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    dora: bool = False  # also learn magnitudes
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dora: bool = False  # also train magnitudes
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     quantize: Literal["nf4"] | None = None  # of the frozen weights
 
     def describe(self) -> str:
@@ -81,38 +82,38 @@ class LoraTuning(Section):
         return f"LoRA of rank {self.rank}, everything else frozen."
 
     def target_modules(self, targets: dict[str, str]) -> str:
-        """The regular expression of the adapted modules, out of the model class's `_lora_targets`."""
+        """The regular expression of the adapted modules, from the model class's `_lora_targets`."""
         return targets["default"]
 
 
-class Packing(Section):
+class PackingSettings(Section):
     """Fill every forward pass up to a number of tokens."""
 
-    tokens: int = Field(10_240, gt=0)  # per pack: one forward pass of one process
+    tokens: int = Field(default=10_240, gt=0)  # per pack: one forward pass of one process
     packs_per_step: int = Field(gt=0)  # over all processes; fewer processes accumulate more of them each
-    buffer: int = Field(32, gt=0)  # samples to choose from when a pack is filled
+    buffer: int = Field(default=32, gt=0)  # samples to choose from when a pack is filled
 
 
-class Checkpoints(Section):
-    """What a run needs to resume, saved every `every` steps; the last `keep` checkpoints are kept."""
+class CheckpointSettings(Section):
+    """Save a checkpoint every `every` steps and keep the last `keep` of them."""
 
     every: int = Field(gt=0)
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
 
 
-class Ema(Section):
+class EmaSettings(Section):
     """An exponential moving average of the trained parameters; exports and images use the averages."""
 
-    decay: float = Field(0.9999, gt=0, lt=1)
+    decay: float = Field(default=0.9999, gt=0, lt=1)
 
 
-class SampleImages(Section):
+class ImageSettings(Section):
     """Images of fixed prompts, generated every `every` steps and at the end."""
 
     every: int = Field(gt=0)
     prompts: tuple[str, ...] = Field(min_length=1)
-    steps: int = Field(24, gt=0)  # updates of the sampler
-    seed: int = Field(0, ge=0)
+    steps: int = Field(default=24, gt=0)  # updates of the sampler
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_prompts(self):
@@ -134,25 +135,28 @@ class TrainingRecipe(Section):
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list), Field(min_length=1)]
     tune: FullTuning | LoraTuning
     objective: Section
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(gt=0)  # optimizer steps
-    max_seconds: float | None = Field(None, gt=0)  # end earlier, with the schedule run to its end, after this time
-    batch_size: int | None = Field(None, gt=0)  # samples per optimizer step, over all processes; or:
-    packing: Packing | None = None
-    micro_batch_size: int | None = Field(None, gt=0)  # samples per forward pass and process; None: no accumulation
-    cache_mb: int = Field(1024, ge=0)  # memory for prepared rows (encoded images, tokens) that are read again
-    processes: int | None = Field(None, gt=0)  # refuse to run with any other number; None: as many as are started
+    max_seconds: float | None = Field(default=None, gt=0)  # end after this time, with a complete schedule
+    batch_size: int | None = Field(
+        default=None, gt=0
+    )  # samples per optimizer step, over all processes; alternative: packing
+    packing: PackingSettings | None = None
+    # samples per forward pass and process; None: no accumulation
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    cache_mb: int = Field(default=1024, ge=0)  # memory for prepared rows (encoded images, tokens) that are read again
+    processes: int | None = Field(default=None, gt=0)  # required number of processes; None: any
     sharding: Literal["none", "fsdp2"] = "none"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu"] = "auto"
-    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_a_word)] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_false_to_no)] = "no"
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    ema: Ema | None = None
-    checkpoints: Checkpoints | None = None
+    ema: EmaSettings | None = None
+    checkpoints: CheckpointSettings | None = None
     resume: bool = False  # continue from the last complete checkpoint of `output_dir`, if there is one
-    images: SampleImages | None = None
+    images: ImageSettings | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self):
@@ -162,7 +166,7 @@ class TrainingRecipe(Section):
         return self
 
     def _rules(self) -> list[tuple[bool, str]]:
-        """(broken, what to say) for each rule about several settings at once."""
+        """(is violated, error message) for each rule about several settings."""
         batch, micro, packing = self.batch_size, self.micro_batch_size, self.packing
         lora, sharded = self.tune.method == "lora", self.sharding == "fsdp2"
         quantized = isinstance(self.tune, LoraTuning) and self.tune.quantize is not None
@@ -205,4 +209,4 @@ class TrainingRecipe(Section):
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names each key and what is wrong with it."""
+    """The recipe is invalid or cannot be run; the message names each key and its problem."""

@@ -113,7 +113,7 @@ def describe(error: ValidationError, recipe_class: type[Section]) -> str:
     """One line per wrong setting, as `key: what is wrong (given: value)`."""
     method = next((item for item in error.errors() if item["type"].startswith("union_tag")), None)
     if method is not None:
-        return f"  tune: say `method: full` or `method: lora` (given: {method['input']!r})"
+        return f"  tune: set `method: full` or `method: lora` (given: {method['input']!r})"
     return configuration.describe(
         error, key_of=_key_of, known_keys=lambda location: _section_at(recipe_class, location[:-1]).model_fields
     )

@@ -1,4 +1,4 @@
-"""`run.html`: one file with the curves of a run, its pictures, and its recipe."""
+"""`run.html`: one file with the curves, images and recipe of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echo4o.training.recipe import TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe
 from echo4o.training.run_log import PHASES, phase_shares
 
-CURVES = {  # beside the losses
+CURVES = {  # key of the log -> title; the losses are added
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
@@ -30,7 +30,7 @@ def write_report(
 
     Args:
         log: one entry per step.
-        parts: numbers of trained and frozen parameters by part.
+        parts: numbers of trained and frozen parameters of each part.
         losses: names of the losses in the log.
     """
     folder = recipe.output_dir
@@ -68,8 +68,8 @@ def _curves(log: list[dict], losses: Sequence[str]) -> str:
     names = [name for name in titles if any(entry.get(name) for entry in log)]
     rows = -(-(len(names) + 1) // 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
-    for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(rows, 3, place)
+    for position, name in enumerate(names, 1):
+        axes = figure.add_subplot(rows, 3, position)
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         axes.plot(*zip(*points), linewidth=0.8)
         axes.set_title(titles[name], fontsize=9)

@@ -1,17 +1,17 @@
-"""The log of a run: one entry per optimizer step, and what is derived from it."""
+"""The log of a run, one entry per optimizer step, and values derived from it."""
 
 from __future__ import annotations
 
 from echo4o.common import strict_json
 
 LOG_FILE = "train_log.jsonl"
-# The phases of a step, one after the other: waiting for its batches (and, with several processes, for the slowest
-# one's), forward and backward passes, the update with the exchange of the gradient's norm.
+# Phases of a step in their order: waiting for the batches of all processes, forward and backward passes, and the update
+# (with the reduction of the gradient norm).
 PHASES = ("data", "compute", "optimizer")
 
 
 def rounded(entry: dict) -> dict:
-    """An entry as it is stored: nine significant digits keep a float32 exactly."""
+    """The entry as it is stored. Nine significant digits represent a float32 exactly."""
     return {key: value if key == "step" else float(f"{value:.9g}") for key, value in entry.items()}
 
 
@@ -27,6 +27,6 @@ def smoothed(log: list[dict], window: int = 50) -> float:
 
 
 def phase_shares(log: list[dict], window: int = 50) -> dict[str, float]:
-    """The share of each phase in the time of the last steps: it shows the bottleneck."""
+    """The fraction of time that each phase took in the last steps."""
     sums = {phase: sum(entry[f"{phase}_seconds"] for entry in log[-window:]) for phase in PHASES}
     return {phase: seconds / (sum(sums.values()) or 1) for phase, seconds in sums.items()}

@@ -1,9 +1,10 @@
-"""The arithmetic of one optimizer step that spans processes: totals, denominators, the weighted loss."""
+"""Arithmetic of an optimizer step over all processes: totals, denominators, the weighted loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from echo4o.training.backbones.base import Backbone, LossTerm, TrainingBatch
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the processes tell each other before the forward pass of a step: local values, or their sums."""
+    """Counts that the processes sum up before the forward pass of a step: of this process, or of all."""
 
     denominators: dict[str, float]  # of each loss
     samples: float
@@ -24,7 +25,7 @@ class StepTotals:
 
     @classmethod
     def of(cls, backbone: Backbone, batches: Sequence[TrainingBatch], stop: bool, failed: bool) -> StepTotals:
-        """This process's share of a step."""
+        """The counts of this process."""
         names = backbone.loss_weights()
         counts = [backbone.denominators(batch) for batch in batches]
         return cls(
@@ -37,7 +38,7 @@ class StepTotals:
         )
 
     def over_processes(self, accelerator: Accelerator) -> StepTotals:
-        """The sums over all processes, in one exchange."""
+        """The sums over all processes, in one reduction."""
         others = [self.samples, self.tokens, self.flops, self.stop_requests, self.failures]
         local = torch.tensor([*self.denominators.values(), *others], dtype=torch.float64)
         total = sum_over_processes(accelerator, local).tolist()
@@ -49,13 +50,14 @@ def sum_over_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.
     """The elementwise sum, on the device of `values`."""
     if accelerator.num_processes == 1:
         return values
-    return accelerator.reduce(values.to(accelerator.device), "sum").to(values.device)
+    total: Any = accelerator.reduce(values.to(accelerator.device), "sum")
+    return total.to(values.device)
 
 
 def weighted_loss(
     terms: dict[str, LossTerm], weights: dict[str, float], denominators: dict[str, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The micro-batch's share of the step's total loss, and its detached shares of each loss, in order of `weights`."""
+    """The micro-batch's contribution to the total loss, and its detached contributions to each loss in order of `weights`."""
     sums = torch.stack([terms[name].weighted_sum() for name in weights])
     counts = torch.tensor([denominators[name] for name in weights], dtype=torch.float64)
     shares = sums / torch.where(counts > 0, counts, 1).to(sums)
@@ -63,7 +65,7 @@ def weighted_loss(
 
 
 def non_finite_samples(terms: dict[str, LossTerm], ids: Sequence[str]) -> list[str]:
-    """Ids of the samples that have a loss which is not finite."""
+    """Ids of the samples with a non-finite loss."""
     wrong: set[int] = set()
     for term in terms.values():
         if len(term.sample):

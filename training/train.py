@@ -1,8 +1,7 @@
 """Train a model on rows of Echo-4o-Image: `echo4o train RECIPE.yaml`, or any launcher on this module.
 
-In reading order: a recipe, the pipeline that it starts from, optimizer steps, checkpoints, and the result: a pipeline
-folder or an adapter. Accelerate distributes the run over processes. What is specific to a model is its backbone
-(training/backbones).
+A run reads a recipe, loads the pipeline to start from, takes optimizer steps, saves checkpoints and writes a pipeline
+folder or an adapter. Accelerate distributes the run over processes. Model-specific code is in training/backbones.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from echo4o.common.files import replacing_folder, write_text
 from echo4o.common.locks import FolderLock
@@ -32,9 +32,9 @@ from echo4o.training import checkpoints, export
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBatch
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
-from echo4o.training.data import SHUFFLE_BUFFER, Rows, open_sources
+from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, open_sources
 from echo4o.training.ema import MovingAverage
-from echo4o.training.engine import buffers_apart, build_accelerator, loads_weights
+from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights
 from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
 from echo4o.training.optimizers import build_optimizers
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
@@ -43,17 +43,27 @@ from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes, read_recipe
 from echo4o.training.run_log import PHASES
+from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.step import StepTotals, non_finite_samples, sum_over_processes, weighted_loss
-from echo4o.training.watch import Watch
 
 # Settings that a resumed run may change: they do not affect what a step computes. Paths (model, data) may move; the
 # weights and rows behind them must be the same.
-FREE = {"output_dir", "resume", "steps", "max_seconds", "checkpoints", "images", "trackers", "processes", "cache_mb"}
-FREE |= {"save_dtype", "model", "data"}
+CHANGEABLE_ON_RESUME = {
+    "output_dir",
+    "resume",
+    "steps",
+    "max_seconds",
+    "checkpoints",
+    "images",
+    "trackers",
+    "processes",
+    "cache_mb",
+}
+CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data"}
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is not a number; `ids` are the samples that made it so."""
+    """The loss of a step is NaN or infinite. `ids` names the samples with a non-finite loss."""
 
     def __init__(self, step: int, ids: list[str]):
         self.step, self.ids = step, ids
@@ -64,7 +74,7 @@ class DataError(ValueError):
     """Rows of a step cannot be read; the message names them."""
 
 
-class Stopped(Exception):
+class TrainingStopped(Exception):
     """A signal ended the run after it saved a checkpoint."""
 
     def __init__(self, signum: int, step: int, folder: Path):
@@ -73,7 +83,11 @@ class Stopped(Exception):
 
 
 def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: float) -> float:
-    """The factor on the learning rate in step `step` (from 0) when the share `progress` of the run is done."""
+    """The factor on the learning rate in step `step` (from 0).
+
+    Args:
+        progress: the fraction of the run that is done, from 0 to 1.
+    """
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
     decay = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[kind]
     return warmup * decay
@@ -111,11 +125,13 @@ class Trainer:
         trained = TrainedModel(self.backbone).train()
         set_up(trained, recipe, self.backbone.component_classes)
         self._move_frozen_components()
-        set_seed(recipe.seed, device_specific=True)  # only LoRA dropout uses it; all other draws have named generators
-        self.watch = Watch(recipe, accelerator, self.backbone, trained)
+        set_seed(
+            recipe.seed, device_specific=True
+        )  # only LoRA dropout uses it; everything else samples from named generators
+        self.monitor = RunMonitor(recipe, accelerator, self.backbone, trained)
         self.optimizers = build_optimizers(recipe.optimizer, trained)
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        with buffers_apart(accelerator, trained):
+        with hidden_buffers(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
         self.batches = self._batches(sources)
@@ -131,7 +147,7 @@ class Trainer:
         return backbone_class(self.recipe.backbone)(pipeline, self.recipe)
 
     def _move_frozen_components(self) -> None:
-        """The components that only encode rows compute beside the trained ones and need no gradients."""
+        """Move the components that only encode rows to the device of the trained ones, without gradients."""
         for name, component in self.pipeline.components.items():
             if isinstance(component, torch.nn.Module) and name not in self.backbone.trained_components:
                 component.to(self.accelerator.device).requires_grad_(False)
@@ -147,7 +163,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"output_dir: {folder} cannot be made: {error.strerror}") from error
+            raise RecipeError(f"output_dir: {folder} cannot be created: {error.strerror}") from error
         self.accelerator.wait_for_everyone()
         if not os.access(folder, os.W_OK):
             raise RecipeError(f"output_dir: {folder} cannot be written to.")
@@ -160,24 +176,25 @@ class Trainer:
             sources = [undecoded(source) for source in sources]
         weights = [data.weight for data in recipe.data]
         buffers = [SHUFFLE_BUFFER if data.shuffle_buffer is None else data.shuffle_buffer for data in recipe.data]
-        rows = Rows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers)
-        place = (self.backbone.collate, accelerator.process_index, accelerator.num_processes)
+        rows = PreparedRows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers)
+        process = (self.backbone.collate, accelerator.process_index, accelerator.num_processes)
         if recipe.packing:
-            return PackedBatches(rows, recipe.packing, *place, report=self.watch.too_long)
-        return FixedBatches(rows, recipe.batch_size, recipe.micro_batch_size, *place)
+            return PackedBatches(rows, recipe.packing, *process, report=self.monitor.too_long)
+        assert recipe.batch_size is not None
+        return FixedBatches(rows, recipe.batch_size, recipe.micro_batch_size, *process)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, catch_signals: bool = False) -> TrainingResult:
-        """Train, log every step to `train_log.jsonl`, and write what was trained.
+        """Train, log every step to `train_log.jsonl`, and write the pipeline or adapter.
 
         Args:
-            catch_signals: SIGTERM and SIGINT end the run after a checkpoint, with [`Stopped`].
+            catch_signals: SIGTERM and SIGINT end the run after a checkpoint, with [`TrainingStopped`].
         """
         recipe = self.recipe
         with closing(self.ahead):
             self._resume()
-            with self.watch.open(self.step), self._signals(catch_signals):
+            with self.monitor.open(self.step), self._signals(catch_signals):
                 while self.step < recipe.steps and (progress := self._progress()) < 1:
                     before = self.ahead.state()
                     try:
@@ -187,11 +204,11 @@ class Trainer:
                             self._save(before)
                         raise
                     self.step += 1
-                    self.watch.step(self.step, entry, self.ahead.facts())
+                    self.monitor.step(self.step, entry, self.ahead.facts())
                     self._after_step()
         folder = self.write()
-        self.watch.close(self._generate_images)
-        return TrainingResult(folder, self.watch.log, self.watch.seconds())
+        self.monitor.close(self._generate_images)
+        return TrainingResult(folder, self.monitor.log, self.monitor.seconds())
 
     def _after_step(self) -> None:
         recipe = self.recipe
@@ -199,25 +216,26 @@ class Trainer:
         if self.stop_requested or due:
             folder = self._save(self.ahead.state())
             if self.stop_requested:
-                raise Stopped(self._signal or signal.SIGTERM, self.step, folder)
+                raise TrainingStopped(self._signal or signal.SIGTERM, self.step, folder)
         if recipe.images and self.step % recipe.images.every == 0 and self.step < recipe.steps:
             self._generate_images()
 
     def _progress(self) -> float:
-        """The share of the run that is done, by steps or by time, whichever is more; equal on all processes."""
+        """The fraction of the run that is done, by steps or by time, whichever is larger; equal on all processes."""
         steps = self.step / self.recipe.steps
         if self.recipe.max_seconds is None:
             return steps
-        share = torch.tensor(self.watch.seconds() / self.recipe.max_seconds, device=self.accelerator.device)
-        return max(steps, float(self.accelerator.reduce(share, "mean")))
+        share = torch.tensor(self.monitor.seconds() / self.recipe.max_seconds, device=self.accelerator.device)
+        mean: Any = self.accelerator.reduce(share, "mean")
+        return max(steps, float(mean))
 
     def _step(self, step: int, progress: float) -> dict[str, float]:
         """One optimizer step over all processes and micro-batches. Returns its log entry; losses are means over all."""
         accelerator, loss_weights = self.accelerator, self.backbone.loss_weights()
         rate = self._set_learning_rate(step, progress)
-        moments = [time.perf_counter()]
+        times = [time.perf_counter()]
         batches, totals = self._next_batches()
-        moments.append(time.perf_counter())
+        times.append(time.perf_counter())
         shares = torch.zeros(len(loss_weights), device=accelerator.device)
         for index, batch in enumerate(batches):
             with self._last_only(index == len(batches) - 1):
@@ -227,19 +245,19 @@ class Trainer:
             shares += share
         # waits for the device, as does float(norm) below
         losses = dict(zip(loss_weights, sum_over_processes(accelerator, shares).tolist()))
-        moments.append(time.perf_counter())
+        times.append(time.perf_counter())
         if not all(map(math.isfinite, losses.values())):
             raise NonFiniteLoss(step, self._non_finite_samples(batches))
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
+        norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if self.average:
             self.average.update(self.model)
-        moments.append(time.perf_counter())
+        times.append(time.perf_counter())
         loss = sum(weight * losses[name] for name, weight in loss_weights.items())
         entry = {"step": step, "loss": loss, **losses, "lr": rate, "grad_norm": float(norm)}
-        entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, moments, moments[1:])}
+        entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, times, times[1:])}
         return entry | {"samples": totals.samples, "tokens": totals.tokens, "flops": totals.flops}
 
     def _set_learning_rate(self, step: int, progress: float) -> float:
@@ -269,7 +287,7 @@ class Trainer:
         return [batch.to(self.accelerator.device) for batch in batches], totals
 
     def _last_only(self, last: bool):
-        """Reduce gradients after the last micro-batch only; after each one under FSDP, which must not hold them whole."""
+        """Reduce gradients after the last micro-batch only; after each one under FSDP, which must not hold unsharded gradients."""
         if last or self.accelerator.distributed_type == DistributedType.FSDP:
             return torch.enable_grad()
         return self.accelerator.no_sync(self.model)
@@ -283,9 +301,9 @@ class Trainer:
     # --- stopping and resuming --------------------------------------------------------------------------------------
 
     def _signals(self, catch: bool):
-        return _CaughtSignals(self._ask_to_stop) if catch else _CaughtSignals(None)
+        return _CaughtSignals(self._request_stop) if catch else _CaughtSignals(None)
 
-    def _ask_to_stop(self, signum: int, frame) -> None:
+    def _request_stop(self, signum: int, frame) -> None:
         self._signal = signum
         self.accelerator.print(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint ...")
 
@@ -302,7 +320,7 @@ class Trainer:
     def _save(self, data_state: dict) -> Path:
         """Write a checkpoint. `data_state`: this process's position in the data."""
         data = merge_states(gather_object([data_state]))
-        state = {"step": self.step, "data": data, "seconds": self.watch.seconds()}
+        state = {"step": self.step, "data": data, "seconds": self.monitor.seconds()}
         state |= {"recipe": self.recipe.model_dump(mode="json"), "updates": self.average and self.average.updates}
         try:
             return self.checkpoints.save(self.accelerator, self.step, self._tensors(), state)
@@ -331,21 +349,21 @@ class Trainer:
             self.average.updates = state["updates"]
         self.ahead.load_state(state["data"])
         self.step = state["step"]
-        self.watch.resume(self.step, state["seconds"])
+        self.monitor.resume(self.step, state["seconds"])
         self.accelerator.print(f"Resuming after step {self.step}, from {last.folder}.")
 
     # --- results ----------------------------------------------------------------------------------------------------
 
     def write(self) -> Path:
-        """Write the adapter, or the trained pipeline in `save_dtype`; averaged weights where there are any."""
+        """Write the adapter, or the trained pipeline in `save_dtype`; with `ema`, the averaged weights."""
         recipe, accelerator = self.recipe, self.accelerator
         dtype = getattr(torch, recipe.save_dtype)
         values = self.average.values if self.average else {n: p.detach() for n, p in trainable(self.model)}
         if isinstance(recipe.tune, LoraTuning):
             folder = recipe.output_dir / "adapter"
-            whole = {name: _gathered(value) for name, value in values.items()}  # small; a collective operation
+            gathered = {name: _gathered(value) for name, value in values.items()}  # small; a collective operation
             if accelerator.is_main_process:
-                export.write_adapter(folder, self.pipeline.transformer, recipe.tune, whole, torch.float32)
+                export.write_adapter(folder, self.pipeline.transformer, recipe.tune, gathered, torch.float32)
         elif accelerator.distributed_type == DistributedType.FSDP:
             folder = recipe.output_dir / "pipeline"
             saved = self._save(self.ahead.state())
@@ -368,10 +386,10 @@ class Trainer:
         if self.recipe.images is None:
             return
         model = self.accelerator.unwrap_model(self.model).eval()
-        # Exports hold the averages, so images must show them: a card would else show images that its weights do not make.
+        # Exports hold the averages: generate the images of the card with the same weights.
         with self.average.applied(model) if self.average else nullcontext():
             if self.accelerator.is_main_process:
-                self.watch.generate_images(self.pipeline, self.step)
+                self.monitor.generate_images(self.pipeline, self.step)
         model.train()
         self.accelerator.wait_for_everyone()
 
@@ -393,14 +411,17 @@ class _CaughtSignals:
 
 
 def _gathered(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """The whole tensor, if `value` is the sharded tensor of this process."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:
-    """Raise RecipeError if a resumed run has other settings than the interrupted one, apart from `FREE` ones."""
+    """Raise RecipeError if a resumed run has other settings than the interrupted one, apart from `CHANGEABLE_ON_RESUME` ones."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     changed = [
-        f"{key} ({old[key]!r} before, {new[key]!r} now)" for key in new if key not in FREE and old[key] != new[key]
+        f"{key} ({old[key]!r} before, {new[key]!r} now)"
+        for key in new
+        if key not in CHANGEABLE_ON_RESUME and old[key] != new[key]
     ]
     if len(before.data) != len(now.data):
         changed.append("data (another number of datasets)")
@@ -410,7 +431,7 @@ def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:
 
 def parse_arguments(arguments: list[str]) -> TrainingRecipe:
     """The recipe of a command line: RECIPE [--set section.key=value ...] [--resume]."""
-    parser = argparse.ArgumentParser("echo4o train", description="Train as a recipe says.")
+    parser = argparse.ArgumentParser("echo4o train", description="Train a model as a recipe describes.")
     parser.add_argument("recipe", help="a YAML file, or the name of a bundled recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a setting")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
@@ -433,7 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         result = train(parse_arguments(sys.argv[1:] if arguments is None else arguments))
-    except Stopped as stop:
+    except TrainingStopped as stop:
         if first:
             print(f"{stop}\nNext: the same command with --resume", file=sys.stderr)
         return 130 if stop.signum == signal.SIGINT else 0

@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Check:
+class ImageCheck:
     """What a judge is asked about a picture: a structure as GenEval++ has it, or else a note in words."""
 
     instruction: str
@@ -15,7 +15,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ImageCheckResult:
     """A judge's answer."""
 
     right: bool
@@ -23,10 +23,10 @@ class Verdict:
     prompt_sha256: str  # of the words that the judge was asked with
 
 
-class Calls(Protocol):
+class ModelCalls(Protocol):
     """The models of a run. `salt` tells apart what may be asked twice; an equal question is paid for once.
 
-    All raise [`Refused`], [`Unanswered`] or [`Ended`].
+    All raise [`CallRefused`], [`CallUnanswered`] or [`RunEnded`].
     """
 
     names: dict[str, str]  # role -> model, for the provenance
@@ -35,10 +35,10 @@ class Calls(Protocol):
 
     async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes: ...
 
-    async def judge(self, check: Check, picture: bytes, salt: str) -> Verdict: ...
+    async def judge(self, check: ImageCheck, picture: bytes, salt: str) -> ImageCheckResult: ...
 
 
-class Refused(Exception):
+class CallRefused(Exception):
     """The model, or the moderation before it, declined."""
 
     def __init__(self, by: str, message: str):
@@ -46,13 +46,13 @@ class Refused(Exception):
         self.by = by
 
 
-class Unreadable(ValueError):
+class UnusableAnswer(ValueError):
     """An answer came, and it is not what was asked for."""
 
 
-class Unanswered(Exception):
+class CallUnanswered(Exception):
     """No answer came; a later run asks again."""
 
 
-class Ended(Exception):
+class RunEnded(Exception):
     """The run is over: interrupted, out of budget, or nothing can succeed any more."""

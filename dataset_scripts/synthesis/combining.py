@@ -5,23 +5,23 @@ import re
 from dataclasses import dataclass
 
 from echo4o.dataset_scripts.synthesis import wording
-from echo4o.dataset_scripts.synthesis.calls import Unreadable
-from echo4o.dataset_scripts.synthesis.recipe import MultiReference
-from echo4o.dataset_scripts.synthesis.references import ReferencePicture, References, open_references
-from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, listed, one_line
+from echo4o.dataset_scripts.synthesis.calls import UnusableAnswer
+from echo4o.dataset_scripts.synthesis.recipe import MultiReferenceSettings
+from echo4o.dataset_scripts.synthesis.references import ReferenceImage, ReferenceImages, open_references
+from echo4o.dataset_scripts.synthesis.rows import Instruction, PlannedRow, RowSteps, listed, one_line
 
 
 @dataclass(frozen=True)
-class Combining:
+class MultiReferenceChain:
     """The recipe with its pictures."""
 
-    recipe: MultiReference
-    references: References
+    recipe: MultiReferenceSettings
+    references: ReferenceImages
 
     part = "multi_reference"
 
     @classmethod
-    def load(cls, recipe: MultiReference) -> "Combining":
+    def load(cls, recipe: MultiReferenceSettings) -> "MultiReferenceChain":
         references = open_references(recipe.references)
         available = sum(len(of) for of in references.by_type.values()) - max(0, references.count("scene") - 1)
         if available < recipe.most:
@@ -38,7 +38,7 @@ class Combining:
         """Two to four pictures, at most one of them a scene, which comes last."""
         wanted = rng.randint(self.recipe.least, self.recipe.most)
         others = [kind for kind in self.references.by_type if kind != "scene"]
-        chosen: list[ReferencePicture] = []
+        chosen: list[ReferenceImage] = []
         scenes = self.references.by_type.get("scene", ())
         left = {kind: list(self.references.by_type[kind]) for kind in others}
         with_scene = bool(scenes) and (rng.random() < 0.5 or sum(map(len, left.values())) < wanted)
@@ -49,12 +49,12 @@ class Combining:
             chosen.append(rng.choice(scenes))
         return {"references": chosen, "template": _template(chosen, rng)}
 
-    def check(self, task: Task) -> None:
+    def check(self, task: PlannedRow) -> None:
         """ValueError when a reference of the row does not decode."""
         for picture in task.sketch["references"]:
             self.references.check(picture)
 
-    async def instruct(self, task: Task, steps: Steps) -> Made:
+    async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
         chosen, text = task.sketch["references"], task.sketch["template"]
         about = [{"type": p.kind, "label": p.label, "source": p.source} for p in chosen]
         steps.keep("references", result={"references": about, "template": text})
@@ -64,11 +64,11 @@ class Combining:
         data = tuple(self.references.read(picture) for picture in chosen)
         note = f"The picture follows this: {task.sketch['template']}"
         category = "+".join(p.kind for p in chosen)
-        return Made(text, category, (), note, data, {"references": about, "template": task.sketch["template"]})
+        return Instruction(text, category, (), note, data, {"references": about, "template": task.sketch["template"]})
 
 
-def _template(chosen: list[ReferencePicture], rng: random.Random) -> str:
-    def take(number: int, picture: ReferencePicture) -> str:
+def _template(chosen: list[ReferenceImage], rng: random.Random) -> str:
+    def take(number: int, picture: ReferenceImage) -> str:
         label = picture.label if picture.label != picture.kind else picture.kind
         return f"{wording.TAKES[picture.kind].format(label=label)} from image {number}"
 
@@ -83,5 +83,5 @@ def _naming_all(answer: str, count: int) -> str:
     named = {int(number) for number in re.findall(r"\bimage (\d+)\b", text.casefold())}
     if named != set(range(1, count + 1)):
         found = ", ".join(map(str, sorted(named))) or "none"
-        raise Unreadable(f"the instruction names the images {found} instead of 1 to {count}")
+        raise UnusableAnswer(f"the instruction names the images {found} instead of 1 to {count}")
     return text

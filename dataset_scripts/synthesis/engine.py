@@ -7,29 +7,36 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from echo4o.dataset_scripts.contamination import PromptIndex
-from echo4o.dataset_scripts.pictures import Picture
-from echo4o.dataset_scripts.synthesis.calls import Calls, Check, Ended, Refused, Unanswered, Unreadable
-from echo4o.dataset_scripts.synthesis.folder import Folder, suffix_of
+from echo4o.dataset_scripts.images import CheckedImage
+from echo4o.dataset_scripts.synthesis.calls import (
+    CallRefused,
+    CallUnanswered,
+    ImageCheck,
+    ModelCalls,
+    RunEnded,
+    UnusableAnswer,
+)
+from echo4o.dataset_scripts.synthesis.folder import SynthesisFolder, suffix_of
 from echo4o.dataset_scripts.synthesis.gates import (
+    GateReason,
+    ImageGates,
     InstructionGates,
-    PictureGates,
-    Reason,
-    Rejected,
+    RowRejected,
     instructions_of,
 )
-from echo4o.dataset_scripts.synthesis.recipe import Recipe
-from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task
+from echo4o.dataset_scripts.synthesis.recipe import SynthesisRecipe
+from echo4o.dataset_scripts.synthesis.rows import Instruction, PlannedRow, RowSteps
 from echo4o.dataset_scripts.synthesis.tasks import Chain
 
-_REFUSED = {"text": Reason.TEXT_REFUSED, "judge": Reason.JUDGE_REFUSED, "endpoint": Reason.BAD_REQUEST}
+_REFUSED = {"text": GateReason.TEXT_REFUSED, "judge": GateReason.JUDGE_REFUSED, "endpoint": GateReason.BAD_REQUEST}
 # When nothing but these comes, row after row, it is not the rows.
-_FRUITLESS = (Reason.UNDECODABLE, Reason.WRONG_SIZE, Reason.NO_VERDICT)
+_FRUITLESS = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.NO_VERDICT)
 # A picture that is rejected for one of these may be drawn again.
-_AGAIN = (Reason.UNDECODABLE, Reason.WRONG_SIZE, Reason.DUPLICATE_PICTURE, Reason.NOT_VERIFIED)
+_AGAIN = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.DUPLICATE_PICTURE, GateReason.NOT_VERIFIED)
 
 
 @dataclass
-class Outcome:
+class SynthesisOutcome:
     """What became of the planned rows, over all runs into the folder."""
 
     planned: int
@@ -56,30 +63,30 @@ class Synthesis:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: SynthesisRecipe,
         chains: dict[str, Chain],
-        tasks: Sequence[Task],
-        calls: Calls,
-        folder: Folder,
+        tasks: Sequence[PlannedRow],
+        calls: ModelCalls,
+        folder: SynthesisFolder,
         prompts: PromptIndex | None = None,
-        on_progress: Callable[[Outcome], object] = lambda outcome: None,
+        on_progress: Callable[[SynthesisOutcome], object] = lambda outcome: None,
     ):
         self.recipe, self.chains, self.tasks = recipe, chains, tasks
         self.calls, self.folder, self.on_progress = calls, folder, on_progress
         self.fingerprint = recipe.fingerprint()
         self.instructions = InstructionGates.of(recipe.gates, prompts)
         self.instructions.taken |= instructions_of(folder.accepted.values())
-        self.pictures = PictureGates(recipe, {name: folder.look_of(name) for name in folder.accepted})
+        self.pictures = ImageGates(recipe, {name: folder.look_of(name) for name in folder.accepted})
         self._failures: list[Exception] = []
         self._fruitless = 0  # pictures in a row that could not even be judged
-        self.outcome = Outcome(len(tasks))
+        self.outcome = SynthesisOutcome(len(tasks))
         for task in tasks:
             if task.id in folder.accepted:
                 self.outcome.accepted[task.part] += 1
             elif task.id in folder.rejected:
                 self.outcome.rejected[folder.rejected[task.id]["reason"]] += 1
 
-    async def run(self) -> Outcome:
+    async def run(self) -> SynthesisOutcome:
         """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""
         waiting = iter([task for task in self.tasks if not self.folder.is_decided(task.id)])
 
@@ -87,9 +94,9 @@ class Synthesis:
             for task in waiting:
                 try:
                     await self._make(task)
-                except Ended:
+                except RunEnded:
                     return
-                except Unanswered as error:
+                except CallUnanswered as error:
                     self.outcome.open[task.id] = str(error)
                 except Exception as error:  # the other rows come to the end of what they paid for
                     self._failures.append(error)
@@ -105,15 +112,15 @@ class Synthesis:
             self.outcome.remarks["instruction near a benchmark prompt"] += self.instructions.contaminated
         return self.outcome
 
-    async def _make(self, task: Task) -> None:
-        steps = Steps(task, self.calls, self.folder.keep_step, self.recipe.gates.answers)
-        text, last = "", _Last()
+    async def _make(self, task: PlannedRow) -> None:
+        steps = RowSteps(task, self.calls, self.folder.keep_step, self.recipe.gates.answers)
+        text, last = "", _LastImage()
         try:
             made = await self._instruct(task, steps)
             text = made.text
             self.instructions.check(task.id, text)
             picture, drawn = await self._draw(task, made, steps, last)
-        except Rejected as rejected:
+        except RowRejected as rejected:
             self.instructions.release(task.id, text)
             self._reject(task, steps, rejected, text, last.picture)
             return
@@ -122,17 +129,19 @@ class Synthesis:
             raise
         self._accept(task, made, steps, picture, drawn)
 
-    async def _instruct(self, task: Task, steps: Steps) -> Made:
+    async def _instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
         try:
             made = await self.chains[task.part].instruct(task, steps)
-        except Unreadable as error:
-            raise Rejected(Reason.NO_INSTRUCTION, str(error)) from None
-        except Refused as error:
-            raise Rejected(_REFUSED[error.by], str(error)) from None
+        except UnusableAnswer as error:
+            raise RowRejected(GateReason.NO_INSTRUCTION, str(error)) from None
+        except CallRefused as error:
+            raise RowRejected(_REFUSED[error.by], str(error)) from None
         self.outcome.remarks.update(made.remarks)
         return made
 
-    async def _draw(self, task: Task, made: Made, steps: Steps, last: "_Last") -> tuple[Picture, int]:
+    async def _draw(
+        self, task: PlannedRow, made: Instruction, steps: RowSteps, last: "_LastImage"
+    ) -> tuple[CheckedImage, int]:
         """The first picture that passes every gate, and the how manieth it is."""
         failed = None
         for attempt in range(1, self.recipe.gates.pictures + 1):
@@ -143,11 +152,11 @@ class Synthesis:
                 picture, _ = self.pictures.check(task.part, last.picture)
                 await self._verify(task, made, steps, picture.data, attempt)
                 picture, seen = self.pictures.check(task.part, last.picture)  # others were accepted meanwhile
-            except Refused as error:
-                reason = _REFUSED.get(error.by, Reason.PICTURE_REFUSED)
+            except CallRefused as error:
+                reason = _REFUSED.get(error.by, GateReason.PICTURE_REFUSED)
                 steps.keep("picture", attempt, rejected=reason, detail=str(error))
-                raise Rejected(reason, str(error)) from None
-            except Rejected as rejected:
+                raise RowRejected(reason, str(error)) from None
+            except RowRejected as rejected:
                 steps.keep("picture", attempt, rejected=rejected.reason, detail=rejected.detail)
                 self._require_fruit(rejected)
                 if rejected.reason not in _AGAIN:
@@ -160,7 +169,7 @@ class Synthesis:
             return picture, attempt
         raise failed
 
-    def _require_fruit(self, rejected: Rejected) -> None:
+    def _require_fruit(self, rejected: RowRejected) -> None:
         """ValueError when picture after picture is paid for and cannot even be judged: that is no matter of the row."""
         self._fruitless = self._fruitless + 1 if rejected.reason in _FRUITLESS else 0
         if self._fruitless >= self.recipe.rate.give_up_after:
@@ -170,20 +179,22 @@ class Synthesis:
                 "recipe, or raise rate.give_up_after"
             )
 
-    async def _verify(self, task: Task, made: Made, steps: Steps, picture: bytes, attempt: int) -> None:
+    async def _verify(
+        self, task: PlannedRow, made: Instruction, steps: RowSteps, picture: bytes, attempt: int
+    ) -> None:
         if not self.recipe.gates.verify:
             return
-        check = Check(made.text, made.include, made.note, made.references)
+        check = ImageCheck(made.text, made.include, made.note, made.references)
         try:
             verdict = await self.calls.judge(check, picture, f"{task.id} {attempt}")
-        except Unreadable as error:
-            raise Rejected(Reason.NO_VERDICT, str(error)) from None
+        except UnusableAnswer as error:
+            raise RowRejected(GateReason.NO_VERDICT, str(error)) from None
         steps.prompts["verdict"] = verdict.prompt_sha256
         steps.keep("verdict", attempt, result={"right": verdict.right, "reason": verdict.reason})
         if not verdict.right:
-            raise Rejected(Reason.NOT_VERIFIED, verdict.reason)
+            raise RowRejected(GateReason.NOT_VERIFIED, verdict.reason)
 
-    def _provenance(self, task: Task, steps: Steps) -> dict:
+    def _provenance(self, task: PlannedRow, steps: RowSteps) -> dict:
         return {
             "recipe": {"version": self.recipe.version, "fingerprint": self.fingerprint},
             "models": self.calls.names,
@@ -192,7 +203,7 @@ class Synthesis:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def _accept(self, task: Task, made: Made, steps: Steps, picture: Picture, drawn: int) -> None:
+    def _accept(self, task: PlannedRow, made: Instruction, steps: RowSteps, picture: CheckedImage, drawn: int) -> None:
         row = {
             "row": task.id,
             "task_type": "multi_reference" if made.references else "t2i",
@@ -207,7 +218,9 @@ class Synthesis:
         self.folder.accept(task.part, task.number, row, pictures)
         self.outcome.accepted[task.part] += 1
 
-    def _reject(self, task: Task, steps: Steps, rejected: Rejected, text: str, picture: bytes | None) -> None:
+    def _reject(
+        self, task: PlannedRow, steps: RowSteps, rejected: RowRejected, text: str, picture: bytes | None
+    ) -> None:
         row = {
             "row": task.id,
             "part": task.part,
@@ -221,7 +234,7 @@ class Synthesis:
 
 
 @dataclass
-class _Last:
+class _LastImage:
     """The picture that was drawn last, for the folder of rejected rows."""
 
     picture: bytes | None = None

@@ -36,7 +36,7 @@ FOLDERS = {
 ROWS_PER_SHARD = 1000
 
 
-class Folder:
+class SynthesisFolder:
     """Opened by one process at a time; what earlier runs decided is in `accepted` and `rejected`."""
 
     def __init__(self, path: Path, rows_per_shard: int = ROWS_PER_SHARD):
@@ -48,7 +48,7 @@ class Folder:
         self._lines: dict[Path, JsonLinesWriter] = {}
         self._lock = FileLock(self.path / ".lock")
 
-    def __enter__(self) -> "Folder":
+    def __enter__(self) -> "SynthesisFolder":
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)

@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass
 
 from echo4o.dataset_scripts.synthesis import vocabulary, wording
-from echo4o.dataset_scripts.synthesis.calls import Unreadable
-from echo4o.dataset_scripts.synthesis.recipe import InstructionFollowing
-from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, article, listed, one_line
+from echo4o.dataset_scripts.synthesis.calls import UnusableAnswer
+from echo4o.dataset_scripts.synthesis.recipe import InstructionFollowingSettings
+from echo4o.dataset_scripts.synthesis.rows import Instruction, PlannedRow, RowSteps, article, listed, one_line
 from echo4o.dataset_scripts.synthesis.vocabulary import Vocabulary, words_of
 
 _PAIRS = (("left", "right"), ("above", "below"))
@@ -15,10 +15,10 @@ _OTHER_WORDS = ("left", "right", "top", "bottom", "upper", "lower", "larger", "s
 
 
 @dataclass(frozen=True)
-class Following:
+class InstructionFollowingChain:
     """The recipe with its words."""
 
-    recipe: InstructionFollowing
+    recipe: InstructionFollowingSettings
     objects: Vocabulary
     colours: Vocabulary
     backgrounds: Vocabulary
@@ -26,7 +26,7 @@ class Following:
     part = "instruction_following"
 
     @classmethod
-    def load(cls, recipe: InstructionFollowing) -> "Following":
+    def load(cls, recipe: InstructionFollowingSettings) -> "InstructionFollowingChain":
         objects = vocabulary.load("objects", recipe.objects, least=3)
         colours = vocabulary.load("colours", recipe.colours, least=3)
         return cls(recipe, objects, colours, vocabulary.shipped("backgrounds"))
@@ -79,7 +79,7 @@ class Following:
         noun = article(noun) if item["count"] == 1 else f"{wording.NUMBERS[item['count'] - 1]} {noun}"
         return " ".join(filter(None, (noun, wording.PLACES.get(item.get("region")))))
 
-    async def instruct(self, task: Task, steps: Steps) -> Made:
+    async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
         sketch, remarks = task.sketch, ()
         text = sketch["template"]
         steps.keep("structure", result={"tag": sketch["tag"], "include": sketch["include"], "template": text})
@@ -88,13 +88,13 @@ class Following:
             prompt = wording.PARAPHRASE.format(instruction=text, phrases="; ".join(f'"{p}"' for p in phrases))
             try:
                 text = await steps.write("paraphrase", prompt, lambda answer: self.checked(answer, sketch["include"]))
-            except Unreadable:
+            except UnusableAnswer:
                 if self.recipe.otherwise == "reject":
                     raise
                 remarks = ("no paraphrase kept the structure: the template was used",)
         include = tuple(sketch["include"])
         facts = {"tag": sketch["tag"], "include": sketch["include"], "exclude": []}
-        return Made(text, sketch["tag"], include, facts={"structure": facts}, remarks=remarks)
+        return Instruction(text, sketch["tag"], include, facts={"structure": facts}, remarks=remarks)
 
     def checked(self, answer: str, include: list[dict]) -> str:
         """The answer, if it asks for exactly this structure; Unreadable says what it lost or added."""
@@ -102,13 +102,15 @@ class Following:
         rest = words_of(text)
         for phrase in sorted((words_of(self.phrase(item)) for item in include), key=len, reverse=True):
             if rest.count(phrase) != 1:
-                raise Unreadable(f'the structure is lost: "{phrase.strip()}" stands {rest.count(phrase)} times in it')
+                raise UnusableAnswer(
+                    f'the structure is lost: "{phrase.strip()}" stands {rest.count(phrase)} times in it'
+                )
             rest = rest.replace(phrase, " | ")
         plurals = [self.objects.plural(word) for word in self.objects.words]
         others = (*self.objects.words, *plurals, *self.colours.words, *wording.NUMBERS[1:], *_OTHER_WORDS)
         for other in others:
             if words_of(other) in rest:
-                raise Unreadable(f'the structure is changed: "{other}" was added')
+                raise UnusableAnswer(f'the structure is changed: "{other}" was added')
         if found := re.search(r"\d+", rest):
-            raise Unreadable(f'the structure is changed: "{found[0]}" was added')
+            raise UnusableAnswer(f'the structure is changed: "{found[0]}" was added')
         return text

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from echo4o.dataset_scripts.contamination import PromptIndex, normalise
-from echo4o.dataset_scripts.pictures import Picture, check_picture
+from echo4o.dataset_scripts.images import CheckedImage, check_image
 from echo4o.dataset_scripts.synthesis import vocabulary
-from echo4o.dataset_scripts.synthesis.recipe import Gates, Recipe
+from echo4o.dataset_scripts.synthesis.recipe import GatesSettings, SynthesisRecipe
 
 
-class Reason(StrEnum):
+class GateReason(StrEnum):
     """Every planned row is accepted, or rejected for exactly one of these."""
 
     NO_INSTRUCTION = "no usable instruction"
@@ -32,10 +32,10 @@ class Reason(StrEnum):
     BAD_REQUEST = "request not accepted"
 
 
-class Rejected(Exception):
+class RowRejected(Exception):
     """The row, or (where another one may be drawn) its picture, does not pass."""
 
-    def __init__(self, reason: Reason, detail: str):
+    def __init__(self, reason: GateReason, detail: str):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
@@ -44,14 +44,14 @@ class Rejected(Exception):
 class InstructionGates:
     """Blocked words, benchmark prompts, duplicates of what was accepted or is being made."""
 
-    gates: Gates
+    gates: GatesSettings
     prompts: PromptIndex | None
     blocked: tuple[str, ...] = ()
     taken: dict[str, str] = field(default_factory=dict)  # normalised instruction -> row
     contaminated: int = 0
 
     @classmethod
-    def of(cls, gates: Gates, prompts: PromptIndex | None) -> "InstructionGates":
+    def of(cls, gates: GatesSettings, prompts: PromptIndex | None) -> "InstructionGates":
         if isinstance(gates.blocked, tuple):
             words = vocabulary.parse("blocked", gates.blocked, "gates.blocked")
         else:
@@ -59,18 +59,18 @@ class InstructionGates:
         return cls(gates, prompts, (*words.words, *map(words.plural, words.words)))
 
     def check(self, row: str, text: str) -> None:
-        """Take the instruction for this row, or raise [`Rejected`]."""
+        """Take the instruction for this row, or raise [`RowRejected`]."""
         if found := next((word for word in self.blocked if vocabulary.holds(text, word)), None):
-            raise Rejected(Reason.BLOCKED, f"the instruction says {found!r}")
+            raise RowRejected(GateReason.BLOCKED, f"the instruction says {found!r}")
         match = next(self.prompts.matches(row, text), None) if self.prompts else None
         if match:
             if self.gates.contamination.action == "refuse":
                 near = f"{match.overlap:.2f} of {match.benchmark}'s {match.prompt!r}"
-                raise Rejected(Reason.CONTAMINATION, near)
+                raise RowRejected(GateReason.CONTAMINATION, near)
             self.contaminated += 1
         owner = self.taken.setdefault(normalise(text), row)
         if self.gates.duplicate_instructions and owner != row:
-            raise Rejected(Reason.DUPLICATE_INSTRUCTION, f"{owner} has the same one")
+            raise RowRejected(GateReason.DUPLICATE_INSTRUCTION, f"{owner} has the same one")
 
     def release(self, row: str, text: str) -> None:
         """The row was rejected: another one may have its instruction."""
@@ -78,18 +78,18 @@ class InstructionGates:
             del self.taken[normalise(text)]
 
 
-class PictureGates:
+class ImageGates:
     """Decodes, size and aspect, duplicates of accepted pictures (`accepted`: row -> how its picture looks)."""
 
-    def __init__(self, recipe: Recipe, accepted: dict[str, bytes]):
+    def __init__(self, recipe: SynthesisRecipe, accepted: dict[str, bytes]):
         self.recipe = recipe
         self._rows, self._looks = list(accepted), bytearray(b"".join(accepted.values()))
 
-    def check(self, part: str, data: bytes) -> tuple[Picture, bytes]:
-        """The picture and how it looks; raises [`Rejected`]."""
-        picture = check_picture(data)
+    def check(self, part: str, data: bytes) -> tuple[CheckedImage, bytes]:
+        """The picture and how it looks; raises [`RowRejected`]."""
+        picture = check_image(data)
         if picture.reason is not None:
-            raise Rejected(Reason.UNDECODABLE, f"{picture.reason}: {picture.detail}")
+            raise RowRejected(GateReason.UNDECODABLE, f"{picture.reason}: {picture.detail}")
         if self.recipe.gates.size:
             _check_size(picture, self.recipe.image_model(part).size)
         seen, most = look(data), self.recipe.gates.duplicate_pictures
@@ -97,7 +97,9 @@ class PictureGates:
             others = np.frombuffer(bytes(self._looks), np.uint8).reshape(len(self._rows), -1)
             apart = np.abs(others.astype(np.int16) - np.frombuffer(seen, np.uint8)).mean(1)
             if apart.min() <= most:
-                raise Rejected(Reason.DUPLICATE_PICTURE, f"it looks like that of {self._rows[int(apart.argmin())]}")
+                raise RowRejected(
+                    GateReason.DUPLICATE_PICTURE, f"it looks like that of {self._rows[int(apart.argmin())]}"
+                )
         return picture, seen
 
     def accept(self, row: str, seen: bytes) -> None:
@@ -105,14 +107,14 @@ class PictureGates:
         self._looks += seen
 
 
-def _check_size(picture: Picture, asked: str) -> None:
+def _check_size(picture: CheckedImage, asked: str) -> None:
     """The size that was asked for, or a larger or smaller one of the same aspect, to half the side at least."""
     if asked == "auto":
         return
     width, height = map(int, asked.split("x"))
     aspect = (picture.width / picture.height) / (width / height)
     if not 0.98 <= aspect <= 1.02 or picture.width < width / 2:
-        raise Rejected(Reason.WRONG_SIZE, f"{picture.width} x {picture.height} instead of {width} x {height}")
+        raise RowRejected(GateReason.WRONG_SIZE, f"{picture.width} x {picture.height} instead of {width} x {height}")
 
 
 def look(data: bytes) -> bytes:

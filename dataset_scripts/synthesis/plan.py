@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from echo4o.dataset_scripts.synthesis.recipe import Endpoint, Recipe
-from echo4o.dataset_scripts.synthesis.rows import Task
+from echo4o.dataset_scripts.synthesis.recipe import ModelSettings, SynthesisRecipe
+from echo4o.dataset_scripts.synthesis.rows import PlannedRow
 
 # Tokens of a call: asked with and answered, as the prompts of wording.py and the judge's come out. Those of pictures count
 # only where the recipe prices pictures by their tokens.
@@ -12,7 +12,7 @@ _TOKENS = {"text": (220, 60), "image": (60, 1100), "edit": (1500, 1100), "judge"
 
 
 @dataclass(frozen=True)
-class Calls:
+class PlannedCalls:
     """The calls of one model: if everything passes at once, and if everything is asked as often as the gates allow."""
 
     role: str
@@ -24,11 +24,11 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SynthesisPlan:
     """The rows by part and the calls by model."""
 
     rows: dict[str, int]
-    calls: tuple[Calls, ...]
+    calls: tuple[PlannedCalls, ...]
     concurrency: int
     per_minute: int | None
     repeats: int  # rows that ask for the same as an earlier one
@@ -45,7 +45,7 @@ class Plan:
     def seconds(self, most: bool = False) -> float:
         """The busiest model decides: all of them work at once."""
 
-        def of(calls: Calls) -> float:
+        def of(calls: PlannedCalls) -> float:
             number = calls.most if most else calls.least
             at_once = number * calls.seconds / self.concurrency
             return max(at_once, number * 60 / self.per_minute if self.per_minute else 0.0)
@@ -75,7 +75,7 @@ class Plan:
         return lines
 
 
-def make_plan(recipe: Recipe, tasks: Sequence[Task]) -> Plan:
+def make_plan(recipe: SynthesisRecipe, tasks: Sequence[PlannedRow]) -> SynthesisPlan:
     """The plan of these rows (those that are not made yet)."""
     gates, models = recipe.gates, recipe.models
     rows = {part: sum(task.part == part for task in tasks) for part in recipe.rows}
@@ -99,14 +99,14 @@ def make_plan(recipe: Recipe, tasks: Sequence[Task]) -> Plan:
         found.append(_calls("judge", models.judge, judged, judged * again * gates.answers))
     calls = tuple(calls for calls in found if calls.most)
     repeats = sum(task.repeats for task in tasks)
-    return Plan(rows, calls, recipe.rate.concurrency, recipe.rate.per_minute, repeats)
+    return SynthesisPlan(rows, calls, recipe.rate.concurrency, recipe.rate.per_minute, repeats)
 
 
-def _calls(role: str, model: Endpoint, least: int, most: int) -> Calls:
-    return Calls(role, model.name, least, most, guess(role, model), model.seconds)
+def _calls(role: str, model: ModelSettings, least: int, most: int) -> PlannedCalls:
+    return PlannedCalls(role, model.name, least, most, guess(role, model), model.seconds)
 
 
-def guess(role: str, model: Endpoint) -> float | None:
+def guess(role: str, model: ModelSettings) -> float | None:
     """About what one call costs in USD; None where the recipe does not say."""
     if model.is_local:
         return 0.0

@@ -7,19 +7,19 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from echo4o.common.thumbnails import thumbnail
-from echo4o.dataset_scripts.synthesis.folder import PREVIEW, Folder
-from echo4o.dataset_scripts.synthesis.rows import Task
+from echo4o.dataset_scripts.synthesis.folder import PREVIEW, SynthesisFolder
+from echo4o.dataset_scripts.synthesis.rows import PlannedRow
 
 _CELL, _TEXT, _COLUMNS = 256, 88, 4
 
 
-def first_tasks(tasks: Sequence[Task], count: int) -> list[Task]:
+def first_tasks(tasks: Sequence[PlannedRow], count: int) -> list[PlannedRow]:
     """The first rows of every part in turn."""
     ordered = sorted(tasks, key=lambda task: (task.number, task.part))
     return ordered[:count]
 
 
-def contact_sheet(folder: Folder, tasks: Sequence[Task]) -> Path:
+def contact_sheet(folder: SynthesisFolder, tasks: Sequence[PlannedRow]) -> Path:
     """Write the pictures of the rows with their instructions; a rejected row shows its reason."""
     rows = -(-len(tasks) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _CELL, rows * (_CELL + _TEXT)), "white")

@@ -29,12 +29,12 @@ TAGS = (
 TYPES = ("person", "object", "scene", "animal")
 
 
-class Price(StrictModel):
+class PriceSettings(StrictModel):
     """What you pay, in USD: of a picture, or of a million tokens asked with and answered."""
 
-    picture: float | None = Field(None, ge=0)
-    input: float | None = Field(None, ge=0)
-    output: float | None = Field(None, ge=0)
+    picture: float | None = Field(default=None, ge=0)
+    input: float | None = Field(default=None, ge=0)
+    output: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _check(self):
@@ -55,15 +55,15 @@ class Price(StrictModel):
         return (input_tokens * (self.input or 0.0) + output_tokens * (self.output or 0.0)) / 1e6
 
 
-class Endpoint(StrictModel):
+class ModelSettings(StrictModel):
     """A model, as configuration: models are retired, recipes stay."""
 
     name: str = Field(min_length=1)
     url: str | None = None  # of any OpenAI-compatible endpoint; None: OPENAI_BASE_URL, else OpenAI
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key
-    price: Price = Price()
-    timeout: float = Field(300.0, gt=0)
-    seconds: float = Field(5.0, gt=0)  # about how long one call takes, for --plan
+    price: PriceSettings = PriceSettings()
+    timeout: float = Field(default=300.0, gt=0)
+    seconds: float = Field(default=5.0, gt=0)  # about how long one call takes, for --plan
 
     @field_validator("url")
     @classmethod
@@ -90,27 +90,27 @@ class Endpoint(StrictModel):
         return False
 
 
-class Text(Endpoint):
+class TextModelSettings(ModelSettings):
     """Writes properties, instructions and paraphrases."""
 
-    temperature: float | None = Field(1.0, ge=0)  # null leaves it to the endpoint: some models take no other
-    max_tokens: int = Field(600, gt=0)
+    temperature: float | None = Field(default=1.0, ge=0)  # null leaves it to the endpoint: some models take no other
+    max_tokens: int = Field(default=600, gt=0)
 
     @field_validator("price")
     @classmethod
-    def _of_tokens(cls, value: Price) -> Price:
+    def _of_tokens(cls, value: PriceSettings) -> PriceSettings:
         if value.picture is not None:
             raise ValueError("words are billed by tokens: give input and output")
         return value
 
 
-class Image(Endpoint):
+class ImageModelSettings(ModelSettings):
     """Draws; `options` is sent as it is (quality, output_format, ...)."""
 
-    size: str = Field("1024x1024", pattern=r"^(auto|\d+x\d+)$")
+    size: str = Field(default="1024x1024", pattern=r"^(auto|\d+x\d+)$")
     options: dict[str, Any] = {}
     send_seed: bool = False  # for endpoints that take a seed
-    seconds: float = Field(30.0, gt=0)
+    seconds: float = Field(default=30.0, gt=0)
 
     @property
     def is_openai(self) -> bool:
@@ -122,58 +122,60 @@ class Image(Endpoint):
         )
 
 
-class Judge(Text):
+class JudgeSettings(TextModelSettings):
     """Sees pictures; `name: pixels` is the quickstart's detector, which costs nothing, and `hf:MODEL` a local model."""
 
-    temperature: float | None = Field(0.0, ge=0)
-    max_tokens: int = Field(1024, gt=0)
+    temperature: float | None = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=1024, gt=0)
 
     @property
     def is_local(self) -> bool:
         return self.name == "pixels" or self.name.startswith("hf:")
 
 
-class Models(StrictModel):
-    text: Text
-    image: Image
-    edit: Image | None = None  # draws from references; None: `image`
-    judge: Judge | None = None
+class ModelsSettings(StrictModel):
+    text: TextModelSettings
+    image: ImageModelSettings
+    edit: ImageModelSettings | None = None  # draws from references; None: `image`
+    judge: JudgeSettings | None = None
     check: bool = True  # ask the endpoints, before anything is paid for, whether they offer these models
 
-    def all(self) -> list[Endpoint]:
+    def all(self) -> list[ModelSettings]:
         return [model for model in (self.text, self.image, self.edit, self.judge) if model is not None]
 
 
-class Rate(StrictModel):
-    concurrency: int = Field(8, gt=0)  # calls of each model that are open at once
-    per_minute: int | None = Field(None, gt=0)  # calls of each model
-    tries: int = Field(6, gt=0)  # of one call, before its failure is accepted
-    first_wait: float = Field(1.0, ge=0)
-    give_up_after: int = Field(8, gt=0)  # failures in a row that stop the run
+class RateSettings(StrictModel):
+    concurrency: int = Field(default=8, gt=0)  # calls of each model that are open at once
+    per_minute: int | None = Field(default=None, gt=0)  # calls of each model
+    tries: int = Field(default=6, gt=0)  # of one call, before its failure is accepted
+    first_wait: float = Field(default=1.0, ge=0)
+    give_up_after: int = Field(default=8, gt=0)  # failures in a row that stop the run
 
 
-class SurrealFantasy(StrictModel):
+class SurrealFantasySettings(StrictModel):
     rows: int = Field(ge=0)
     objects: Path | None = None
     colours: Path | None = None
-    breaks: tuple[Literal[BREAKS], ...] = Field(BREAKS, min_length=1)
+    breaks: tuple[Literal[BREAKS], ...] = Field(default=BREAKS, min_length=1)
 
 
-class References(StrictModel):
+class ReferencesSettings(StrictModel):
     """Where reference pictures come from: a built dataset (or a Hub repository), or a folder with one folder per type."""
 
     path: str
     configuration: str = "all"
     column: str = "image"
     type_column: str = "category"
-    types: dict[Literal[TYPES], tuple[str, ...]] = Field({t: (t,) for t in TYPES}, min_length=1)  # type -> its values
+    types: dict[Literal[TYPES], tuple[str, ...]] = Field(
+        default={t: (t,) for t in TYPES}, min_length=1
+    )  # type -> its values
 
 
-class MultiReference(StrictModel):
+class MultiReferenceSettings(StrictModel):
     rows: int = Field(ge=0)
-    references: References
-    least: int = Field(2, ge=2, le=4)
-    most: int = Field(4, ge=2, le=4)
+    references: ReferencesSettings
+    least: int = Field(default=2, ge=2, le=4)
+    most: int = Field(default=4, ge=2, le=4)
 
     @model_validator(mode="after")
     def _check(self):
@@ -184,20 +186,20 @@ class MultiReference(StrictModel):
         return self
 
 
-class InstructionFollowing(StrictModel):
+class InstructionFollowingSettings(StrictModel):
     rows: int = Field(ge=0)
     objects: Path | None = None
     colours: Path | None = None
-    tags: tuple[Literal[TAGS], ...] = Field(TAGS, min_length=1)  # they take turns
-    most_count: int = Field(7, ge=2, le=12)
+    tags: tuple[Literal[TAGS], ...] = Field(default=TAGS, min_length=1)  # they take turns
+    most_count: int = Field(default=7, ge=2, le=12)
     paraphrase: bool = True
     otherwise: Literal["template", "reject"] = "template"  # when no paraphrase keeps the structure
 
 
-class Contamination(StrictModel):
+class ContaminationSettings(StrictModel):
     benchmarks: tuple[str, ...] = ("genevalpp", "imagine_bench")
     prompts: tuple[Path, ...] = ()  # files of more prompts, or of these where they cannot be downloaded
-    overlap: float = Field(0.5, gt=0, le=1)
+    overlap: float = Field(default=0.5, gt=0, le=1)
     action: Literal["refuse", "count"] = "refuse"
 
     @model_validator(mode="after")
@@ -207,29 +209,29 @@ class Contamination(StrictModel):
         return self
 
 
-class Gates(StrictModel):
+class GatesSettings(StrictModel):
     verify: bool = True  # by `models.judge`
-    pictures: int = Field(3, gt=0)  # drawn for one row at most, until one passes
-    answers: int = Field(3, gt=0)  # asked for at most, until one can be used
+    pictures: int = Field(default=3, gt=0)  # drawn for one row at most, until one passes
+    answers: int = Field(default=3, gt=0)  # asked for at most, until one can be used
     duplicate_instructions: bool = True
     # Two pictures are the same when their 8 x 8 miniatures differ by no more than this, of 255, on average; null: off
-    duplicate_pictures: float | None = Field(2.0, ge=0)
+    duplicate_pictures: float | None = Field(default=2.0, ge=0)
     blocked: tuple[str, ...] | Path | None = None  # words, or a file of them; null: a short list that comes along
     size: bool = True  # as asked for, or at least of that aspect
-    contamination: Contamination | None = Contamination()
+    contamination: ContaminationSettings | None = ContaminationSettings()
 
 
-class Recipe(StrictModel):
+class SynthesisRecipe(StrictModel):
     """A run of `echo4o dataset synthesize RECIPE.yaml`."""
 
     version: str  # yours; it goes into every row
-    seed: int = Field(0, ge=0)
-    models: Models
-    rate: Rate = Rate()
-    gates: Gates = Gates()
-    surreal_fantasy: SurrealFantasy | None = None
-    multi_reference: MultiReference | None = None
-    instruction_following: InstructionFollowing | None = None
+    seed: int = Field(default=0, ge=0)
+    models: ModelsSettings
+    rate: RateSettings = RateSettings()
+    gates: GatesSettings = GatesSettings()
+    surreal_fantasy: SurrealFantasySettings | None = None
+    multi_reference: MultiReferenceSettings | None = None
+    instruction_following: InstructionFollowingSettings | None = None
 
     @model_validator(mode="after")
     def _check(self):
@@ -245,7 +247,7 @@ class Recipe(StrictModel):
         parts = ("surreal_fantasy", "multi_reference", "instruction_following")
         return {name: part.rows for name in parts if (part := getattr(self, name)) is not None}
 
-    def image_model(self, part: str) -> Image:
+    def image_model(self, part: str) -> ImageModelSettings:
         return (self.models.edit or self.models.image) if part == "multi_reference" else self.models.image
 
     def about(self) -> About:
@@ -277,7 +279,7 @@ class Recipe(StrictModel):
         return hashlib.sha256(json.dumps(self.decides(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-class RecipeError(ValueError):
+class SynthesisRecipeError(ValueError):
     """A recipe that cannot be run; the message names each key and what is wrong with it."""
 
 
@@ -285,7 +287,7 @@ def bundled_names() -> list[str]:
     return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path) -> SynthesisRecipe:
     """Read a YAML recipe, or one that comes along by its name. Paths in it are relative to the working folder.
 
     Raises:
@@ -298,14 +300,16 @@ def load_recipe(path: str | Path) -> Recipe:
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         names = ", ".join(bundled_names())
-        raise RecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
+        raise SynthesisRecipeError(f"{path} cannot be read: {error} (recipes that come along: {names})") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a mapping of settings")
+        raise SynthesisRecipeError(f"{path} is not a mapping of settings")
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = SynthesisRecipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n{describe(error)}") from error
+        raise SynthesisRecipeError(f"{path}:\n{describe(error)}") from error
     for variable in {model.key_variable for model in recipe.models.all()}:
         if len(key := os.environ.get(variable, "")) >= 6 and key in text:
-            raise RecipeError(f"{path} holds the key of {variable}: remove it, recipes are copied into what they make")
+            raise SynthesisRecipeError(
+                f"{path} holds the key of {variable}: remove it, recipes are copied into what they make"
+            )
     return recipe

@@ -4,13 +4,13 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from echo4o.dataset_scripts.pictures import check_picture
-from echo4o.dataset_scripts.source import PICTURE_SUFFIXES
-from echo4o.dataset_scripts.synthesis.recipe import References as Config
+from echo4o.dataset_scripts.images import check_image
+from echo4o.dataset_scripts.source import IMAGE_SUFFIXES
+from echo4o.dataset_scripts.synthesis.recipe import ReferencesSettings
 
 
 @dataclass(frozen=True)
-class ReferencePicture:
+class ReferenceImage:
     """One picture: of which type, what it shows, and where it is."""
 
     kind: str
@@ -20,12 +20,12 @@ class ReferencePicture:
 
 
 @dataclass
-class References:
+class ReferenceImages:
     """The pictures of a source by type. Only those that a row takes are read."""
 
-    by_type: dict[str, tuple[ReferencePicture, ...]]
+    by_type: dict[str, tuple[ReferenceImage, ...]]
     column: str
-    _checked: set[ReferencePicture] = field(default_factory=set)
+    _checked: set[ReferenceImage] = field(default_factory=set)
 
     @property
     def fingerprint(self) -> str:
@@ -35,15 +35,15 @@ class References:
     def count(self, kind: str) -> int:
         return len(self.by_type.get(kind, ()))
 
-    def read(self, picture: ReferencePicture) -> bytes:
+    def read(self, picture: ReferenceImage) -> bytes:
         file, *row = picture.place
         return _of_shard(file, *row, self.column) if row else Path(file).read_bytes()
 
-    def check(self, picture: ReferencePicture) -> None:
+    def check(self, picture: ReferenceImage) -> None:
         """ValueError when it does not decode."""
         if picture in self._checked:
             return
-        checked = check_picture(self.read(picture))
+        checked = check_image(self.read(picture))
         if checked.reason is not None:
             raise ValueError(
                 f"the reference picture {picture.source} cannot be used: {checked.reason}: {checked.detail}"
@@ -51,7 +51,7 @@ class References:
         self._checked.add(picture)
 
 
-def open_references(config: Config) -> References:
+def open_references(config: ReferencesSettings) -> ReferenceImages:
     """Find the pictures of every type.
 
     Raises:
@@ -65,16 +65,16 @@ def open_references(config: Config) -> References:
             f"{config.path} has no picture of the subject type {missing[0]!r} (looked for {values}); it has "
             f"{', '.join(sorted(k for k in found if found[k])) or 'none of the types'}: set multi_reference.references.types"
         )
-    return References({kind: tuple(found[kind]) for kind in config.types}, config.column)
+    return ReferenceImages({kind: tuple(found[kind]) for kind in config.types}, config.column)
 
 
-def _of_folders(root: Path, config: Config) -> dict[str, list[ReferencePicture]]:
-    found: dict[str, list[ReferencePicture]] = {}
+def _of_folders(root: Path, config: ReferencesSettings) -> dict[str, list[ReferenceImage]]:
+    found: dict[str, list[ReferenceImage]] = {}
     for kind, folders in config.types.items():
         for folder in folders:
-            files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+            files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             found.setdefault(kind, []).extend(
-                ReferencePicture(
+                ReferenceImage(
                     kind, _label(file, root / folder, folder), file.relative_to(root).as_posix(), (str(file),)
                 )
                 for file in files
@@ -88,14 +88,14 @@ def _label(file: Path, folder: Path, kind: str) -> str:
     return steps[0] if len(steps) > 1 else kind
 
 
-def _of_dataset(config: Config) -> dict[str, list[ReferencePicture]]:
+def _of_dataset(config: ReferencesSettings) -> dict[str, list[ReferenceImage]]:
     import pyarrow.parquet as pq
 
     from echo4o.dataset_scripts.loading import parquet_files
     from echo4o.dataset_scripts.row_groups import open_file
 
     kinds = {value: kind for kind, values in config.types.items() for value in values}
-    found: dict[str, list[ReferencePicture]] = {}
+    found: dict[str, list[ReferenceImage]] = {}
     seen: set[str] = set()
     for file in parquet_files(config.path, config.configuration):
         with open_file(file) as stream:
@@ -111,9 +111,7 @@ def _of_dataset(config: Config) -> dict[str, list[ReferencePicture]]:
                 for row, value in enumerate(values):
                     if kind := kinds.get(str(value)):
                         source = f"{Path(file).name}:{group}:{row}"
-                        found.setdefault(kind, []).append(
-                            ReferencePicture(kind, str(value), source, (file, group, row))
-                        )
+                        found.setdefault(kind, []).append(ReferenceImage(kind, str(value), source, (file, group, row)))
     if not found:
         some = ", ".join(sorted(seen)[:8])
         raise ValueError(

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from echo4o.common.model_text import json_objects
-from echo4o.dataset_scripts.synthesis.calls import Calls, Unreadable
+from echo4o.dataset_scripts.synthesis.calls import ModelCalls, UnusableAnswer
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Task:
+class PlannedRow:
     """A row that is planned: all that chance decides about it is in `sketch`."""
 
     part: str
@@ -27,7 +27,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Made:
+class Instruction:
     """An instruction with what its picture must show: `include` as GenEval++ has it, or `note` in words."""
 
     text: str
@@ -39,10 +39,10 @@ class Made:
     remarks: tuple[str, ...] = ()  # counted at the end
 
 
-class Steps:
+class RowSteps:
     """The steps of one row: asks, reads, and keeps every result as a row of its own."""
 
-    def __init__(self, task: Task, calls: Calls, keep: Callable[[dict], None], answers: int):
+    def __init__(self, task: PlannedRow, calls: ModelCalls, keep: Callable[[dict], None], answers: int):
         self.task, self.calls, self._keep, self.answers = task, calls, keep, answers
         self.prompts: dict[str, str] = {}  # step -> hash of the words it was asked with
 
@@ -53,7 +53,7 @@ class Steps:
         """The first answer that can be read; `shared`: rows that ask the same get the same.
 
         Raises:
-            Unreadable: none of `answers` answers can.
+            UnusableAnswer: none of `answers` answers can.
         """
         digest = self.prompts[step] = hashlib.sha256(prompt.encode()).hexdigest()
         model, last = self.calls.names.get("text", ""), ""
@@ -63,24 +63,24 @@ class Steps:
             try:
                 answer = await self.calls.write(prompt, salt)
                 value = read(answer)
-            except Unreadable as error:
+            except UnusableAnswer as error:
                 last = str(error)
                 self.keep(step, attempt, **about, unusable=last)
                 continue
             self.keep(step, attempt, **about, result=value)
             return value
-        raise Unreadable(f"{step}: {last}")
+        raise UnusableAnswer(f"{step}: {last}")
 
 
 def one_line(answer: str, most_words: int = 80) -> str:
-    """A sentence from an answer; Unreadable when it is none, or a talk."""
+    """The answer as one line. Raises [`UnusableAnswer`] if it is empty or too long."""
     text = " ".join(answer.split()).strip("\"'“”` ")
     if not text:
-        raise Unreadable("the answer is empty")
+        raise UnusableAnswer("the answer is empty")
     if len(text) > 1000:
-        raise Unreadable(f"the answer has {len(text):,} letters, at most 1,000 are wanted")
+        raise UnusableAnswer(f"the answer has {len(text):,} letters, at most 1,000 are wanted")
     if len(text.split()) > most_words:
-        raise Unreadable(f"the answer has {len(text.split())} words, at most {most_words} are wanted")
+        raise UnusableAnswer(f"the answer has {len(text.split())} words, at most {most_words} are wanted")
     return text
 
 
@@ -88,11 +88,11 @@ def json_object(answer: str, keys: tuple[str, ...]) -> dict[str, str]:
     """The object in an answer, with a text under each key."""
     found = [each.value for each in json_objects(answer)]
     if not found:
-        raise Unreadable("the answer does not hold a JSON object")
+        raise UnusableAnswer("the answer does not hold a JSON object")
     value = next((each for each in reversed(found) if keys[0] in each), found[-1])
     missing = [key for key in keys if not isinstance(value.get(key), str) or not value[key].strip()]
     if missing:
-        raise Unreadable(f"the answer has no text under {missing[0]!r}")
+        raise UnusableAnswer(f"the answer has no text under {missing[0]!r}")
     return {key: value[key].strip()[:200] for key in keys}
 
 

@@ -4,9 +4,17 @@ import random
 from dataclasses import dataclass
 
 from echo4o.dataset_scripts.synthesis import vocabulary, wording
-from echo4o.dataset_scripts.synthesis.calls import Unreadable
-from echo4o.dataset_scripts.synthesis.recipe import SurrealFantasy
-from echo4o.dataset_scripts.synthesis.rows import Made, Steps, Task, article, json_object, listed, one_line
+from echo4o.dataset_scripts.synthesis.calls import UnusableAnswer
+from echo4o.dataset_scripts.synthesis.recipe import SurrealFantasySettings
+from echo4o.dataset_scripts.synthesis.rows import (
+    Instruction,
+    PlannedRow,
+    RowSteps,
+    article,
+    json_object,
+    listed,
+    one_line,
+)
 from echo4o.dataset_scripts.synthesis.vocabulary import Vocabulary, holds
 
 PROPERTIES = ("colour", "shape", "size", "material", "surroundings", "time")
@@ -30,17 +38,17 @@ _LISTS = {
 
 
 @dataclass(frozen=True)
-class Surreal:
+class SurrealFantasyChain:
     """The recipe with its words."""
 
-    recipe: SurrealFantasy
+    recipe: SurrealFantasySettings
     objects: Vocabulary
     colours: Vocabulary
 
     part = "surreal_fantasy"
 
     @classmethod
-    def load(cls, recipe: SurrealFantasy) -> "Surreal":
+    def load(cls, recipe: SurrealFantasySettings) -> "SurrealFantasyChain":
         colours = vocabulary.load("colours", recipe.colours, least=3)
         return cls(recipe, vocabulary.load("objects", recipe.objects, least=3), colours)
 
@@ -57,7 +65,7 @@ class Surreal:
         rng.shuffle(values)
         return {"break": kind, "objects": rng.sample(self.objects.words, count), "values": values}
 
-    async def instruct(self, task: Task, steps: Steps) -> Made:
+    async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
         sketch = task.sketch
         steps.keep("objects", result={"objects": sketch["objects"], "break": sketch["break"]})
         known = {thing: await self._properties(thing, steps) for thing in sketch["objects"]}
@@ -72,9 +80,9 @@ class Surreal:
         }  # fmt: skip
         if include:
             facts["structure"] = {"include": list(include), "exclude": []}
-        return Made(text, CATEGORIES[sketch["break"]], include, note, facts=facts)
+        return Instruction(text, CATEGORIES[sketch["break"]], include, note, facts=facts)
 
-    async def _properties(self, thing: str, steps: Steps) -> dict[str, str]:
+    async def _properties(self, thing: str, steps: RowSteps) -> dict[str, str]:
         prompt = wording.PROPERTIES.format(thing=thing)
         return await steps.write(
             f"properties of {thing}", prompt, lambda answer: json_object(answer, PROPERTIES), shared=True
@@ -91,7 +99,7 @@ def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
     for thing in sketch["objects"]:
         unusual = [value for value in values if not holds(known[thing][about], value)]
         if not unusual:
-            raise Unreadable(f"nothing in the list would be a break: {known[thing][about]!r} is usual of {thing}")
+            raise UnusableAnswer(f"nothing in the list would be a break: {known[thing][about]!r} is usual of {thing}")
         chosen.append(unusual[0])
         values.remove(chosen[-1])
     return chosen
@@ -133,5 +141,5 @@ def _holding(answer: str, must: list[str]) -> str:
     text = one_line(answer)
     for words in must:
         if not holds(text, words):
-            raise Unreadable(f'the instruction lost "{words}"')
+            raise UnusableAnswer(f'the instruction lost "{words}"')
     return text

@@ -336,7 +336,7 @@ def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, r
     from dataclasses import replace
 
     from echo4o.dataset_scripts.names import PARTS
-    from echo4o.dataset_scripts.schema import FolderPlan, parse_map, read_plan
+    from echo4o.dataset_scripts.schema import FolderMapping, parse_map, read_plan
     from echo4o.dataset_scripts.upstream import ReadOptions
 
     given = map_ or []
@@ -347,7 +347,7 @@ def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, r
         folder, _, name = pair.rpartition("=")
         if name not in PARTS or not folder:
             raise ValueError(f"--assign {pair}: write Folder=configuration, one of {', '.join(PARTS)}")
-        plan[folder] = replace(plan.get(folder, FolderPlan()), configuration=name)
+        plan[folder] = replace(plan.get(folder, FolderMapping()), configuration=name)
     return ReadOptions(
         verify=verify.value,
         workers=workers or os.cpu_count() or 1,

@@ -34,7 +34,7 @@ def synthesize(
     Example: [bold]echo4o dataset synthesize first_hundred --plan[/bold]
     Then: [bold]echo4o dataset synthesize first_hundred --out made --budget 5 --preview 12[/bold]
     """
-    from echo4o.dataset_scripts.synthesis.folder import DATASET, Folder
+    from echo4o.dataset_scripts.synthesis.folder import DATASET, SynthesisFolder
     from echo4o.dataset_scripts.synthesis.plan import make_plan
     from echo4o.dataset_scripts.synthesis.preview import contact_sheet, first_tasks
     from echo4o.dataset_scripts.synthesis.recipe import load_recipe
@@ -53,7 +53,7 @@ def synthesize(
         return
     wanted = first_tasks(tasks, preview) if preview else tasks
     prompts = _prompts(chosen)
-    with _disk(out), Folder(out) as folder:
+    with _disk(out), SynthesisFolder(out) as folder:
         folder.begin(_run(chosen, chains), chosen.about())
         left = make_plan(chosen, [task for task in wanted if not folder.is_decided(task.id)])
         say("\n".join(left.lines()))

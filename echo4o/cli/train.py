@@ -120,7 +120,7 @@ def export(
             raise ValueError(f"{run} is not a complete checkpoint: {why}")
         found = [Checkpoint(run)]
     else:
-        found = CheckpointFolder(run / "checkpoints", say=say).complete()
+        found = CheckpointFolder(run / "checkpoints", log=say).complete()
     chosen = [c for c in found if step is None or c.step == step]
     if not chosen:
         steps = ", ".join(str(c.step) for c in found) or "none"

@@ -21,7 +21,7 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> Self:
-        """Take the folder. Raises ValueError naming the process that holds it, or if the folder cannot be made."""
+        """Take the folder. Raises ValueError naming the process that holds it, or if the folder cannot be created."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -32,7 +32,7 @@ class FolderLock:
                 descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
-                raise ValueError(f"{self.folder} cannot be made: {reason}") from error
+                raise ValueError(f"{self.folder} cannot be created: {reason}") from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -1,4 +1,4 @@
-"""Amounts of memory and disk as people write and read them."""
+"""Parses and formats amounts of memory and disk."""
 
 import re
 

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from echo4o.common.model_text import without_reasoning
-from echo4o.dataset_scripts.synthesis.calls import Check, Ended, Refused, Unanswered, Unreadable, Verdict
+from echo4o.dataset_scripts.synthesis.calls import (
+    CallRefused,
+    CallUnanswered,
+    ImageCheck,
+    ImageCheckResult,
+    RunEnded,
+    UnusableAnswer,
+)
 from echo4o.dataset_scripts.synthesis.folder import ANSWERS, SPENDING
 from echo4o.dataset_scripts.synthesis.plan import guess
-from echo4o.dataset_scripts.synthesis.recipe import Endpoint as EndpointConfig
-from echo4o.dataset_scripts.synthesis.recipe import Image, Recipe
+from echo4o.dataset_scripts.synthesis.recipe import ImageModelSettings, ModelSettings, SynthesisRecipe
 from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller
@@ -43,12 +49,12 @@ class ImageChecker(Protocol):
     endpoint: Endpoint
 
     def question(
-        self, check: Check, image: ImageFile, references: Sequence[ImageFile]
+        self, check: ImageCheck, image: ImageFile, references: Sequence[ImageFile]
     ) -> tuple[ChatRequest, dict[str, Any]]:
         """The request to the judge, and the facts that it rests on."""
         ...
 
-    def read(self, check: Check, answer: Answer) -> Verdict:
+    def read(self, check: ImageCheck, answer: Answer) -> ImageCheckResult:
         """The verdict in an answer. Raises [`UnreadableAnswer`]."""
         ...
 
@@ -69,10 +75,10 @@ class SynthesisCalls:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: SynthesisRecipe,
         out: Path,
         roles: Sequence[str],
-        make_checker: Callable[[EndpointConfig], ImageChecker],
+        make_checker: Callable[[ModelSettings], ImageChecker],
         budget: float | None = None,
         probe: bool = True,
     ):
@@ -156,9 +162,9 @@ class SynthesisCalls:
         """The text model's answer to a prompt."""
         answer = await self._ask("text", ChatRequest(prompt), ["write", prompt, salt], _is_usable_text)
         if answer.refusal:
-            raise Refused("text", answer.refusal)
+            raise CallRefused("text", answer.refusal)
         if answer.cut:
-            raise Unreadable("the answer stopped at the length limit (models.text.max_tokens)")
+            raise UnusableAnswer("the answer stopped at the length limit (models.text.max_tokens)")
         text = without_reasoning(answer.text)
         return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be stored
 
@@ -170,10 +176,10 @@ class SynthesisCalls:
         content = ["draw", instruction, [hashlib.sha256(data).hexdigest() for data in references], request.seed, salt]
         answer = await self._ask(role, request, content, _is_usable_image)
         if answer.refusal:
-            raise Refused("image", answer.refusal)
+            raise CallRefused("image", answer.refusal)
         return image_bytes(answer)
 
-    async def judge(self, check: Check, picture: bytes, salt: str) -> Verdict:
+    async def judge(self, check: ImageCheck, picture: bytes, salt: str) -> ImageCheckResult:
         """The judge's verdict on an image; asks again, up to `gates.answers` times, if an answer is unreadable."""
         checker = self.checker
         if checker is None:
@@ -198,8 +204,8 @@ class SynthesisCalls:
             except UnreadableAnswer as error:
                 last = error
         if last.kind == "refusal":
-            raise Refused("judge", str(last))
-        raise Unreadable(str(last))
+            raise CallRefused("judge", str(last))
+        raise UnusableAnswer(str(last))
 
     def _image_file(self, data: bytes) -> ImageFile:
         """The image as a file, which judges read."""
@@ -226,15 +232,15 @@ class SynthesisCalls:
                 self._refused_in_a_row[role] = 0
                 return answer
         except Stopped:
-            raise Ended from None
+            raise RunEnded from None
         except BudgetReached as reached:
             self.stop.set(reached)
-            raise Ended from None
+            raise RunEnded from None
         except CallFault as fault:
             raise self._error_of(role, fault) from None
         except Exception as error:
             self.stop.set(error)
-            raise Ended from None
+            raise RunEnded from None
         finally:
             if not lock.locked():
                 self._locks.pop(key, None)
@@ -246,11 +252,11 @@ class SynthesisCalls:
             self.stop.reason = None  # this message says more than the caller's
             self.stop.set(ValueError(_no_such_model(role, model, [], str(fault))))
         if self.stop.reason is not None:
-            return Ended()
+            return RunEnded()
         if fault.retry:
-            return Unanswered(f"{role}: {fault} ({fault.kind})")
+            return CallUnanswered(f"{role}: {fault} ({fault.kind})")
         if fault.refuses_content:
-            return Refused(role if role in ("text", "judge") else "image", str(fault))
+            return CallRefused(role if role in ("text", "judge") else "image", str(fault))
         self._refused_in_a_row[role] += 1
         # The first request of its kind, or several in a row, refused: the fault is in the request, not in the row.
         never_worked = not self.ledger.calls_by_role.get(role)
@@ -258,11 +264,11 @@ class SynthesisCalls:
             self.stop.set(
                 ValueError(f"models.{role}: {model.name} does not accept our request: {fault} ({fault.kind})")
             )
-            return Ended()
-        return Refused("endpoint", f"{role}: {fault} ({fault.kind})")
+            return RunEnded()
+        return CallRefused("endpoint", f"{role}: {fault} ({fault.kind})")
 
 
-def _usd_of(config: EndpointConfig) -> Callable[[Answer], float]:
+def _usd_of(config: ModelSettings) -> Callable[[Answer], float]:
     """The cost of an answer; a refused image costs its tokens at most."""
     return lambda answer: config.price.usd(answer.input_tokens, answer.output_tokens, 0 if answer.refusal else 1)
 
@@ -279,7 +285,7 @@ def _make_model(role: str, config: Any) -> OpenAIEndpoint:
     options = {
         "url": config.url, "key_variable": config.key_variable, "timeout": config.timeout, "what": f"{role} model"
     }  # fmt: skip
-    if isinstance(config, Image):
+    if isinstance(config, ImageModelSettings):
         return ImageEndpoint(config.name, options={"size": config.size} | config.options, **options)
     return ChatEndpoint(
         config.name.removeprefix("openai:"),
@@ -290,7 +296,7 @@ def _make_model(role: str, config: Any) -> OpenAIEndpoint:
     )
 
 
-def _require_prices(recipe: Recipe, roles: Sequence[str], budget: float | None) -> None:
+def _require_prices(recipe: SynthesisRecipe, roles: Sequence[str], budget: float | None) -> None:
     missing = [role for role in roles if guess(role, getattr(recipe.models, role)) is None]
     if budget is not None and missing:
         how = "{picture: USD}, or " if missing[0] in ("image", "edit") else ""

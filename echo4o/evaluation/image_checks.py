@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from echo4o.dataset_scripts.synthesis.calls import Check, Verdict
-from echo4o.dataset_scripts.synthesis.recipe import Judge as JudgeConfig
+from echo4o.dataset_scripts.synthesis.calls import ImageCheck, ImageCheckResult
+from echo4o.dataset_scripts.synthesis.recipe import JudgeSettings
 from echo4o.endpoints.chat_endpoint import ImageFile
 from echo4o.endpoints.endpoint import Answer
 from echo4o.endpoints.json_answers import read_json_answer
@@ -21,7 +21,7 @@ class ImageChecker:
     A check with a structure (`include`) is asked with GenEval++'s checklist, any other with the check's note.
     """
 
-    def __init__(self, config: JudgeConfig):
+    def __init__(self, config: JudgeSettings):
         if config.is_local:
             self.endpoint = make_judge(config.name)
         else:
@@ -36,11 +36,11 @@ class ImageChecker:
         self._checklist_prompt = JudgePrompt.read(PROMPTS / "genevalpp.md")
         self._note_prompt = JudgePrompt.read(PROMPTS / "synthesis_note.md")
 
-    def _prompt(self, check: Check) -> JudgePrompt:
+    def _prompt(self, check: ImageCheck) -> JudgePrompt:
         return self._checklist_prompt if check.include else self._note_prompt
 
     def question(
-        self, check: Check, image: ImageFile, references: Sequence[ImageFile]
+        self, check: ImageCheck, image: ImageFile, references: Sequence[ImageFile]
     ) -> tuple[Question, dict[str, Any]]:
         """The question to the judge, and the facts that it rests on."""
         if check.include:
@@ -51,7 +51,7 @@ class ImageChecker:
             values = {"instruction": check.instruction, **facts}
         return self._prompt(check).question(values, Correct, image, references, facts), facts
 
-    def read(self, check: Check, answer: Answer) -> Verdict:
+    def read(self, check: ImageCheck, answer: Answer) -> ImageCheckResult:
         """The verdict in an answer. Raises [`UnreadableAnswer`]."""
         verdict = read_json_answer(answer, Correct)
-        return Verdict(bool(verdict.correct), verdict.reason, self._prompt(check).sha256)
+        return ImageCheckResult(bool(verdict.correct), verdict.reason, self._prompt(check).sha256)

@@ -1,1 +1,1 @@
-"""Memory before anything is loaded: of a training run, and of generating images."""
+"""Memory estimates of training runs and image generation, before anything is loaded."""

@@ -1,4 +1,4 @@
-"""What both plans assume about a GPU."""
+"""Assumptions about a GPU that both plans share."""
 
 RESERVE = 1.5e9  # bytes: CUDA context and cuBLAS workspaces; assumed, not measured here
 USABLE = 0.95  # of a GPU's memory; fragmentation takes the rest

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class FusedAttention(TorchFunctionMode):
-    """Inside the block, attention allocates nothing but its result, as fused kernels do."""
+    """Within the context, attention allocates only its result, as fused kernels do."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -21,7 +22,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the most bytes of new tensors alive at once inside the block, on any device."""
+    """Within the context, measures the peak bytes of new tensors, on any device."""
 
     def __init__(self):
         super().__init__()
@@ -29,32 +30,32 @@ class PeakBytes(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is(t)}
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         result = func(*args, **(kwargs or {}))
-        for tensor in filter(_is, torch.utils._pytree.tree_leaves(result)):
+        for tensor in filter(_is_tensor, tree_leaves(result)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known and storage._cdata not in before:
-                self._born(storage)
+                self._allocated(storage)
         return result
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _allocated(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._freed, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.alive -= size
 
 
-def _is(value) -> bool:
+def _is_tensor(value) -> bool:
     return isinstance(value, torch.Tensor)
 
 
 def vae_bytes(vae: Any, height: int, width: int, dtype: torch.dtype, decode: bool) -> int:
-    """The most that a VAE allocates for one image without tiling, from a dry run.
+    """Peak bytes that a VAE allocates for one image without tiling, from a dry run.
 
     Args:
         vae: on the meta device.

@@ -1,4 +1,4 @@
-"""What a pipeline needs to generate images, before it is loaded: `echo4o info MODEL --plan --gpu 24GB`.
+"""Memory that a pipeline needs to generate images, computed before it is loaded: `echo4o info MODEL --plan --gpu 24GB`.
 
 Weights are counted from configurations and safetensors headers, tensor by tensor. Caches and activations come from the
 backbone's `call_memory`, those of the VAE from a dry run on the meta device.
@@ -48,8 +48,8 @@ def read_stored(model: str, backbone: str = "bagel") -> StoredPipeline:
     """Read configurations and headers of a pipeline folder, a Hub repository, or "release".
 
     Args:
-        model: "release" stands for the released checkpoint's sizes in bfloat16.
-        backbone: whose release is meant; other models name their own.
+        model: "release" means the released checkpoint's sizes in bfloat16.
+        backbone: the backbone of "release"; other models name their own.
 
     Raises:
         ValueError, OSError: `model` is none of these.
@@ -146,7 +146,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class OptionMemory:
-    """What one option needs, in bytes."""
+    """Memory of one option, in bytes."""
 
     option: Option
     dtype: str
@@ -163,7 +163,7 @@ class OptionMemory:
 
 @dataclass
 class GenerationMemoryPlan:
-    """What `echo4o info --plan` prints; bytes."""
+    """The plan that `echo4o info --plan` prints; sizes are in bytes."""
 
     model: str
     gpu: float
@@ -218,7 +218,7 @@ def matrices(tensors: Tensors) -> dict[str, int]:
 def make_plan(stored: StoredPipeline, gpu: float, call: ImageCall) -> GenerationMemoryPlan:
     """Weights, caches and activations of a call, and which options fit on a GPU of `gpu` bytes.
 
-    Raises ValueError for a call that the model cannot answer.
+    Raises ValueError for a call that the model does not support.
     """
     dtypes = [dtype for dtype, _ in stored.tensors["transformer"].values()]
     dtype = max(set(dtypes), key=dtypes.count)

@@ -1,4 +1,4 @@
-"""What a training recipe needs before anything is allocated: memory per GPU, in the host and on disk.
+"""Memory that a training recipe needs per GPU, in the host and on disk, computed without allocating it.
 
 Weights, gradients, optimizer states and averages are counted tensor by tensor on the model that the recipe sets up on
 the meta device. Activations come from the model's own `activation_bytes`, through its backbone.
@@ -173,7 +173,8 @@ def step_memory(recipe: TrainingRecipe, built: Skeleton, num_processes: int) -> 
 def gathered_bytes(recipe: TrainingRecipe, built: Skeleton, ways: int) -> float:
     """FSDP2: two layers and everything outside the layers, gathered and cast, and one layer's gradients; autocast: casts."""
     compute = precision_of(recipe).compute
-    block = sum(p.numel() for p in built.components["transformer"].layers[0].parameters())
+    transformer: Any = built.components["transformer"]
+    block = sum(p.numel() for p in transformer.layers[0].parameters())
     if ways > 1:
         outside = sum(p.numel() for n, p in built.trained.named_parameters() if ".layers." not in n)
         return (2 * block + outside) * compute + block * (compute + 4)
@@ -197,7 +198,7 @@ def optimizer_workspace_bytes(recipe: TrainingRecipe, built: Skeleton) -> float:
 def plan(
     recipe: TrainingRecipe, gpu_bytes: float, num_gpus: int = 1, built: Skeleton | None = None
 ) -> TrainingMemoryPlan:
-    """What the recipe needs on `num_gpus` GPUs of `gpu_bytes` each. Nothing is allocated."""
+    """Memory of the recipe on `num_gpus` GPUs of `gpu_bytes` each. Nothing is allocated."""
     built = built or skeleton(recipe)
     ways = num_gpus if recipe.sharding == "fsdp2" else 1
     trained = sum(values for _, _, values in trained_values(built, ways))
@@ -289,6 +290,7 @@ def _smaller(recipe: TrainingRecipe) -> list[dict]:
         sizes = [recipe.packing.model_copy(update={"tokens": recipe.packing.tokens // n}) for n in (2, 4)]
         return [{"gradient_checkpointing": True, "packing": size} for size in sizes]
     micro = recipe.micro_batch_size or recipe.batch_size
+    assert micro is not None
     sizes = [micro // n for n in (2, 4) if micro % n == 0]
     return [{"gradient_checkpointing": True, "micro_batch_size": size} for size in sizes]
 
@@ -314,20 +316,22 @@ ROWS = (
 )
 
 
-def as_text(made: TrainingMemoryPlan, num_gpus: int) -> str:
+def as_text(memory: TrainingMemoryPlan, num_gpus: int) -> str:
     """The plan as a table."""
     lines = [f"{'per GPU':<30}{'GB':>9}"]
-    lines += [f"  {title:<28}{getattr(made, name) / 1e9:>9.2f}" for name, title in ROWS]
+    lines += [f"  {title:<28}{getattr(memory, name) / 1e9:>9.2f}" for name, title in ROWS]
     lines += [f"  {'reserve (assumed)':<28}{RESERVE / 1e9:>9.2f}"]
     lines += [
-        f"  {'together':<28}{made.total / 1e9:>9.2f}   of {USABLE * made.gpu / 1e9:.1f} usable of {made.gpu / 1e9:.1f}"
+        f"  {'together':<28}{memory.total / 1e9:>9.2f}   of {USABLE * memory.gpu / 1e9:.1f} usable of {memory.gpu / 1e9:.1f}"
     ]
-    lines += [f"{'host memory, per node':<30}{made.host / 1e9:>9.2f}"]
-    lines += [f"{'disk, per checkpoint':<30}{made.checkpoint / 1e9:>9.2f}"]
-    lines += [f"{'disk, the whole run':<30}{made.disk / 1e9:>9.2f}"]
-    lines += [f"  {note}" for note in made.notes]
-    verdict = "fits" if made.fits else "does NOT fit"
-    return "\n".join([*lines, f"{verdict} on {num_gpus} GPU{'s' if num_gpus > 1 else ''} of {made.gpu / 1e9:.1f} GB"])
+    lines += [f"{'host memory, per node':<30}{memory.host / 1e9:>9.2f}"]
+    lines += [f"{'disk, per checkpoint':<30}{memory.checkpoint / 1e9:>9.2f}"]
+    lines += [f"{'disk, the whole run':<30}{memory.disk / 1e9:>9.2f}"]
+    lines += [f"  {note}" for note in memory.notes]
+    verdict = "fits" if memory.fits else "does NOT fit"
+    return "\n".join(
+        [*lines, f"{verdict} on {num_gpus} GPU{'s' if num_gpus > 1 else ''} of {memory.gpu / 1e9:.1f} GB"]
+    )
 
 
 def print_plan(recipe: TrainingRecipe, gpu: str, num_gpus: int = 1) -> bool:
@@ -339,11 +343,11 @@ def print_plan(recipe: TrainingRecipe, gpu: str, num_gpus: int = 1) -> bool:
     if num_gpus < 1:
         raise ValueError(f"num_gpus={num_gpus} must be at least 1.")
     if recipe.sharding == "fsdp2" and num_gpus == 1:
-        raise ValueError("sharding: fsdp2 needs several GPUs: say --num-gpus.")
+        raise ValueError("sharding: fsdp2 needs several GPUs: set --num-gpus.")
     gpu_bytes = parse_bytes(gpu)
-    made = plan(recipe, gpu_bytes, num_gpus)
-    print(as_text(made, num_gpus))
-    if not made.fits:
+    memory = plan(recipe, gpu_bytes, num_gpus)
+    print(as_text(memory, num_gpus))
+    if not memory.fits:
         other = nearest(recipe, gpu_bytes, num_gpus)
         print(f"nearest that fits: {other}" if other else "no bundled recipe fits: use more or larger GPUs")
-    return made.fits
+    return memory.fits

@@ -221,8 +221,8 @@ def test_finished_shards_are_not_read_again(release, built, tmp_path, monkeypatc
     assert shards
     checked = []
     monkeypatch.setattr(
-        "echo4o.dataset_scripts.upstream.check_picture",
-        lambda data, *rest, check=sys.modules["echo4o.dataset_scripts.upstream"].check_picture: (
+        "echo4o.dataset_scripts.upstream.check_image",
+        lambda data, *rest, check=sys.modules["echo4o.dataset_scripts.upstream"].check_image: (
             checked.append(1) or check(data, *rest)
         ),
     )

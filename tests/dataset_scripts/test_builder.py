@@ -100,6 +100,6 @@ def test_options_of_the_reader(tmp_path):
     strict = Echo4oImage(config_name="multi_reference", max_rejected=0, **options)
     with pytest.raises(ValueError, match="more than max_rejected=0 rows are rejected; the last: truncated"):
         list(strict.as_streaming_dataset(split="train"))
-    with pytest.raises(ValueError, match="which is no known shape"):
+    with pytest.raises(ValueError, match="which is not a known shape"):
         unmapped = Echo4oImage(config_name="all", data_dir=str(source), cache_dir=str(tmp_path / "cache"))
         list(unmapped.as_streaming_dataset(split="train"))

@@ -167,8 +167,8 @@ def test_an_altered_folder_is_not_published(folders, hub, api, tmp_path):
 
 READ = """
 import sys
-from echo4o.dataset_scripts.upstream import Report, read_upstream
-report = Report()
+from echo4o.dataset_scripts.upstream import ReadingReport, read_upstream
+report = ReadingReport()
 rows = list(read_upstream("hf://datasets/ns/Echo-4o-Image", report=report))
 assert str(report) == "25 rows given, 24 accepted, 1 rejected (1 missing image)", report
 """

@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
-from echo4o.dataset_scripts.findings import Reason, Remark, Report
+from echo4o.dataset_scripts.findings import ReadingReport, RejectionReason, Remark
 from echo4o.dataset_scripts.schema import RowMap, SchemaError
-from echo4o.dataset_scripts.source import Source
-from echo4o.dataset_scripts.upstream import ReadOptions, Shard, read_events, read_upstream
+from echo4o.dataset_scripts.source import PublishedSource
+from echo4o.dataset_scripts.upstream import ReadOptions, RowShares, read_events, read_upstream
 from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream, sample
 from tests.dataset_scripts.layout import (
     FOLLOWING,
@@ -31,7 +31,7 @@ from tests.dataset_scripts.layout import (
 def read(root, configuration="all", **options):
     """Rows by their instruction, and all findings. Given = accepted + rejected, each row once."""
     rows, findings, numbers = [], [], []
-    for event in read_events(Source(root), configuration, ReadOptions(**options)):
+    for event in read_events(PublishedSource(root), configuration, ReadOptions(**options)):
         if event.number is not None:
             numbers.append(event.number)
         rows += [event.row] if event.row else []
@@ -56,7 +56,7 @@ def one_part(root, rows, members, folder=SURREAL, archive="0-1.tar.gz"):
 def test_shapes_4o_is_read_whole(tmp_path):
     numbers = {"surreal_fantasy": 12, "multi_reference": 7, "instruction_following": 23}
     render_upstream(tmp_path, numbers, rows_per_archive=10)
-    report = Report()
+    report = ReadingReport()
     rows = list(read_upstream(tmp_path, report=report))
     assert str(report) == "42 rows given, 42 accepted, 0 rejected"
     assert Counter(row["task"] for row in rows) == {"text_to_image": 35, "multi_reference": 7}
@@ -171,7 +171,7 @@ def test_folders_tell_pictures_of_one_name_apart(tmp_path):
     (only,), findings = read(tmp_path)
     assert (only["reference_images"][0]["bytes"], only["image"]["bytes"]) == (picture(1), picture(2)) and not findings
     one_part(tmp_path, [given], [("0.png", picture(1))], REFERENCE)
-    assert reasons(read(tmp_path)[1]) == {Remark.AMBIGUOUS_MEMBER: 1, Reason.MISSING_IMAGE: 1}
+    assert reasons(read(tmp_path)[1]) == {Remark.AMBIGUOUS_MEMBER: 1, RejectionReason.MISSING_IMAGE: 1}
 
 
 def test_pictures_wait_in_a_file_when_they_are_many(tmp_path, monkeypatch):
@@ -185,14 +185,19 @@ def test_workers_and_shares_change_nothing(tmp_path):
     small_release(tmp_path, rows=20)
     rows, _ = read(tmp_path)
     assert read(tmp_path, workers=5)[0] == rows
-    dealt = [e.row for s in range(4) for e in read_events(Source(tmp_path), only=Shard(frozenset([s]), 4)) if e.row]
+    dealt = [
+        e.row
+        for s in range(4)
+        for e in read_events(PublishedSource(tmp_path), only=RowShares(frozenset([s]), 4))
+        if e.row
+    ]
     assert sorted(r["id"] for r in dealt) == sorted(r["id"] for r in rows)
 
 
 def test_an_unknown_shape_is_never_guessed(tmp_path):
     given = {"prompt": "i", "src": ["a.png"], "meta": {"out": ["x.png", "c.png"]}, "kind": "k"}
     one_part(tmp_path, [given], [("a.png", picture(1)), ("c.png", picture(2))], REFERENCE)
-    with pytest.raises(SchemaError, match="kind, meta, prompt, src, which is no known shape; say which is which"):
+    with pytest.raises(SchemaError, match="kind, meta, prompt, src, which is not a known shape; map them with --map"):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"'meta.out\[x\]': a field is key"):
         RowMap(instruction="prompt", image="meta.out[x]")
@@ -214,7 +219,7 @@ def test_a_folder_alone_and_pictures_unpacked(tmp_path):
     (tmp_path / SURREAL / "images" / "00000.jpg").write_bytes(picture(0))
     (tmp_path / SURREAL / "images" / "9.jpg").write_bytes(picture(9))
     rows, findings = read(tmp_path / SURREAL, "surreal_fantasy")
-    assert len(rows) == 1 and reasons(findings) == {Reason.MISSING_IMAGE: 1, Remark.UNUSED_MEMBER: 1}
+    assert len(rows) == 1 and reasons(findings) == {RejectionReason.MISSING_IMAGE: 1, Remark.UNUSED_MEMBER: 1}
 
 
 NASTY_LINES = [
@@ -269,15 +274,15 @@ def test_every_row_of_a_nasty_folder_is_accounted_for(nasty):
     assert [r["image"]["path"] for r in rows] == ["00000.jpg", "00014.jpg", "00015.jpg"]
     assert reasons(findings) == {
         # 2, 3 (two numbers), 4, 6, 8, 11, 12, 13, 14, the rest of 21, the quotes, the depth, the keys, the bytes
-        Reason.UNREADABLE_ROW: 15,
-        Reason.EMPTY_INSTRUCTION: 1,
-        Reason.MISSING_IMAGE: 2,
-        Reason.MISSING_REFERENCE: 1,
-        Reason.UNDECODABLE: 1,
-        Reason.TRUNCATED: 1,
-        Reason.DECOMPRESSION_BOMB: 1,
-        Reason.UNSAFE_MEMBER: 1,
-        Reason.DUPLICATE: 2,
+        RejectionReason.UNREADABLE_ROW: 15,
+        RejectionReason.EMPTY_INSTRUCTION: 1,
+        RejectionReason.MISSING_IMAGE: 2,
+        RejectionReason.MISSING_REFERENCE: 1,
+        RejectionReason.UNDECODABLE: 1,
+        RejectionReason.TRUNCATED: 1,
+        RejectionReason.DECOMPRESSION_BOMB: 1,
+        RejectionReason.UNSAFE_MEMBER: 1,
+        RejectionReason.DUPLICATE: 2,
         Remark.OPEN_ARRAY: 1,
         Remark.UNSAFE_MEMBER: 1,
         Remark.UNUSED_MEMBER: 2,
@@ -288,7 +293,7 @@ def test_every_row_of_a_nasty_folder_is_accounted_for(nasty):
     assert by_line[16].member == "00010.jpg" and by_line[16].row == row(10)
     assert by_line[19].detail == "a link to /etc/passwd" and by_line[19].archive.endswith("0-1.tar.gz")
     assert by_line[25].raw == '{"instruction": "\udcff\udcfe", "output_image": "00000.jpg"}'
-    assert all(f.row is not None or f.raw for f in findings if isinstance(f.reason, Reason))
+    assert all(f.row is not None or f.raw for f in findings if isinstance(f.reason, RejectionReason))
 
 
 def test_a_missing_picture_names_the_damaged_archive(tmp_path):
@@ -296,7 +301,7 @@ def test_a_missing_picture_names_the_damaged_archive(tmp_path):
     archive = tmp_path / SURREAL / "images" / "0-1.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-8000])
     rows, findings = read(tmp_path)
-    assert len(rows) == 1 and reasons(findings) == {Remark.DAMAGED_ARCHIVE: 1, Reason.MISSING_IMAGE: 1}
+    assert len(rows) == 1 and reasons(findings) == {Remark.DAMAGED_ARCHIVE: 1, RejectionReason.MISSING_IMAGE: 1}
     assert findings[1].detail == f"no archive holds 00001.jpg; damaged: {SURREAL}/images/0-1.tar.gz"
 
 
@@ -316,16 +321,20 @@ def test_hostile_members_are_told_and_nothing_is_written(tmp_path):
     one_part(tmp_path / "release", [row(n) for n in range(10)], hostile)
     rows, findings = read(tmp_path / "release")
     assert [r["image"]["path"] for r in rows] == ["00009.jpg"]
-    assert reasons(findings) == {Remark.UNSAFE_MEMBER: 8, Reason.UNSAFE_MEMBER: 8, Reason.MISSING_IMAGE: 1}
+    assert reasons(findings) == {
+        Remark.UNSAFE_MEMBER: 8,
+        RejectionReason.UNSAFE_MEMBER: 8,
+        RejectionReason.MISSING_IMAGE: 1,
+    }
     assert [p.name for p in tmp_path.iterdir()] == ["release"]
 
 
 def test_giant_members_are_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("echo4o.dataset_scripts.archives.MAX_PICTURE_BYTES", 5000)
+    monkeypatch.setattr("echo4o.dataset_scripts.archives.MAX_IMAGE_BYTES", 5000)
     one_part(tmp_path, [row(0), row(1)], [("00000.jpg", b"x" * 5001), ("00001.jpg", picture(1))])
     rows, findings = read(tmp_path)
     assert len(rows) == 1
-    assert reasons(findings) == {Remark.DECOMPRESSION_BOMB: 1, Reason.DECOMPRESSION_BOMB: 1}
+    assert reasons(findings) == {Remark.DECOMPRESSION_BOMB: 1, RejectionReason.DECOMPRESSION_BOMB: 1}
 
 
 def test_a_gzip_bomb_ends_its_archive(tmp_path, monkeypatch):
@@ -335,7 +344,7 @@ def test_a_gzip_bomb_ends_its_archive(tmp_path, monkeypatch):
     assert len(rows) == 1 and reasons(findings) == {
         Remark.DECOMPRESSION_BOMB: 1,
         Remark.UNUSED_MEMBER: 1,
-        Reason.MISSING_IMAGE: 1,
+        RejectionReason.MISSING_IMAGE: 1,
     }
 
 
@@ -360,7 +369,7 @@ def test_a_damaged_archive_is_told(tmp_path, harm):
 
 def test_sound_pictures_of_other_formats_are_stored_only_when_asked(tmp_path):
     one_part(tmp_path, [row(0)], [("00000.jpg", picture(0, "BMP"))])
-    assert reasons(read(tmp_path)[1]) == {Reason.UNDECODABLE: 1}
+    assert reasons(read(tmp_path)[1]) == {RejectionReason.UNDECODABLE: 1}
     (only,), _ = read(tmp_path, reencode=True)
     assert only["image"]["bytes"].startswith(b"\x89PNG")
 
@@ -370,7 +379,7 @@ def test_header_verification_sees_a_cut(tmp_path, kind):
     whole = picture(3, kind, 64)
     one_part(tmp_path, [row(0), row(1)], [("00000.jpg", whole), ("00001.jpg", whole[:-20])])
     rows, findings = read(tmp_path, verify="header")
-    assert len(rows) == 1 and reasons(findings) == {Reason.TRUNCATED: 1}
+    assert len(rows) == 1 and reasons(findings) == {RejectionReason.TRUNCATED: 1}
 
 
 def test_damage_inside_a_picture_is_seen_by_decoding(tmp_path):
@@ -378,18 +387,18 @@ def test_damage_inside_a_picture_is_seen_by_decoding(tmp_path):
     damaged[len(damaged) // 2] ^= 0xFF
     one_part(tmp_path, [row(0)], [("00000.png", bytes(damaged))])
     assert len(read(tmp_path, verify="header")[0]) == 1
-    assert reasons(read(tmp_path)[1]) == {Reason.UNDECODABLE: 1}
+    assert reasons(read(tmp_path)[1]) == {RejectionReason.UNDECODABLE: 1}
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
-        Source(tmp_path / "nowhere")
+        PublishedSource(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds nothing for the configuration all; it holds no folder with rows"):
         read(tmp_path)
     small_release(tmp_path)
     with pytest.raises(ValueError, match="configuration is 'poems'; allowed are surreal_fantasy"):
         read(tmp_path, "poems")
-    assert [p.folder for p in Source(tmp_path).parts] == [SURREAL, REFERENCE, FOLLOWING]
+    assert [p.folder for p in PublishedSource(tmp_path).parts] == [SURREAL, REFERENCE, FOLLOWING]
 
 
 def test_references_of_a_row_that_is_rejected_early_are_let_go(tmp_path):
@@ -402,8 +411,8 @@ def test_references_of_a_row_that_is_rejected_early_are_let_go(tmp_path):
 
 def test_a_stream_that_ends_early_is_an_error_not_a_short_archive(tmp_path, monkeypatch):
     one_part(tmp_path, [row(0), row(1)], [(f"0000{n}.jpg", picture(n, size=400)) for n in range(2)])
-    source = Source(tmp_path)
+    source = PublishedSource(tmp_path)
     archive = tmp_path / SURREAL / "images" / "0-1.tar.gz"
     archive.write_bytes(archive.read_bytes()[:9000])  # after it was listed
-    with pytest.raises(OSError, match="0-1.tar.gz: it ended after 9,000 of"):
+    with pytest.raises(OSError, match="0-1.tar.gz: the stream ended after 9,000 of"):
         list(read_events(source))

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from echo4o.cli import app
 from echo4o.dataset_scripts.build import BuildOptions, build
 from echo4o.dataset_scripts.contamination import PromptIndex, normalise, read_prompts
-from echo4o.dataset_scripts.findings import Reason
-from echo4o.dataset_scripts.pictures import Picture
+from echo4o.dataset_scripts.findings import RejectionReason
+from echo4o.dataset_scripts.images import CheckedImage
 from echo4o.dataset_scripts.shards import ShardWriter
 from echo4o.dataset_scripts.stats import collect, quantiles
 from echo4o.dataset_scripts.upstream import row_id
@@ -37,7 +37,7 @@ def built(release, tmp_path):
 
 def stored_row(number: int, **more) -> dict:
     data = picture(number)
-    name = row_id(f"row {number}", Picture(data, hashlib.sha256(data).digest()))
+    name = row_id(f"row {number}", CheckedImage(data, hashlib.sha256(data).digest()))
     image = {"bytes": data, "path": "x.jpg"}
     known = {"id": name, "instruction": f"row {number}", "task": "text_to_image", "category": "", "image": image}
     return known | {"reference_images": [], "source": "", "metadata": '{"archive": 1}'} | more
@@ -66,14 +66,14 @@ def test_every_fault_of_a_built_row_is_found(built):
     report, findings = validate(built, "surreal_fantasy")
     found = [(f.line, f.reason) for f in findings]
     assert found == [
-        (2, Reason.DUPLICATE),
-        (3, Reason.EMPTY_INSTRUCTION),
-        (4, Reason.TRUNCATED),
-        (5, Reason.TRUNCATED),
-        (6, Reason.MISSING_REFERENCE),
-        (7, Reason.UNDECODABLE),
-        (8, Reason.UNREADABLE_ROW),
-        (9, Reason.UNREADABLE_ROW),
+        (2, RejectionReason.DUPLICATE),
+        (3, RejectionReason.EMPTY_INSTRUCTION),
+        (4, RejectionReason.TRUNCATED),
+        (5, RejectionReason.TRUNCATED),
+        (6, RejectionReason.MISSING_REFERENCE),
+        (7, RejectionReason.UNDECODABLE),
+        (8, RejectionReason.UNREADABLE_ROW),
+        (9, RejectionReason.UNREADABLE_ROW),
     ]
     assert report.given == 9 and report.accepted.total() == 1
     result = run("validate", built)

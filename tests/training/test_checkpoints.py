@@ -117,7 +117,7 @@ def test_kill_in_the_middle_of_saving(recipe_file, tmp_path):
 
 
 def check_goes_on(file, tmp_path):
-    last = CheckpointFolder(tmp_path / "run" / "checkpoints", say=lambda text: None).last()
+    last = CheckpointFolder(tmp_path / "run" / "checkpoints", log=lambda text: None).last()
     steps = last.step + 2
     assert train_here(file, "--resume", "--set", f"steps={steps}") == 0
     straight = uninterrupted(file, tmp_path, steps)
@@ -189,7 +189,7 @@ def tensors(value: float) -> dict:
 def test_no_fault_while_saving_costs_the_one_before(tmp_path, monkeypatch):
     accelerator, folder = (
         Accelerator(cpu=True),
-        CheckpointFolder(tmp_path / "checkpoints", keep=1, say=lambda text: None),
+        CheckpointFolder(tmp_path / "checkpoints", keep=1, log=lambda text: None),
     )
     folder.save(accelerator, 1, tensors(1.0), {"step": 1})
     faults = Faults(monkeypatch, tmp_path)

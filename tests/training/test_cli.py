@@ -68,7 +68,7 @@ WRONG = [
     (["lora_single_gpu", "--plan", "--gpu", "0GB"], "'0GB' is not an amount of memory above zero."),
     (["lora_single_gpu", "--gpu", "24GB"], "--gpu has no effect without --plan."),
     (["lora_single_gpu", "--num-gpus", "8"], "--num-gpus has no effect without --plan."),
-    (["full_fsdp2_8gpu", "--plan", "--num-gpus", "1"], "sharding: fsdp2 needs several GPUs: say --num-gpus."),
+    (["full_fsdp2_8gpu", "--plan", "--num-gpus", "1"], "sharding: fsdp2 needs several GPUs: set --num-gpus."),
     (
         ["lora_single_gpu", "--set", "optimizer.speed=1"],
         "optimizer.speed: unknown key; known here: name, lr",
@@ -78,7 +78,7 @@ WRONG = [
     (["lora_single_gpu", "--set", "steps=[1"], "--set steps=[1: '[1' is not a YAML value."),
     (["lora_single_gpu", "--set", "steps.more=1"], "--set steps.more: steps is 3000 and has no settings inside."),
     (["lora_single_gpu", "--set", "data.3.path=x"], "data.0.3: unknown key"),
-    (["lora_single_gpu", "--set", "tune.method=dora"], "tune: say `method: full` or `method: lora`"),
+    (["lora_single_gpu", "--set", "tune.method=dora"], "tune: set `method: full` or `method: lora`"),
     (
         ["lora_single_gpu", "--set", "tune.experts=[gen,text]"],
         "tune.experts.1: Input should be 'gen' or 'und' (given: 'text')",
@@ -138,8 +138,8 @@ def test_missing_columns_are_named_before_a_model_is_loaded(recipe_file, tmp_pat
             {"data": {"path": "nowhere"}},
             "data.path=nowhere: there is no such folder (a Hub repository is called owner/name).",
         ),
-        ({"output_dir": "{file}"}, "cannot be made: File exists"),
-        ({"output_dir": "{file}/below"}, "cannot be made: Not a directory"),
+        ({"output_dir": "{file}"}, "cannot be created: File exists"),
+        ({"output_dir": "{file}/below"}, "cannot be created: Not a directory"),
         ({"tune": {"method": "lora", "rank": 1000}}, "tune.rank=1000 exceeds the matrices: at most 64."),
         ({"latents": "nowhere"}, "nowhere is not a cache"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echo4o.training.backbones.bagel import collate
-from echo4o.training.data import Rows
+from echo4o.training.data import PreparedRows
 from echo4o.training.model import TrainedModel
 from echo4o.training.packing import PackedBatches
 from echo4o.training.recipe_files import load_recipe
@@ -96,7 +96,7 @@ def test_packs_do_not_depend_on_the_number_of_processes(recipe_file, tiny_pipeli
 
     def source(rank=0, processes=1):
         dataset = rows.to_iterable_dataset(num_shards=2) if streaming else rows
-        prepared = Rows([dataset], [1.0], backbone, 0, 10**9)
+        prepared = PreparedRows([dataset], [1.0], backbone, 0, 10**9)
         return PackedBatches(prepared, recipe.packing, backbone.collate, rank, processes)
 
     one, first, second = source(), source(0, 2), source(1, 2)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from echo4o.dataset_scripts.row_groups import RowGroups
-from echo4o.training.data import Rows, StoredOrder, StreamedOrder, open_sources
+from echo4o.training.data import PreparedRows, StoredOrder, StreamedOrder, open_sources
 from echo4o.training.packing import FixedBatches, PackedBatches
 from echo4o.training.recipe import RecipeError
 from echo4o.training.recipe_files import load_recipe
@@ -37,7 +37,7 @@ def batches(recipe, pipeline, rank=0, processes=1, dataset=None):
     backbone = make_backbone(pipeline, text_dropout=0.1, vit_dropout=0.3, vae_dropout=0.3)
     sources = [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
     weights, buffers = [d.weight for d in recipe.data], [d.shuffle_buffer or 0 for d in recipe.data]
-    rows = Rows(sources, weights, backbone, 0, 10**9, buffers)
+    rows = PreparedRows(sources, weights, backbone, 0, 10**9, buffers)
     if recipe.packing:
         return PackedBatches(rows, recipe.packing, backbone.collate, rank, processes)
     return FixedBatches(rows, recipe.batch_size, recipe.micro_batch_size, backbone.collate, rank, processes)
@@ -117,7 +117,7 @@ def test_resuming_reads_no_row_group_from_before(recipe_file, two_sources):
             load_recipe(recipe_file(data={"path": folder, "streaming": True, "shuffle_buffer": 2})).data
         )
         original, source._read = source._read, lambda group, names: read.append(group) or original(group, names)
-        return source, Rows([source], [1.0], None, 0, 0, [2]).order()
+        return source, PreparedRows([source], [1.0], None, 0, 0, [2]).order()
 
     source, order = groups()
     numbers = [next(order).row for _ in range(6)]
@@ -163,7 +163,7 @@ def test_other_formats_are_streamed_in_their_stored_order(recipe_file, tmp_path,
     (tmp_path / "lines" / "train.jsonl").write_text(json.dumps(line) + "\n")
     lines = {"path": str(tmp_path / "lines"), "streaming": True}
     (source,) = open_sources(load_recipe(recipe_file(data=lines, **PACKS)).data, True)
-    assert isinstance(Rows([source], [1.0], None, 0, 0).lane(0, 2), StoredOrder)
+    assert isinstance(PreparedRows([source], [1.0], None, 0, 0).lane(0, 2), StoredOrder)
     for changes in ({"data": lines}, {"data": [lines, two_sources[0]]} | PACKS):
         with pytest.raises(RecipeError, match="lines: several datasets, or one without packing"):
             recipe = load_recipe(recipe_file(**changes))
@@ -182,7 +182,7 @@ def test_streamed_and_loaded_datasets_mix(recipe_file, tiny_pipeline, two_source
 def test_too_few_rows_for_the_lanes(tiny_pipeline, rows):
     groups = RowGroups.of_dataset(rows.select(range(2)))
     with pytest.raises(RecipeError, match="no rows for one of the packs"):
-        Rows([groups], [1.0], None, 0, 0).order(2, 3)
+        PreparedRows([groups], [1.0], None, 0, 0).order(2, 3)
 
 
 def test_the_log_of_a_killed_run_may_end_in_half_a_line(recipe_file, tmp_path):

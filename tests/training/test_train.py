@@ -10,7 +10,7 @@ import yaml
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.training.backbones.bagel import BagelRecipe, collate
 from echo4o.training.backbones.base import LossTerm
-from echo4o.training.data import Order
+from echo4o.training.data import SampledOrder
 from echo4o.training.model import TrainedModel
 from echo4o.training.optimizers import Muon
 from echo4o.training.packing import FixedBatches, best_fit
@@ -93,7 +93,7 @@ def test_non_finite_loss_names_its_samples(tmp_path, tiny_pipeline, rows):
 
 
 def test_order_is_a_new_permutation_each_epoch():
-    order = Order([5], [1.0], seed=0)
+    order = SampledOrder([5], [1.0], seed=0)
     epochs = [[next(order) for _ in range(5)] for _ in range(3)]
     assert all(sorted(ref.row for ref in epoch) == list(range(5)) for epoch in epochs)
     assert [epoch[0].epoch for epoch in epochs] == [0, 1, 2]
@@ -190,7 +190,7 @@ LORA = {"tune": {"method": "lora"}}
     [
         ({"batch_size": None}, "give either batch_size or packing"),
         ({"packing": {"packs_per_step": 1}}, "give either batch_size or packing"),
-        ({"tune": {"rank": 4}}, "tune: say `method: full` or `method: lora`"),
+        ({"tune": {"rank": 4}}, "tune: set `method: full` or `method: lora`"),
         ({"tune": {"method": "full", "rank": 4}}, "tune.rank: unknown key.*known here: method, parts"),
         (LORA | {"optimizer": {"name": "muon", "muon_lr": 0.1}}, "muon is for full matrices"),
         ({"sharding": "fsdp2", "processes": 1}, "sharding: fsdp2 has no effect with processes: 1"),
@@ -206,7 +206,7 @@ LORA = {"tune": {"method": "lora"}}
             {"tune": {"method": "full", "parts": ["text"]}, "optimizer": {"name": "muon", "muon_lr": 0.1}},
             "muon is for the layers' matrices: `text` has none",
         ),
-        ({"objective": {"mse_weight": 0, "ce_weight": 0}}, "nothing would be learned"),
+        ({"objective": {"mse_weight": 0, "ce_weight": 0}}, "nothing would be trained"),
         (
             {"batch_size": None, "packing": {"packs_per_step": 3}, "processes": 2},
             "packs_per_step=3 must be a multiple of processes=2",
@@ -240,12 +240,12 @@ def test_settings_from_the_command_line(tmp_path):
 
 
 def test_several_datasets_are_drawn_by_weight():
-    order = Order([10, 1000], [3.0, 1.0], seed=0)
+    order = SampledOrder([10, 1000], [3.0, 1.0], seed=0)
     drawn = [next(order) for _ in range(4000)]
     assert sum(ref.source == 0 for ref in drawn) / 4000 == pytest.approx(0.75, abs=0.03)
     small = [ref for ref in drawn if ref.source == 0]
     assert sorted(ref.row for ref in small[:10]) == list(range(10)), "an epoch sees each row once"
-    lanes = [Order([10, 1000], [3.0, 1.0], 0, start, 3) for start in range(3)]
+    lanes = [SampledOrder([10, 1000], [3.0, 1.0], 0, start, 3) for start in range(3)]
     dealt = [[next(lane) for _ in range(100)] for lane in lanes]
     assert [dealt[i % 3][i // 3] for i in range(300)] == drawn[:300]
 

@@ -1,4 +1,4 @@
-"""What training knows of each model: one module per backbone, named as its folder in `modeling/`."""
+"""Model-specific parts of training: one module per backbone, named as its folder in `modeling/`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import nn
@@ -36,8 +36,8 @@ from echo4o.training.backbones.base import Backbone, LossTerm, named_generator
 from echo4o.training.recipe import FullTuning, LoraTuning, Section, TrainingRecipe
 
 Expert = Literal["gen", "und"]
-Part = Literal["gen", "und", "text", "vision"]
-PARTS: tuple[Part, ...] = ("gen", "und", "text", "vision")
+TrainablePart = Literal["gen", "und", "text", "vision"]
+PARTS: tuple[TrainablePart, ...] = ("gen", "und", "text", "vision")
 
 
 # --- the recipe's sections ------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class BagelFullTuning(FullTuning):
     embedding and language head; `vision`: the vision tower and its connector.
     """
 
-    parts: tuple[Part, ...] = Field(PARTS, min_length=1)
+    parts: tuple[TrainablePart, ...] = Field(default=PARTS, min_length=1)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def describe(self) -> str:
         if set(self.parts) == set(PARTS):
@@ -61,7 +61,7 @@ class BagelFullTuning(FullTuning):
 class BagelLoraTuning(LoraTuning):
     """Train low-rank additions to the experts' matrices; everything else is frozen."""
 
-    experts: tuple[Expert, ...] = Field(("gen",), min_length=1)
+    experts: tuple[Expert, ...] = Field(default=("gen",), min_length=1)
 
     def describe(self) -> str:
         experts = " and ".join({"gen": "generation", "und": "understanding"}[e] for e in self.experts)
@@ -74,18 +74,18 @@ class BagelLoraTuning(LoraTuning):
 class BagelObjective(Section):
     """Losses (tests/parity/golden/README.md) and dropout of conditions; the defaults are the original's."""
 
-    time_shift: float = Field(1.0, gt=0)
-    mse_weight: float = Field(1.0, ge=0)
-    ce_weight: float = Field(1.0, ge=0)
+    time_shift: float = Field(default=1.0, gt=0)
+    mse_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
     ce_reweight: bool = False  # each text's labels weigh 1/sqrt(n) instead of 1
-    text_dropout: float = Field(0.1, ge=0, le=1)
-    vit_dropout: float = Field(0.3, ge=0, le=1)
-    vae_dropout: float = Field(0.3, ge=0, le=1)
+    text_dropout: float = Field(default=0.1, ge=0, le=1)
+    vit_dropout: float = Field(default=0.3, ge=0, le=1)
+    vae_dropout: float = Field(default=0.3, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self):
         if self.mse_weight == 0 and self.ce_weight == 0:
-            raise ValueError("objective.mse_weight and objective.ce_weight are both 0: nothing would be learned.")
+            raise ValueError("objective.mse_weight and objective.ce_weight are both 0: nothing would be trained.")
         return self
 
     def dropout(self, kind: str) -> float:
@@ -96,8 +96,9 @@ class BagelObjective(Section):
 class BagelRecipe(TrainingRecipe):
     """A run of `echo4o train RECIPE.yaml` on BAGEL."""
 
-    tune: Annotated[BagelFullTuning | BagelLoraTuning, Field(discriminator="method")] = BagelFullTuning()
-    objective: BagelObjective = BagelObjective()
+    # Models are frozen, so narrower types are safe; pyright takes fields for mutable.
+    tune: Annotated[BagelFullTuning | BagelLoraTuning, Field(discriminator="method")] = BagelFullTuning()  # pyright: ignore[reportIncompatibleVariableOverride]
+    objective: BagelObjective = BagelObjective()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _rules(self) -> list[tuple[bool, str]]:
         only_text = isinstance(self.tune, BagelFullTuning) and self.tune.parts == ("text",)
@@ -110,7 +111,7 @@ class BagelRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class BagelRow:
-    """A row after the work that every epoch would repeat: tokens, VAE moments, vision patches."""
+    """A prepared row: tokens, VAE moments, vision patches."""
 
     id: str
     text: tuple[int, ...]
@@ -153,7 +154,7 @@ def bytes_to_pixels(stored: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BagelSample:
-    """One sample with everything that was drawn for it."""
+    """One sample with its segments, noise and times."""
 
     id: str
     segments: list[Segment]
@@ -165,7 +166,7 @@ class BagelSample:
 
     @property
     def full_length(self) -> int:
-        """Tokens with all conditions present, so that no random draw decides whether the sample is too long."""
+        """Tokens with all conditions present; whether a sample is too long does not depend on dropout."""
         return sum(map(len, self.segments))
 
 
@@ -249,7 +250,7 @@ class BagelBackbone(Backbone):
             "vit_patch": self.vit_patch,
         }
 
-    def prepare(self, rows: Sequence[dict]) -> list[BagelRow]:
+    def prepare(self, rows: Sequence[dict]) -> Sequence[BagelRow]:
         """Tokenize, resize and encode rows with the dataset's features (images decoded to PIL)."""
         for row in rows:
             for name in ("id", "instruction"):

@@ -1,4 +1,4 @@
-"""BAGEL's memory: of a training step, and of a call of the pipeline. The models' own formulas, for assumed inputs."""
+"""Memory of BAGEL: of a training step and of a pipeline call, from the models' formulas for assumed inputs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def call_memory(components: dict[str, Any], index: dict, call: ImageCall, itemsi
     branches = 3 if call.references else 2
     latents = height * width // stride**2
     # Each cache holds its context and room for the image; texts and images bring two markers each. The condition's
-    # cache serves the text-free branch, the image-free branch has its own.
+    # cache serves the text-free branch; the image-free branch has its own cache.
     reference = transformer.config.max_latent_size**2 + 2 + vision.max_patches_per_side**2 + 2
     context = call.text_tokens + 2 + call.references * reference + latents + 2
     context += call.text_tokens + 2 + latents + 2 if call.references else 0

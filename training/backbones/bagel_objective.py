@@ -1,6 +1,6 @@
 """BAGEL's objective: rectified flow on noised images, cross-entropy on labelled text (Echo-4o, section 3).
 
-Noise and times are arguments: nothing in this file draws a random number.
+Noise and times are arguments; this file samples no random numbers.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ def add_noise(sequence: PackedSequence, noise: torch.Tensor, raw_time: torch.Ten
     Raises:
         ValueError: `noise` or `raw_time` has another size than the sequence asks for.
     """
-    noised = sequence.gen_noised
+    noised, latents = sequence.gen_noised, sequence.latents
+    assert latents is not None
     images, image = torch.unique_consecutive(sequence.gen_segment[noised], return_inverse=True)
-    if raw_time.shape != images.shape or noise.shape != sequence.latents[noised].shape:
+    if raw_time.shape != images.shape or noise.shape != latents[noised].shape:
         raise ValueError(
             f"The batch has {len(images)} noised images and noised tokens of shape "
-            f"{tuple(sequence.latents[noised].shape)}, but got {tuple(raw_time.shape)} times and noise of shape "
+            f"{tuple(latents[noised].shape)}, but got {tuple(raw_time.shape)} times and noise of shape "
             f"{tuple(noise.shape)}."
         )
     time = shift_time(torch.sigmoid(raw_time.float()), shift)[image]  # (N,)
-    clean = sequence.latents[noised]
+    clean = latents[noised]
     mixed = (1 - time[:, None]) * clean + time[:, None] * noise
     timestep = torch.zeros(len(noised), device=noise.device).masked_scatter(noised, time)
-    hidden_states = sequence.latents.masked_scatter(noised[:, None], mixed.to(clean.dtype))
+    hidden_states = latents.masked_scatter(noised[:, None], mixed.to(clean.dtype))
     return NoisedLatents(hidden_states, timestep, noise - clean)
 
 

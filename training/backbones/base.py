@@ -1,4 +1,4 @@
-"""The seam between the trainer and a model.
+"""The interface between the trainer and a model.
 
 The trainer knows recipes, rows, steps, processes and checkpoints. A [`Backbone`] knows one model: which components
 train, how a row becomes a sample and samples become a batch, the losses of a batch, and what a step costs.
@@ -19,7 +19,7 @@ from echo4o.training.recipe import TrainingRecipe
 
 
 class PreparedRow(Protocol):
-    """A row after the work that every epoch would repeat (tokenizing, encoding)."""
+    """A tokenized and encoded row, shared by all epochs."""
 
     @property
     def id(self) -> str: ...
@@ -35,18 +35,18 @@ class PreparedRow(Protocol):
 
 
 class TrainingSample(Protocol):
-    """One prepared row with everything random about it for one epoch."""
+    """One prepared row with the random choices of one epoch."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def full_length(self) -> int:
-        """Tokens with all conditions present, so that no random draw decides whether the sample is too long."""
+        """Tokens with all conditions present; whether a sample is too long does not depend on dropout."""
         ...
 
     def __len__(self) -> int:
-        """Tokens of this draw, for packing."""
+        """Tokens of this sample, without dropped conditions, for packing."""
         ...
 
 
@@ -63,9 +63,9 @@ class TrainingBatch(Protocol):
 
 
 class RowPreparation(Protocol):
-    """The part of a backbone that reads rows; a latent cache takes its place."""
+    """The methods of a backbone that read rows; a latent cache can replace them."""
 
-    def prepare(self, rows: Sequence[dict]) -> list[Any]: ...
+    def prepare(self, rows: Sequence[dict]) -> Sequence[Any]: ...
 
     def sample(self, prepared: Any, epoch: int) -> Any: ...
 
@@ -85,10 +85,10 @@ class LossTerm(NamedTuple):
 
 
 class StepMemory(NamedTuple):
-    """Bytes that one forward and backward pass of one process needs beside weights and their gradients."""
+    """Bytes of one forward and backward pass of one process, without weights and gradients."""
 
     activations: float  # kept between forward and backward pass, `recomputed` included
-    recomputed: float  # of which by the one layer that is computed again under gradient checkpointing
+    recomputed: float  # of these: one layer, recomputed under gradient checkpointing
     workspace: float  # inside the widest operation of the backward pass
     encoding: float  # encoding one image of the largest size
     description: str  # what was assumed, for the plan's notes
@@ -129,7 +129,7 @@ class Precision:
 
 
 class Backbone(ABC):
-    """One model as the trainer sees it. Subclasses are complete; there is no registry and no further hook.
+    """One model as the trainer sees it. Subclasses implement all of its methods.
 
     Args:
         pipeline: the loaded pipeline; its components are used as they are.
@@ -149,7 +149,7 @@ class Backbone(ABC):
         """Everything that cached tensors depend on apart from the row: fingerprints and sizes (JSON values)."""
 
     @abstractmethod
-    def prepare(self, rows: Sequence[dict]) -> list[PreparedRow]:
+    def prepare(self, rows: Sequence[dict]) -> Sequence[PreparedRow]:
         """Tokenize and encode rows with the dataset's features, images decoded. Raises ValueError for a bad row."""
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def sample(self, prepared: Any, epoch: int) -> TrainingSample:
-        """Draw everything random about a row for one epoch, from generators named by the row and the epoch."""
+        """Sample everything random about a row for one epoch, from generators seeded by the row and the epoch."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -205,7 +205,7 @@ class Backbone(ABC):
 def named_generator(seed: int, sample_id: str, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by a hash of its arguments.
 
-    A run thus draws the same numbers however its samples are batched or spread over processes.
+    A run therefore samples the same numbers for any batching and number of processes.
     """
     name = f"{seed}\0{epoch}\0{purpose}\0{sample_id}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))

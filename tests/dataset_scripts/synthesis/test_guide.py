@@ -15,7 +15,7 @@ import openai.types.shared
 import pytest
 from PIL import Image
 
-from echo4o.dataset_scripts.synthesis.gates import Reason
+from echo4o.dataset_scripts.synthesis.gates import GateReason
 from echo4o.dataset_scripts.synthesis.plan import make_plan
 from echo4o.dataset_scripts.synthesis.recipe import load_recipe
 from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_the_plan_with_the_prices_in_the_recipe():
     stated = f"about {plan.cost():.2f} USD if every answer passes at once, {plan.cost(most=True):.2f} USD at most"
     assert stated in GUIDE and sum(plan.rows.values()) == 100
     assert f"{plan.seconds() / 60:.0f} to {plan.seconds(most=True) / 60:.0f} minutes" in GUIDE
-    assert all(f"`{reason}`" in GUIDE for reason in Reason)
+    assert all(f"`{reason}`" in GUIDE for reason in GateReason)
 
 
 def test_the_models_are_those_that_the_installed_client_knows():

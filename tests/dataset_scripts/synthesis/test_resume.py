@@ -183,9 +183,9 @@ def test_a_torn_line_is_no_row(server, recipe, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(server, recipe, tmp_path):
-    from echo4o.dataset_scripts.synthesis.folder import Folder
+    from echo4o.dataset_scripts.synthesis.folder import SynthesisFolder
 
-    with Folder(tmp_path / "made"):
+    with SynthesisFolder(tmp_path / "made"):
         child = command(one_part(recipe), tmp_path / "made")
         said, _ = child.communicate(timeout=60)
     assert child.returncode == 2 and "another process is synthesizing into this folder" in said

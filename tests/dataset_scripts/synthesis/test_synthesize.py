@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from echo4o.dataset_scripts.synthesis.recipe import Image
+from echo4o.dataset_scripts.synthesis.recipe import ImageModelSettings
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
 from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
@@ -66,7 +66,7 @@ def test_rows_say_where_they_come_from(server, recipe, tmp_path):
     ],
 )
 def test_the_terms_of_openai_are_told_where_they_hold(url, name, is_openai):
-    assert Image(name=name, url=url).is_openai == is_openai
+    assert ImageModelSettings(name=name, url=url).is_openai == is_openai
 
 
 def test_plan_asks_nothing_and_needs_no_key(server, recipe, tmp_path, monkeypatch):

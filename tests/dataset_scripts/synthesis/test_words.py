@@ -5,17 +5,23 @@ import random
 import pytest
 
 from echo4o.dataset_scripts.synthesis import vocabulary
-from echo4o.dataset_scripts.synthesis.calls import Unreadable
-from echo4o.dataset_scripts.synthesis.following import Following
-from echo4o.dataset_scripts.synthesis.gates import PictureGates, Rejected
+from echo4o.dataset_scripts.synthesis.calls import UnusableAnswer
+from echo4o.dataset_scripts.synthesis.following import InstructionFollowingChain
+from echo4o.dataset_scripts.synthesis.gates import ImageGates, RowRejected
 from echo4o.dataset_scripts.synthesis.plan import make_plan
-from echo4o.dataset_scripts.synthesis.recipe import TAGS, Gates, InstructionFollowing, bundled_names, load_recipe
+from echo4o.dataset_scripts.synthesis.recipe import (
+    TAGS,
+    GatesSettings,
+    InstructionFollowingSettings,
+    bundled_names,
+    load_recipe,
+)
 from echo4o.dataset_scripts.synthesis.surreal import PROPERTIES, _values
 from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
 from tests.dataset_scripts.synthesis.artist import reference
 
-FOLLOWING = Following.load(InstructionFollowing(rows=1))
+FOLLOWING = InstructionFollowingChain.load(InstructionFollowingSettings(rows=1))
 CUPS = [
     {"class": "cup", "count": 2, "color": "red", "region": "left"},
     {"class": "knife", "count": 1, "color": "blue", "region": "right"},
@@ -56,7 +62,7 @@ def test_a_paraphrase_that_keeps_the_structure(answer):
     ],
 )
 def test_a_paraphrase_that_changes_the_structure(answer, why):
-    with pytest.raises(Unreadable, match=why):
+    with pytest.raises(UnusableAnswer, match=why):
         FOLLOWING.checked(answer, CUPS)
 
 
@@ -76,7 +82,7 @@ def test_a_break_is_unusual():
     known = {"lemon": dict.fromkeys(PROPERTIES, "Yellow, or green")}
     sketch = {"break": "colour", "objects": ["lemon"], "values": ["yellow", "green", "blue", "red"]}
     assert _values(sketch, known) == ["blue"]
-    with pytest.raises(Unreadable, match="is usual of lemon"):
+    with pytest.raises(UnusableAnswer, match="is usual of lemon"):
         _values(sketch | {"values": ["green", "yellow"]}, known)
 
 
@@ -98,12 +104,12 @@ def test_bundled_recipes_load():
 
 
 def test_pictures_that_look_alike():
-    gates = PictureGates(load_recipe("first_hundred"), {})
-    gates.recipe = gates.recipe.model_copy(update={"gates": Gates(size=False, duplicate_pictures=1.0)})
+    gates = ImageGates(load_recipe("first_hundred"), {})
+    gates.recipe = gates.recipe.model_copy(update={"gates": GatesSettings(size=False, duplicate_pictures=1.0)})
     red, blue = reference("star", "red", 1), reference("star", "blue", 1)
     _, seen = gates.check("surreal_fantasy", red)
     gates.accept("row-1", seen)
     gates.check("surreal_fantasy", blue)
     gates.check("surreal_fantasy", reference("circle", "red", 900))
-    with pytest.raises(Rejected, match="looks like that of row-1"):
+    with pytest.raises(RowRejected, match="looks like that of row-1"):
         gates.check("surreal_fantasy", red)

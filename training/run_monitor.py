@@ -1,4 +1,4 @@
-"""To see what happens: the log, the progress bar, trackers, pictures on the way, and `run.html` at the end."""
+"""Monitoring of a run: log, progress bar, trackers, images during the run, and `run.html` at its end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from echo4o.training.report import write_report
 from echo4o.training.run_log import LOG_FILE, phase_shares, rounded, smoothed, to_lines
 
 
-class Watch:
-    """What a run says about itself. Only the main process writes.
+class RunMonitor:
+    """Writes the log, the progress bar, the trackers and the images of a run. Only the main process writes.
 
     Args:
         trained: the trained components, before Accelerate wraps them.
@@ -39,11 +39,11 @@ class Watch:
         self._reported: set[str] = set()
 
     def seconds(self) -> float:
-        """Of training, with the parts before interruptions."""
+        """Seconds of training, including the time before interruptions."""
         return self._earlier + time.monotonic() - self._start
 
     def resume(self, step: int, seconds: float) -> None:
-        """Take up the log of a run that has done `step` steps in `seconds`."""
+        """Continue the log of a run that has done `step` steps in `seconds`."""
         self._earlier, self._start = seconds, time.monotonic()
         if not self.quiet:
             self.log = [entry for entry in JsonLines(self._log_file) if entry["step"] < step]
@@ -54,15 +54,15 @@ class Watch:
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
-        """While the run goes on: its log, its bar and its trackers."""
+        """Open the log, the progress bar and the trackers for the duration of the run."""
         recipe = self.recipe
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         if self._earlier == 0:
             self._start = time.monotonic()
         self._last = self.seconds()
         if recipe.trackers:
-            own = {"wandb": {"dir": str(recipe.output_dir), "name": recipe.output_dir.name}}
-            self.accelerator.init_trackers("echo4o", _flat(recipe.model_dump(mode="json")), own)
+            options = {"wandb": {"dir": str(recipe.output_dir), "name": recipe.output_dir.name}}
+            self.accelerator.init_trackers("echo4o", _flat(recipe.model_dump(mode="json")), options)
         if not self.quiet:
             trained = ", ".join(f"{n['trained']:,} of {part}" for part, n in self.parts.items() if n["trained"])
             count, kind = self.accelerator.num_processes, self.accelerator.distributed_type.value.lower()
@@ -83,18 +83,18 @@ class Watch:
             self.accelerator.end_training()
 
     def _open_log(self):
-        """The log's file; it begins with the entries of the steps before."""
+        """A writer of the log file, which starts with the entries of earlier steps."""
         if self.quiet:
             return nullcontext()
         files.write_text(self._log_file, to_lines(self.log))
         return closing(JsonLinesWriter(self._log_file))
 
     def step(self, step: int, entry: dict, facts: dict[str, float]) -> None:
-        """After `step` steps: log, bar, trackers."""
+        """Log a finished step: file, progress bar and trackers. `step` counts from 1."""
         now = self.seconds()
-        took, self._last = max(now - self._last, 1e-9), now
+        duration, self._last = max(now - self._last, 1e-9), now
         total = entry["samples"] + (self.log[-1]["samples"] if self.log else 0)
-        speed = {"tokens_per_second": entry["tokens"] / took, "mfu": entry.pop("flops") / took / self.rate}
+        speed = {"tokens_per_second": entry["tokens"] / duration, "mfu": entry.pop("flops") / duration / self.rate}
         memory = memory_gb(self.accelerator.device)
         entry |= {"seconds": now, "samples": total} | speed | {"memory_gb": memory} | facts
         self.log.append(entry)
@@ -110,19 +110,19 @@ class Watch:
         )
 
     def too_long(self, sample: str, tokens: int) -> None:
-        """A sample does not fit into a pack: said once, and written down every time."""
+        """Record a sample that does not fit into a pack: always in a file, and once on the terminal."""
         file = self.recipe.output_dir / f"too_long_{self.accelerator.process_index}.jsonl"
         with closing(JsonLinesWriter(file)) as lines:
             lines.append({"id": sample, "tokens": tokens})
         if sample not in self._reported:
             self._reported.add(sample)
             if len(self._reported) <= 10:
-                limit = self.recipe.packing.tokens
+                limit = self.recipe.packing.tokens if self.recipe.packing else 0
                 tqdm.write(f"left out: {sample} has {tokens} tokens, packing.tokens is {limit} ({file.name})")
 
     @torch.no_grad()
     def generate_images(self, pipeline, step: int) -> None:
-        """Generate images of the recipe's prompts with the model as it is."""
+        """Generate and save images of the recipe's prompts with the current weights."""
         settings = self.recipe.images
         assert settings is not None
         folder = self.recipe.output_dir / "images" / f"step-{step:08d}"
@@ -140,13 +140,13 @@ class Watch:
             if tracker.name == "tensorboard":
                 import numpy as np
 
-                drawn = {f"images/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
-                tracker.log_images(drawn, step=step, dataformats="NHWC")
+                arrays = {f"images/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
+                tracker.log_images(arrays, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({"images": list(images)}, step=step)
 
     def close(self, generate_images: Callable[[], None]) -> None:
-        """After the last step: the last images, `run.html`, and the ends of the trackers."""
+        """Finish the run: generate the last images, write `run.html` and close the trackers."""
         generate_images()
         if not self.quiet and self.log:
             write_report(self.recipe, self.log, self.parts, self.losses)
@@ -154,7 +154,7 @@ class Watch:
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
-    """Nested settings by dotted name, as trackers want them."""
+    """Nested settings as one dictionary with dotted keys, the form that trackers accept."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
