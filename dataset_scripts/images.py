@@ -10,6 +10,7 @@ from enum import StrEnum
 from PIL import Image, UnidentifiedImageError
 
 from echo4o.dataset_scripts.findings import RejectionReason
+from echo4o.modeling.common.image_files import upright
 
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF": "WEBP"}
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -76,6 +77,9 @@ def _check_opened(image: Image.Image, data: bytes, digest: bytes, verify: str) -
 
 def _as_png(image: Image.Image) -> CheckedImage:
     stream = io.BytesIO()
+    image = upright(image)
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which PNG cannot hold
+        image = image.convert("RGB")
     image.save(stream, "PNG")
     data = stream.getvalue()
     return CheckedImage(data, hashlib.sha256(data).digest(), "PNG", *image.size)

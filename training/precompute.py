@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ from safetensors.torch import save_file
 
 from echo4o.common import files
 from echo4o.common.locks import FolderLock
-from echo4o.modeling.common.images import to_rgb
+from echo4o.modeling.common.image_files import open_image
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
 from echo4o.training.data import open_sources
@@ -98,7 +97,7 @@ def decoded(row: dict) -> dict:
         if stored is None or isinstance(stored, PILImage.Image):
             return stored
         try:
-            return to_rgb(PILImage.open(io.BytesIO(_image_bytes(stored, row["id"]))), f"an image of {row['id']}")
+            return open_image(_image_bytes(stored, row["id"]), f"an image of {row['id']}")
         except OSError as error:
             raise CacheError(f"row {row['id']}: an image does not decode: {error}") from error
 

@@ -17,7 +17,7 @@ from echo4o.training.recipe_files import load_recipe
 
 RECIPE, LOG = "recipe.yaml", "train_log.jsonl"
 SHOWN = 4  # pictures of a card
-_NOT_SHOWN = ("output_dir", "resume", "trackers", "cache_mb", "checkpoints", "pictures")
+_NOT_SHOWN = ("output_dir", "resume", "trackers", "cache_mb", "checkpoints", "images")
 
 
 def run_of(folder: Path) -> Path | None:
@@ -104,8 +104,10 @@ def _is_other(drawn_with: str | None, model: Path, repo: str) -> bool:
 
 def read_pictures(run: Path | None, places: tuple[Path, ...]) -> list[tuple[str, Path]]:
     """(prompt, file) of up to four pictures: the run's last ones, else the first ones of a result; none is chosen."""
-    if run and (steps := sorted((run / "pictures").glob("step-*"))):
-        settings = load_recipe(run / RECIPE).pictures
+    # Runs of 0.1 wrote the folder `pictures`.
+    folders = [run / name for name in ("images", "pictures")] if run else []
+    if run and (steps := sorted(step for folder in folders for step in folder.glob("step-*"))):
+        settings = load_recipe(run / RECIPE).images
         files = sorted(steps[-1].glob("*.png"), key=lambda f: int(f.stem))
         if settings and len(files) == len(settings.prompts):
             return list(zip(settings.prompts, files))[:SHOWN]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..common.images import to_rgb
+from ..common.image_files import to_rgb
 from .guidance_bagel import Guidance
 from .image_processor_bagel import ImageLimits
 

@@ -559,6 +559,16 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
 
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+        self.train(self.training)
+
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        super().add_adapter(adapter_config, adapter_name)
+        self.train(self.training)
+
     def _und_is_frozen(self) -> bool:
         """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
         frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())

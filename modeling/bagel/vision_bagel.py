@@ -128,6 +128,16 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
         )
 
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+        self.train(self.training)
+
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        super().add_adapter(adapter_config, adapter_name)
+        self.train(self.training)
+
     def forward(self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]) -> BagelVisionOutput:
         """Encode packed pictures.
 

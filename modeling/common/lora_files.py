@@ -22,6 +22,8 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' entry in the header of a safetensors file
 _PEFT_PREFIX = "base_model.model."
+# Values of `init_lora_weights` that subtract something from the base weights.
+_CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
@@ -138,15 +140,24 @@ def lora_config(settings):
     from peft import LoraConfig
 
     if isinstance(settings, LoraConfig):
-        return settings
+        settings = settings.to_dict()
     if not isinstance(settings, dict) or str(settings.get("peft_type", "LORA")) not in ("LORA", "PeftType.LORA"):
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"The adapter's configuration is of the kind {kind}; only LORA is loaded.")
     known = LoraConfig.__dataclass_fields__
     if foreign := [name for name, value in settings.items() if name not in known and value]:
         raise ValueError(f"This PEFT does not know the adapter's options {', '.join(foreign)}: update peft.")
+    initialization = settings.get("init_lora_weights", True)
+    if isinstance(initialization, str) and initialization.lower().startswith(_CHANGES_BASE_WEIGHTS):
+        raise ValueError(
+            f"The adapter was initialized by {initialization!r}, which changes the base weights: with the original "
+            "ones it gives other images. Convert it first with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
     try:
-        return LoraConfig(**{name: value for name, value in settings.items() if name in known})
+        # Stored weights replace every initial value, so that none has to be computed.
+        known_settings = {name: value for name, value in settings.items() if name in known}
+        return LoraConfig(**(known_settings | {"init_lora_weights": True}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The adapter's configuration cannot be used: {error}") from error
 

@@ -31,7 +31,7 @@ REFUSED = {
     "image alone": ({"image": PICTURE}, "`image` needs a `prompt`"),
     "picture without pixels": ({"prompt": "a", "image": Image.new("RGB", (0, 5))}, "0 x 5 pixels"),
     "picture that was closed": ({"prompt": "a", "image": closed_picture()}, "picture 0 of prompt 0 does not decode"),
-    "16 bits of grey": ({"prompt": "a", "image": Image.new("I;16", (40, 40))}, "mode 'I;16', whose range is unknown"),
+    "32 bits of grey": ({"prompt": "a", "image": Image.new("I", (40, 40))}, "mode 'I', whose range is unknown"),
     "half a character": ({"prompt": "a \ud800 b"}, "Prompt 0 is no valid Unicode"),
     "interval as a number": (
         {"prompt": "a", "guidance_interval": 0.5},
@@ -118,7 +118,7 @@ def test_absent_cuda_is_named(pipe):
 
 
 def test_transparency_becomes_white(pipe):
-    from echo4o.modeling.common.images import to_rgb
+    from echo4o.modeling.common.image_files import to_rgb
 
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)

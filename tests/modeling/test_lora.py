@@ -62,6 +62,92 @@ def scalings(pipe):
     return {name: dict(m.scaling) for name, m in pipe.transformer.named_modules() if hasattr(m, "scaling")}
 
 
+# --- the state of injected layers ------------------------------------------------------------------------------------
+
+
+def load_by_pipeline(pipe, folder):
+    pipe.load_lora_weights(folder)
+
+
+def load_by_model(pipe, folder):
+    pipe.transformer.load_lora_adapter(str(folder), prefix="transformer", use_safetensors=True)
+
+
+def load_by_hotswap(pipe, folder):
+    pipe.load_lora_weights(folder, adapter_name="a")
+    pipe.load_lora_weights(folder, adapter_name="a", hotswap=True)
+
+
+def load_second(pipe, folder):
+    pipe.load_lora_weights(folder, adapter_name="a")
+    pipe.load_lora_weights(folder, adapter_name="b")
+    pipe.set_adapters(["a", "b"])
+
+
+@pytest.mark.parametrize("load", [load_by_pipeline, load_by_model, load_by_hotswap, load_second])
+def test_dropout_of_an_adapter_is_off_in_generation_and_nothing_stays_after_unloading(fresh, adapters, load):
+    pipe = fresh()
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    base = draw(pipe)
+    load(pipe, adapters(lora_dropout=0.5))
+    assert not any(module.training for module in pipe.transformer.modules())
+    assert torch.equal(draw(pipe), draw(pipe)) and not torch.equal(draw(pipe), base)
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(draw(pipe), base)
+
+
+def test_an_adapter_added_to_a_model_in_training_trains_with_dropout(fresh):
+    transformer = fresh().transformer.train()
+    transformer.add_adapter(config(lora_dropout=0.5))
+    assert all(module.training for module in transformer.modules())
+
+
+@pytest.mark.parametrize("initialization", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_changed_the_base_weights_is_refused(fresh, tmp_path, initialization):
+    """Its tensors belong to other base weights; PEFT converts such an adapter into an ordinary one."""
+    pipe = fresh()
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=4,
+        target_modules=BagelTransformer2DModel._lora_targets["gen"],
+        init_lora_weights=initialization,
+    )
+    model = get_peft_model(pipe.transformer, settings)
+    model.save_pretrained(tmp_path / "own")
+    other = fresh()
+    before = draw(other)
+    with pytest.raises(ValueError, match=f"initialized by '{initialization}', which changes the base weights"):
+        other.load_lora_weights(tmp_path / "own")
+    assert torch.equal(draw(other), before)
+
+
+@pytest.mark.parametrize("initialization", ["gaussian", "orthogonal"])
+def test_other_initializations_load_exactly(fresh, tmp_path, initialization):
+    pipe = fresh()
+    model = get_peft_model(
+        pipe.transformer,
+        LoraConfig(
+            r=4,
+            lora_alpha=4,
+            target_modules=BagelTransformer2DModel._lora_targets["gen"],
+            init_lora_weights=initialization,
+        ),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path)
+    wanted = draw(pipe)
+    other = fresh()
+    before = {name: tensor.clone() for name, tensor in other.transformer.state_dict().items()}
+    other.load_lora_weights(tmp_path)
+    assert torch.equal(draw(other), wanted)
+    other.unload_lora_weights()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.transformer.state_dict().items())
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ from echo4o.modeling.bagel.segments_bagel import (
 )
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
-from echo4o.modeling.common.images import to_pixels, to_rgb
+from echo4o.modeling.common.image_files import to_rgb
+from echo4o.modeling.common.images import to_pixels
 from echo4o.training.backbones import bagel_costs
 from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses
 from echo4o.training.backbones.base import Backbone, LossTerm, named_generator

@@ -6,7 +6,8 @@ import torch
 
 from echo4o.modeling.bagel.image_processor_bagel import ImageLimits, to_patches
 from echo4o.modeling.bagel.segments_bagel import grid_position_ids
-from echo4o.modeling.common.images import to_pixels, to_rgb
+from echo4o.modeling.common.image_files import to_rgb
+from echo4o.modeling.common.images import to_pixels
 
 from ..golden import GoldenFile, Record
 from ..report import SINGLE, Check

@@ -9,7 +9,8 @@ import torch
 from echo4o.modeling.bagel.guidance_bagel import Guidance
 from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, predict_velocity
 from echo4o.modeling.bagel.segments_bagel import Segment, unpatchify
-from echo4o.modeling.common.images import to_pixels, to_rgb
+from echo4o.modeling.common.image_files import to_rgb
+from echo4o.modeling.common.images import to_pixels
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check

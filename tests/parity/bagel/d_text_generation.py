@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from echo4o.modeling.bagel.text_generation_bagel import generate_text
-from echo4o.modeling.common.images import to_rgb
+from echo4o.modeling.common.image_files import to_rgb
 
 from ..golden import GoldenFile, Record, Tensors
 from ..report import SINGLE, Check

@@ -6,7 +6,8 @@ import re
 
 import torch
 
-from echo4o.modeling.common.images import to_pixels, to_rgb
+from echo4o.modeling.common.image_files import to_rgb
+from echo4o.modeling.common.images import to_pixels
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check

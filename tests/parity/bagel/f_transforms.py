@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from echo4o.modeling.bagel.image_processor_bagel import ImageLimits
-from echo4o.modeling.common.images import to_pixels, to_rgb
+from echo4o.modeling.common.image_files import to_rgb
+from echo4o.modeling.common.images import to_pixels
 
 from ..golden import GoldenFile
 from ..report import SINGLE, Check
