@@ -104,9 +104,9 @@ def _is_other(drawn_with: str | None, model: Path, repo: str) -> bool:
 
 def read_pictures(run: Path | None, places: tuple[Path, ...]) -> list[tuple[str, Path]]:
     """(prompt, file) of up to four pictures: the run's last ones, else the first ones of a result; none is chosen."""
-    # Runs of 0.1 wrote the folder `pictures`.
-    folders = [run / name for name in ("images", "pictures")] if run else []
-    if run and (steps := sorted(step for folder in folders for step in folder.glob("step-*"))):
+    folders = [run / name for name in ("images", "pictures")] if run else []  # 0.1 wrote `pictures`
+    steps = sorted((step for folder in folders for step in folder.glob("step-*")), key=lambda step: step.name)
+    if run and steps:
         settings = load_recipe(run / RECIPE).images
         files = sorted(steps[-1].glob("*.png"), key=lambda f: int(f.stem))
         if settings and len(files) == len(settings.prompts):
