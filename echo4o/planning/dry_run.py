@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echo4o.modeling.common.images import vae_scale_factor
+
 
 class FusedAttention(TorchFunctionMode):
     """Within the context, attention allocates only its result, as fused kernels do."""
@@ -63,7 +65,7 @@ def vae_bytes(vae: Any, height: int, width: int, dtype: torch.dtype, decode: boo
     """
     with torch.device("meta"), torch.no_grad():
         vae = torch.nn.Module.to(vae, dtype)  # diffusers' own `to` warns about modules that do not exist
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = vae_scale_factor(vae.config)
         with PeakBytes() as peak, FusedAttention():
             if decode:
                 vae.decode(torch.empty(1, vae.config.latent_channels, height // factor, width // factor, dtype=dtype))

@@ -46,11 +46,6 @@ class ImageLimits:
         return image.resize(self.size(*image.size, pictures), Image.Resampling.BICUBIC)
 
 
-def vae_scale_factor(config) -> int:
-    """Image pixels per latent pixel, per side, from the configuration of an AutoencoderKL."""
-    return 2 ** (len(config.block_out_channels) - 1)
-
-
 def to_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     """(3, H, W) -> (H/p * W/p, p*p*3), row by row, each patch flattened as (row, column, channel)."""
     channels, height, width = pixels.shape

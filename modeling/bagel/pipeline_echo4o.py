@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..common.images import to_pixels, to_uint8
+from ..common.images import to_pixels, to_uint8, vae_scale_factor
 from ..common.loading import PortablePipelineMixin
 from ..common.lora import TransformerLoraMixin, scales_lora
 from .image_processor_bagel import ImageLimits, to_patches
@@ -138,7 +138,7 @@ class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, TransformerLoraMixin, 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel, per side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return vae_scale_factor(self.vae.config)
 
     @property
     def latent_stride(self) -> int:

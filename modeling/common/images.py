@@ -5,6 +5,11 @@ import torch
 from PIL import Image
 
 
+def vae_scale_factor(config) -> int:
+    """Image pixels per latent pixel, per side, from the configuration of an AutoencoderKL."""
+    return 2 ** (len(config.block_out_channels) - 1)
+
+
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """RGB image -> (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from echo4o.modeling.bagel.image_processor_bagel import vae_scale_factor
+from echo4o.modeling.common.images import vae_scale_factor
 from echo4o.training.backbones.base import CallMemory, ImageCall, Precision, StepMemory
 
 TEXT_TOKENS = 128  # of a prompt
