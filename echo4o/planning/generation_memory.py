@@ -222,7 +222,8 @@ def make_plan(stored: StoredPipeline, gpu: float, call: ImageCall) -> Generation
     """
     dtypes = [dtype for dtype, _ in stored.tensors["transformer"].values()]
     dtype = max(set(dtypes), key=dtypes.count)
-    narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+    # float32 is narrowed to save memory, float8 widened because it cannot compute
+    narrow = torch.bfloat16 if dtype == torch.float32 or dtype.itemsize == 1 else dtype
     memory = stored.backbone.call_memory(stored.components, stored.index, call, narrow.itemsize)
     weights = {}
     for name, tensors in stored.tensors.items():

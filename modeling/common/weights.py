@@ -159,12 +159,18 @@ def refuse_pickles(folder: Path, pattern: str = "*") -> None:
 
 
 def main_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
-    """The floating dtype that most bytes are stored in; None without floating tensors."""
+    """The floating dtype that most bytes are stored in, to compute in; None without floating tensors.
+
+    Float8 holds weights but cannot compute: it counts as bfloat16.
+    """
     sums: dict[str, int] = {}
     for tensor in tensors.values():
         if DTYPES[tensor.dtype].is_floating_point:
             sums[tensor.dtype] = sums.get(tensor.dtype, 0) + tensor.nbytes
-    return DTYPES[max(sums, key=sums.get)] if sums else None
+    if not sums:
+        return None
+    dtype = DTYPES[max(sums, key=lambda name: sums[name])]
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def nonfinite_names(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

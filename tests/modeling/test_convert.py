@@ -85,6 +85,28 @@ def test_there_and_back_is_bit_exact(tmp_path, change):
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in src.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_checkpoint_in_float8_is_converted_as_it_is_and_computes_in_bfloat16(tmp_path, dtype):
+    from echo4o import Echo4oPipeline
+    from echo4o.planning.generation_memory import make_plan, read_stored
+    from echo4o.training.backbones.base import ImageCall
+
+    def narrowed(tensors):
+        return {name: t.to(dtype) if t.ndim == 2 else t.to(torch.bfloat16) for name, t in tensors.items()}
+
+    source = copy_checkpoint(tmp_path / "source", narrowed)
+    convert_to_diffusers(source, tmp_path / "folder")
+    assert stored(source / "ema.safetensors").keys() and dtype in {
+        t[0] for t in stored(tmp_path / "folder" / "transformer" / "diffusion_pytorch_model.safetensors").values()
+    }
+    for pipe in (Echo4oPipeline.from_pretrained(tmp_path / "folder"), Echo4oPipeline.from_original(source)):
+        assert pipe.transformer.dtype == pipe.vision_model.dtype == torch.bfloat16
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe("a dot", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
+    plan = make_plan(read_stored(str(tmp_path / "folder")), 24e9, ImageCall(32, 32))
+    assert {row.dtype for row in plan.rows} == {"bfloat16"}
+
+
 def test_sharded_source_gives_the_same_folder(tmp_path):
     src = shard(copy_checkpoint(tmp_path / "src"))
     convert_to_diffusers(CHECKPOINT, tmp_path / "whole")
