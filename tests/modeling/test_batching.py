@@ -194,7 +194,7 @@ def test_training_works_without_pictures_of_a_kind(pipe, names):
     if sequence.latents is not None:
         shape = sequence.latents[sequence.gen_noised].shape
         noised = add_noise(sequence, torch.randn(shape), torch.zeros(len(samples) if len(names) == 1 else 1), 1.0)
-    models = [copy.deepcopy(model).train() for model in (pipe.transformer, pipe.vision_model)]
+    models = [copy.deepcopy(model).requires_grad_(True).train() for model in (pipe.transformer, pipe.vision_model)]
     terms = bagel_losses(*models, sequence, noised)
     loss = sum(values.sum() / max(1, values.numel()) for values in (terms.mse, terms.cross_entropy))
     assert torch.isfinite(loss) and loss > 0

@@ -159,6 +159,7 @@ EXPORT = """
 import sys, threading, time
 from pathlib import Path
 from echo4o.training import export
+from echo4o.training.backbones import bagel  # imported before memory is measured
 from echo4o.training.checkpoints import Checkpoint
 
 def resident():
