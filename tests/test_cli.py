@@ -302,3 +302,13 @@ def test_renamed_options_exist():
     options = {name for command in commands for parameter in command.params for name in parameter.opts}
     assert set(frame.RENAMED_OPTIONS.values()) <= options
     assert not set(frame.RENAMED_OPTIONS) & options
+
+
+def test_a_conversion_into_a_folder_in_use_is_refused(tmp_path):
+    from echo4o.common.locks import FolderLock
+
+    checkpoint = Path(__file__).parent / "parity" / "golden" / "checkpoint"
+    with FolderLock(tmp_path / "out"):
+        done = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "out")])
+    assert done.exit_code == 2 and "out is in use by another process" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ def convert(
     Example: [bold]echo4o convert BAGEL-7B-MoT echo-4o[/bold]
     Back: [bold]echo4o convert echo-4o original --to original[/bold]
     """
+    from echo4o.common.locks import FolderLock
     from echo4o.modeling.pipelines import PIPELINES, class_named, original_class, pipeline_class
 
     if to is Layout.original:
@@ -35,7 +36,8 @@ def convert(
         cls = original_class(src) or class_named(next(iter(PIPELINES)))  # its checks say what the folder lacks
     conversion = cls.conversion()
     function = conversion.convert_to_diffusers if to is Layout.diffusers else conversion.convert_to_original
-    function(src, dst)
+    with FolderLock(dst):
+        function(src, dst)
     say(f"the {to.value} checkpoint:")
     if to is Layout.diffusers:
         finish(dst, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(dst)]))
