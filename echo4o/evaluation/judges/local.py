@@ -113,9 +113,9 @@ class PipelineJudge(_LocalJudge):
     def prepare(self) -> None:
         if self._pipe is None:
             if self._load is None:
-                from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+                from echo4o.modeling.pipelines import pipeline_class
 
-                self._load = Echo4oPipeline.from_pretrained
+                self._load = pipeline_class(self.model_id).from_pretrained
             self._pipe = self._load(self.model_id)
             self._pipe.set_progress_bar_config(disable=True)
 
