@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from ..common.images import resize
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -43,7 +45,7 @@ class ImageLimits:
 
     def resize(self, image: Image.Image, pictures: int = 1) -> Image.Image:
         """The picture at its bounded size (bicubic)."""
-        return image.resize(self.size(*image.size, pictures), Image.Resampling.BICUBIC)
+        return resize(image, self.size(*image.size, pictures))
 
 
 def to_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
