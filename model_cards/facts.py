@@ -2,13 +2,22 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from echo4o.common.configuration import StrictModel
 
+# The Hub's tasks of models that generate or read images; a family's file names the one under which the Hub lists it.
+PipelineTag = Literal[
+    "any-to-any",
+    "image-text-to-image",
+    "image-text-to-text",
+    "image-to-image",
+    "image-to-text",
+    "text-to-image",
+]
 ABOUT = "about.yaml"  # in the root of a release; without it, the release is Echo-4o-Image's
 
 
@@ -49,8 +58,8 @@ class ModelFamily(StrictModel):
     library_name: str
     license: str  # the Hub's name of the weights' license
     language: list[str]
-    pipeline_tag: str
-    adapter_pipeline_tag: str
+    pipeline_tag: PipelineTag
+    adapter_pipeline_tag: PipelineTag
     tags: list[str]
     example: str = Field(min_length=1)  # code that uses `pipe`
     limits: list[str]

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from echo4o.common.configuration import StrictModel
 from echo4o.common.hub_names import require_repository_name
+from echo4o.model_cards.facts import PipelineTag
 from echo4o.model_cards.merge import BEGIN, END, split
 
 RepoName = Annotated[str, AfterValidator(require_repository_name)]
@@ -82,7 +83,7 @@ class _Model(_Common):
 class PipelineYaml(_Model):
     """Of a pipeline."""
 
-    pipeline_tag: Literal["any-to-any"]
+    pipeline_tag: PipelineTag
     base_model: RepoName | None = None
     base_model_relation: Literal["finetune"] | None = None
 
@@ -90,7 +91,7 @@ class PipelineYaml(_Model):
 class AdapterYaml(_Model):
     """Of a LoRA adapter: it is nothing without its base."""
 
-    pipeline_tag: Literal["text-to-image"]
+    pipeline_tag: PipelineTag
     base_model: RepoName
     base_model_relation: Literal["adapter"]
     instance_prompt: Text | None = None

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+from pydantic import ValidationError
 
 from echo4o.dataset_scripts.card import make_card
 from echo4o.model_cards.cards import adapter_card, metric_card, pipeline_card, results_card
-from echo4o.model_cards.facts import About, Dataset, Result, Training, read_about, read_family
+from echo4o.model_cards.facts import About, Dataset, ModelFamily, Result, Training, read_about, read_family
 from echo4o.model_cards.merge import BEGIN, END, merged, own_words, split
 from echo4o.model_cards.schema import SCHEMAS, usage_blocks, validate
 
@@ -186,6 +187,22 @@ WRONG = [
     ("metric", "sdk: gradio", "sdk: streamlit", "sdk: "),
     ("results", "split: test", "name: test", "configs.0.data_files.0.split: Field required"),
 ]
+
+
+@pytest.mark.parametrize("tag", ["image-text-to-image", "image-to-image"])
+def test_another_family_has_another_task_of_the_hub(tag):
+    family = BAGEL.model_copy(update={"pipeline_tag": tag, "adapter_pipeline_tag": tag})
+    card = pipeline_card("ns/demo", family, WEIGHTS, True)
+    validate(card, "pipeline")
+    assert split(card)[0]["pipeline_tag"] == tag
+    card = adapter_card("ns/demo", family, LORA, True, base_model="ns/base")
+    validate(card, "adapter")
+    assert split(card)[0]["pipeline_tag"] == tag
+
+
+def test_a_family_with_a_task_that_the_hub_lacks_is_an_error():
+    with pytest.raises(ValidationError, match="pipeline_tag"):
+        ModelFamily.model_validate({**BAGEL.model_dump(), "pipeline_tag": "text-to-text"})
 
 
 @pytest.mark.parametrize(("kind", "right", "wrong", "said"), WRONG, ids=lambda value: str(value)[:20])
