@@ -39,6 +39,10 @@ FORMS = {
         },
         manifest=frozenset({"special_tokens", "system_prompts", "transforms"}),
     ),
+    "standard_benchmarks": Form(
+        checks={"geneval": "geneval", "dpg": "dpg"},
+        files=frozenset({"geneval_golden.json", "dpg_golden.json"}),
+    ),
 }
 
 
