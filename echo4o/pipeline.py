@@ -37,28 +37,30 @@ class HubPublishingMixin:
         overwrite: bool = False,
         verify: bool = True,
     ) -> str:
-        """Save the pipeline and publish it as `echo4o push` does, with its card; the address of the commit.
+        """Saves the pipeline and publishes it with a card, as `echo4o push` does. Returns the URL of the commit.
 
         Args:
-            private: visibility of a new repository (unlike diffusers' own default); one that exists keeps its own.
-            base_model, datasets, results: for the card: the Hub repositories that it was trained from and on, and
-                folders of `echo4o evaluate`.
-            branch: push there instead of to `main`.
+            private: visibility of a new repository (the default of diffusers is False); an existing repository keeps its
+                visibility.
+            base_model, datasets, results: facts for the card: the Hub repositories of the base model and of the
+                training data, and folders of `echo4o evaluate`.
+            branch: push to this branch instead of `main`.
             overwrite: replace a repository that holds something else.
-            verify: load the result back from the Hub.
+            verify: load the upload back from the Hub.
 
         Raises:
-            ValueError: a name or a card that must not be published; OSError: the Hub refuses or does not answer.
+            ValueError: the name or the card is not valid.
+            OSError: the Hub refuses the request or does not answer.
         """
-        from echo4o.hub.kinds.base import Said
+        from echo4o.hub.kinds.base import PushDetails
         from echo4o.hub.push import push
 
-        said = Said(base_model, tuple(datasets), tuple(Path(place) for place in results))
+        details = PushDetails(base_model, tuple(datasets), tuple(Path(place) for place in results))
         options = {"private": private, "branch": branch, "message": commit_message, "overwrite": overwrite}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            done = push(folder, repo_id, said=said, api=HfApi(token=token), verify=verify, **options)
-        return done.commit or done.address
+            result = push(folder, repo_id, details=details, api=HfApi(token=token), verify=verify, **options)
+        return result.commit or result.address
 
 
 class Echo4oPipeline(HubPublishingMixin, pipeline_echo4o.Echo4oPipeline):
@@ -66,18 +68,18 @@ class Echo4oPipeline(HubPublishingMixin, pipeline_echo4o.Echo4oPipeline):
 
 
 def public_class(cls: type) -> type:
-    """The class that this package exports under the name of a pipeline class, which publishes as `echo4o push` does."""
+    """Returns the class of this name that the package exports, whose `push_to_hub` works like `echo4o push`."""
     return globals().get(cls.__name__, cls)
 
 
 def load_pipeline(pretrained_model_name_or_path: str | Path, **kwargs):
-    """Load a pipeline of any class that this package knows, from a folder or the Hub.
+    """Loads a pipeline of any class that this package supports, from a folder or the Hub.
 
-    The class is the one that `model_index.json` names; `kwargs` are those of its `from_pretrained`.
+    `model_index.json` names the class; `kwargs` are passed to its `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no such pipeline.
-        ValueError: a pipeline of another class; and what `from_pretrained` raises.
+        ValueError: the pipeline is of a class that this package does not support.
     """
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     cls = public_class(pipeline_class(pretrained_model_name_or_path, **options))

@@ -1,4 +1,4 @@
-"""Writes the cards: YAML through huggingface_hub's card classes, text from the templates beside this file."""
+"""Builds model, dataset and metric cards: YAML with the card classes of huggingface_hub, text from the templates in this folder."""
 
 import re
 from pathlib import Path
@@ -26,15 +26,18 @@ def pipeline_card(
     results: tuple[Result, ...] = (),
     widget: tuple[dict, ...] = (),
 ) -> str:
-    """The card of a pipeline.
+    """Returns the card of a pipeline.
 
     Args:
-        family: what the cards of this model family say.
-        weights: component -> {"parameters": number, "dtype": name}.
-        released_sizes: whether the weights have the sizes of the family's release.
-        base_model: the Hub repository that it was fine-tuned from.
-        datasets: the Hub repositories that it was trained on.
-        widget: pictures of the model: {"text": prompt, "output": {"url": path in the repository}}.
+        repo: name of the repository, `owner/name`.
+        family: facts of the model family.
+        weights: component -> `{"parameters": number, "dtype": name}`.
+        released_sizes: whether the model has the sizes of the family's released checkpoint.
+        base_model: Hub repository of the model that was fine-tuned.
+        datasets: Hub repositories of the training data.
+        training: the training run, if it is known.
+        results: scores of `echo4o evaluate`.
+        widget: sample images, each `{"text": prompt, "output": {"url": path in the repository}}`.
     """
     tags = [*family.tags, "text-to-image"]
     data = _model_data(repo, family, family.pipeline_tag, base_model, "finetune", datasets, results, widget, tags)
@@ -56,7 +59,14 @@ def adapter_card(
     results: tuple[Result, ...] = (),
     widget: tuple[dict, ...] = (),
 ) -> str:
-    """The card of a LoRA adapter; `settings` are those of its LoraConfig, `base_model` is what it is loaded on."""
+    """Returns the card of a LoRA adapter.
+
+    Args:
+        settings: the settings of its `LoraConfig`.
+        base_model: Hub repository of the model that the adapter belongs to.
+
+    The other arguments are those of `pipeline_card`.
+    """
     tags = [*family.tags, "lora", "template:sd-lora"]
     data = _model_data(
         repo, family, family.adapter_pipeline_tag, base_model, "adapter", datasets, results, widget, tags
@@ -68,11 +78,12 @@ def adapter_card(
 
 
 def dataset_card(repo: str, manifest: dict, about: About, configs: list[dict], infos: Any) -> str:
-    """The card of a built dataset.
+    """Returns the card of a built dataset.
 
     Args:
-        manifest: what `manifest.json` holds.
-        configs, infos: the Hub's `configs` and `dataset_info`, as `datasets` writes them.
+        manifest: contents of `manifest.json`.
+        about: title, origin and license of the dataset.
+        configs, infos: the YAML fields `configs` and `dataset_info`, as `datasets` writes them.
     """
     data = DatasetCardData(
         pretty_name=about.title,
@@ -88,11 +99,11 @@ def dataset_card(repo: str, manifest: dict, about: About, configs: list[dict], i
 
 
 def metric_card(repo: str, title: str, description: str, citation: str, inputs: list[str], example: str) -> str:
-    """The card of a metric's Space.
+    """Returns the card of the Space of a metric.
 
     Args:
-        inputs: names of what `compute` takes.
-        example: code that computes it as `metric`, once it is loaded.
+        inputs: names of the arguments of `compute`.
+        example: an expression that computes the metric; the loaded metric is called `metric` in it.
     """
     data = SpaceCardData(
         title=title,
@@ -106,17 +117,17 @@ def metric_card(repo: str, title: str, description: str, citation: str, inputs: 
     return _card("metric", data, repo=repo, title=title, description=description, citation=citation, inputs=inputs, example=example)  # fmt: skip
 
 
-def results_card(repo: str, result: Result, model: str | None, pictures: int) -> str:
-    """The card of a benchmark's result: its pictures with their judgements, as rows."""
+def results_card(repo: str, result: Result, model: str | None, images: int) -> str:
+    """Returns the card of a benchmark result: a dataset of `images` rows, one generated image with its judgement each."""
     data = DatasetCardData(
         pretty_name=f"{result.title}: {model}" if model else result.title,
         tags=["echo-4o", "evaluation", result.values["benchmark"]],
-        size_categories=[_size_category(pictures)],
+        size_categories=[_size_category(images)],
         configs=[
             {"config_name": "default", "data_files": [{"split": "test", "path": ["metadata.jsonl", "images/*"]}]}
         ],
     )
-    return _card("results", data, repo=repo, results=(result,), result=result, model=model, pictures=pictures)
+    return _card("results", data, repo=repo, results=(result,), result=result, model=model, images=images)
 
 
 def _model_data(repo, family, task, base_model, relation, datasets, results, widget, tags) -> ModelCardData:
@@ -155,7 +166,7 @@ def _eval_result(result: Result) -> EvalResult:
 
 
 def _from_openai(training: Training | None) -> bool | None:
-    """Whether pictures of an OpenAI model were trained on; None: not known."""
+    """Whether the training data holds images of an OpenAI model; None if that is not known."""
     known = [data.about.from_openai if data.about else None for data in training.data] if training else []
     if not known:
         return None
@@ -172,7 +183,7 @@ def _card(template: str, data: CardData, **facts: Any) -> str:
     )
     environment.filters["count"] = lambda number: f"{number:,}"
     text = environment.get_template(f"{template}.md.j2").render(**facts).strip()
-    text = re.sub(r"\n{3,}", "\n\n", text)  # where a section was left out
+    text = re.sub(r"\n{3,}", "\n\n", text)  # an omitted section leaves blank lines
     return f"---\n{data}\n---\n\n{BEGIN}\n{text}\n{END}\n"
 
 

@@ -1,4 +1,4 @@
-"""What cards say that their makers must know: where a dataset's pictures come from, how a model was trained."""
+"""Facts that cards state: the origin of a dataset's images, the license of weights, a training run, a score."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,24 +18,29 @@ PipelineTag = Literal[
     "image-to-text",
     "text-to-image",
 ]
-ABOUT = "about.yaml"  # in the root of a release; without it, the release is Echo-4o-Image's
+ABOUT = "about.yaml"  # in the root of a release; without it, the release is Echo-4o-Image
 
 
 class About(StrictModel):
-    """A dataset in a few words. The defaults are the published Echo-4o-Image's."""
+    """Title, origin and license of a dataset (`about.yaml`). The defaults describe the published Echo-4o-Image."""
 
     title: str = Field("Echo-4o-Image", min_length=1)
+    # The key is `pictures` and not `images`: about.yaml files of version 0.1 have it.
     pictures: str = Field(
-        "Pictures distilled from GPT-4o for text-to-image generation and for drawing from reference pictures "
+        "Images distilled from GPT-4o for text-to-image generation and for generation from reference images "
         "([Echo-4o, arXiv 2508.09987](https://arxiv.org/abs/2508.09987)).",
         min_length=1,
     )
-    from_openai: bool = True  # whether a model of OpenAI made the pictures
-    license: str | None = None  # the Hub's name of the pictures' license
+    from_openai: bool = True  # whether a model of OpenAI generated the images
+    license: str | None = None  # identifier of the images' license on the Hub
 
 
 def read_about(text: str, place: str = ABOUT) -> About:
-    """What an `about.yaml` says; ValueError when it says anything else."""
+    """Parses the text of an `about.yaml`.
+
+    Raises:
+        ValueError: it is not valid YAML, or a key or value is not allowed.
+    """
     try:
         return About.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
@@ -43,7 +48,7 @@ def read_about(text: str, place: str = ABOUT) -> About:
 
 
 class WeightSource(StrictModel):
-    """A part of a release, with its license."""
+    """A part of a released checkpoint, with its license."""
 
     part: str = Field(min_length=1)
     license: str = Field(min_length=1)
@@ -51,12 +56,12 @@ class WeightSource(StrictModel):
 
 
 class ModelFamily(StrictModel):
-    """What the cards of a model family say; one file in families/ each."""
+    """Facts of a model family, from its file in families/."""
 
     name: str = Field(min_length=1)
     architecture: str = Field(min_length=1)  # follows "A diffusers pipeline with"
     library_name: str
-    license: str  # the Hub's name of the weights' license
+    license: str  # identifier of the weights' license on the Hub
     language: list[str]
     pipeline_tag: PipelineTag
     adapter_pipeline_tag: PipelineTag
@@ -67,14 +72,14 @@ class ModelFamily(StrictModel):
 
 
 def read_family(name: str) -> ModelFamily:
-    """The facts of a model family, from families/NAME.yaml."""
+    """Reads the facts of a model family from families/NAME.yaml."""
     file = Path(__file__).parent / "families" / f"{name}.yaml"
     return ModelFamily.model_validate(yaml.safe_load(file.read_text("utf-8")))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that a model learned from, as far as it is known."""
+    """A dataset that a model was trained on; None where a value is not known."""
 
     name: str
     rows: int | None = None
@@ -83,10 +88,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Training:
-    """A run, from its resolved recipe and its log."""
+    """A training run, from its resolved recipe and its log."""
 
     recipe: str  # YAML
-    method: str  # in words
+    method: str  # a sentence, for example "LoRA of rank 8."
     steps: int
     samples: int
     seconds: float
@@ -95,12 +100,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Result:
-    """What `echo4o evaluate` wrote about a model."""
+    """The result of a benchmark, as `echo4o evaluate` wrote it."""
 
     title: str  # of the benchmark
-    values: dict[str, Any]  # result.json
+    values: dict[str, Any]  # contents of result.json
 
     @property
     def judge(self) -> str:
+        """Name of the judge."""
         judge = self.values["judge"]
         return judge["judge"] if isinstance(judge, dict) else str(judge)

@@ -1,9 +1,8 @@
-"""Joins a card that was written here with what people wrote. The whole rule:
+"""Merges a generated card with an earlier card that people may have edited.
 
-- Of the YAML, keys that state what files say (`FACTS`) are written anew; every other key keeps a person's value, and
-  lists of tags are joined.
-- Of the text, what stands between the two marks is replaced and everything around it stays. A text without marks is a
-  person's own: it stays whole, and the written part follows it.
+- YAML: the keys in `FACTS` take the generated value. Every other key keeps its earlier value, and tags are merged.
+- Text: the part between the two markers is replaced and the text around it is kept. A text without markers was written
+  by hand: it is kept, and the generated part follows it.
 """
 
 from huggingface_hub import RepoCard
@@ -18,27 +17,27 @@ FACTS = {
 
 
 def split(card: str) -> tuple[dict, str]:
-    """A card's YAML and text.
+    """Splits a card into its YAML and its text.
 
     Raises:
-        ValueError: the YAML cannot be read.
+        ValueError: the YAML cannot be parsed.
     """
     try:
         parsed = RepoCard(card, ignore_metadata_errors=False)
-    except Exception as error:  # yaml's, or the card class's own
+    except Exception as error:  # of yaml, or of the card class
         raise ValueError(f"README.md: its YAML cannot be read: {str(error).splitlines()[0]}") from error
     return _plain(parsed), parsed.text.strip()
 
 
 def own_words(card: str) -> str:
-    """What a person wrote in a card: the text without the written part."""
+    """Returns the hand-written text of a card: everything outside the generated part."""
     text = split(card)[1]
     before, after = _around(text)
     return "\n\n".join(part for part in (before, after) if part)
 
 
 def merged(card: str, before: str | None) -> str:
-    """`card` with what a person wrote in `before`, an earlier or a hand-written one."""
+    """Returns the generated `card` with the hand-written YAML and text of `before`, the earlier card."""
     if not before:
         return card
     new, text = split(card)

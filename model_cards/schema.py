@@ -1,9 +1,10 @@
-"""What a card must hold before it is published: YAML that the Hub reads as it was meant, and the sections people need."""
+"""Validates a card before it is published: the types of its YAML and the sections of its text."""
 
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from echo4o.common.configuration import StrictModel
 from echo4o.common.hub_names import require_repository_name
@@ -13,21 +14,20 @@ from echo4o.model_cards.merge import BEGIN, END, split
 RepoName = Annotated[str, AfterValidator(require_repository_name)]
 License = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
+OptionalLicense = License | list[License] | None
+OptionalLanguage = list[Language] | Language | None
 Text = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(StrictModel):
-    model_config = ConfigDict(strict=True, populate_by_name=True)  # YAML's own types, not what converts to them
+    model_config = ConfigDict(strict=True, populate_by_name=True)  # no conversion: a number is not a string
 
 
 class _Common(_Strict):
-    """Keys of the Hub's that a person may add to any card of ours."""
+    """Optional YAML keys of the Hub that every card may have; license, language and tags differ by kind."""
 
-    license: License | list[License] | None = None
     license_name: Text | None = None
     license_link: Text | None = None
-    language: list[Language] | Language | None = None
-    tags: list[Text] | None = None
     thumbnail: Text | None = None
     viewer: bool | None = None
     extra_gated_prompt: Text | None = None
@@ -81,7 +81,7 @@ class _Model(_Common):
 
 
 class PipelineYaml(_Model):
-    """Of a pipeline."""
+    """YAML of a pipeline's card."""
 
     pipeline_tag: PipelineTag
     base_model: RepoName | None = None
@@ -89,7 +89,7 @@ class PipelineYaml(_Model):
 
 
 class AdapterYaml(_Model):
-    """Of a LoRA adapter: it is nothing without its base."""
+    """YAML of a LoRA adapter's card; the base model is required."""
 
     pipeline_tag: PipelineTag
     base_model: RepoName
@@ -123,6 +123,7 @@ class _Info(_Strict):
 
 
 class _Rows(_Common):
+    license: OptionalLicense = None
     pretty_name: Text
     tags: list[Text]
     size_categories: list[Text]
@@ -132,7 +133,7 @@ class _Rows(_Common):
 
 
 class DatasetYaml(_Rows):
-    """Of a built dataset."""
+    """YAML of a built dataset's card."""
 
     language: list[Language]
     task_categories: list[Text]
@@ -140,12 +141,16 @@ class DatasetYaml(_Rows):
 
 
 class ResultsYaml(_Rows):
-    """Of a benchmark's result."""
+    """YAML of the card of a benchmark result."""
+
+    language: OptionalLanguage = None
 
 
 class MetricYaml(_Common):
-    """Of a metric's Space."""
+    """YAML of the card of a metric's Space."""
 
+    license: OptionalLicense = None
+    language: OptionalLanguage = None
     title: Text
     emoji: Text
     sdk: Literal["gradio"]
@@ -161,19 +166,23 @@ class MetricYaml(_Common):
 
 
 SCHEMAS = {
-    "pipeline": (PipelineYaml, ("Usage", "Weights", "Intended use", "Limits", "Licences")),
-    "adapter": (AdapterYaml, ("Usage", "Intended use", "Limits", "Licences")),
-    "dataset": (DatasetYaml, ("Usage", "Columns", "Intended use", "Limits", "Licences")),
+    "pipeline": (PipelineYaml, ("Usage", "Weights", "Intended use", "Limits", "Licenses")),
+    "adapter": (AdapterYaml, ("Usage", "Intended use", "Limits", "Licenses")),
+    "dataset": (DatasetYaml, ("Usage", "Columns", "Intended use", "Limits", "Licenses")),
     "metric": (MetricYaml, ("Usage", "Inputs", "Citation")),
     "results": (ResultsYaml, ("Usage", "Evaluation", "Limits")),
 }
 
 
 def validate(card: str, kind: str) -> None:
-    """Hold a card of that kind against its schema.
+    """Validates a card.
+
+    Args:
+        card: YAML and text.
+        kind: a key of `SCHEMAS`.
 
     Raises:
-        ValueError: all that is wrong with it, one line each.
+        ValueError: the card is invalid; the message lists every problem, one a line.
     """
     schema, sections = SCHEMAS[kind]
     data, text = split(card)
@@ -182,19 +191,18 @@ def validate(card: str, kind: str) -> None:
         schema.model_validate(data)
     except ValidationError as error:
         problems += [_line(item) for item in error.errors()]
-    found = usage_blocks(text)
     headings = [line[3:].strip() for line in _outside_code(text).splitlines() if line.startswith("## ")]
     problems += [f"the section '## {name}' is missing" for name in sections if name not in headings]
-    if not found:
+    if not usage_blocks(text):
         problems.append("'## Usage' shows no Python code")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        problems.append("the marks around the written part must be there once")
+        problems.append("the two markers around the generated part must each occur once")
     if problems:
-        raise ValueError(f"README.md is no valid card of this {kind}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"README.md is not a valid card of this {kind}:\n  " + "\n  ".join(problems))
 
 
 def usage_blocks(text: str) -> list[str]:
-    """The Python code of the section "Usage"."""
+    """Returns the Python code blocks of the section "Usage"."""
     section = re.search(r"^## Usage$(.*?)(?=^## |\Z)", text, re.M | re.S)
     return re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S) if section else []
 
@@ -203,7 +211,7 @@ def _outside_code(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
-def _line(item: dict) -> str:
+def _line(item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"])
     message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
     given = "" if item["type"] == "missing" else f" (given: {str(item['input'])[:80]!r})"

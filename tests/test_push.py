@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from echo4o.hub import safety, secrets
-from echo4o.hub.kinds.base import Said
+from echo4o.hub.kinds.base import PushDetails
 from echo4o.hub.push import push
 from echo4o.hub.recognise import recognise
 from echo4o.modeling.bagel.convert import convert_to_diffusers
@@ -75,11 +75,13 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_pipeline_is_sent_whole_and_comes_back(folder, hub, api):
-    told = []
-    done = send(folder, api, verify=True, tell=told.append)
+    messages = []
+    done = send(folder, api, verify=True, log=messages.append)
     repo = hub.repo(REPO)
     assert repo.private and set(repo.files) == names(folder) | {"README.md"} and len(repo.commits) == 2
-    assert told[0].endswith("model is a pipeline") and "it loads" in told[1] and done.sha == repo.branches["main"]
+    assert (
+        messages[0].endswith("model is a pipeline") and "it loads" in messages[1] and done.sha == repo.branches["main"]
+    )
     assert done.verified == f"{len(repo.files)} files have the right hashes; it loads"
     again = send(folder, api)
     assert again.commit is None and not again.upload and len(repo.commits) == 2
@@ -99,11 +101,11 @@ def test_every_kind_is_found_by_its_files(tmp_path, folder):
     for name in ("recipe.yaml", "train_log.jsonl"):
         (run / name).touch()
     found = recognise(run)
-    assert found.folder == run / "pipeline" and found.run == run and "is a training run" in found.told
+    assert found.folder == run / "pipeline" and found.run == run and "is a training run" in found.description
     assert recognise(run / "pipeline").run == run.resolve()
     assert recognise("imagine_bench").kind.name == "metric"
     shutil.rmtree(run / "pipeline")
-    with pytest.raises(ValueError, match="has not ended: `echo4o export"):
+    with pytest.raises(ValueError, match="has not finished: run `echo4o export"):
         recognise(run)
 
 
@@ -111,12 +113,12 @@ def test_every_kind_is_found_by_its_files(tmp_path, folder):
     ("file", "said"),
     [
         ("ema.safetensors", "echo4o convert"),
-        ("dataset_info.json", "whose own push_to_hub"),
+        ("dataset_info.json", "with its push_to_hub method"),
         ("part/rows.jsonl", "echo4o dataset build"),
         ("notes.txt", "a pipeline has model_index.json"),
     ],
 )
-def test_anything_else_is_told_what_to_do(file, said, tmp_path):
+def test_an_unknown_folder_is_an_error_with_advice(file, said, tmp_path):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     with pytest.raises(ValueError, match=said):
@@ -150,7 +152,7 @@ def test_pickles_are_refused_by_name_and_by_content(how, folder, hub, api):
 
 def test_a_broken_archive_is_refused_by_name(folder, api, hub):
     (folder / "notes.txt").write_bytes(b"PK\x03\x04 and no more")
-    refused(folder, api, hub, "notes.txt begins as a zip archive")
+    refused(folder, api, hub, "notes.txt starts like a zip archive")
 
 
 def test_text_that_ends_with_a_dot_is_no_pickle(tmp_path):
@@ -266,17 +268,17 @@ def test_links_that_lead_outside_and_hidden_files(folder, hub, api, tmp_path):
     (folder / ".env").write_text("PASSWORD=x")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("x")
-    told = []
-    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True, tell=told.append).upload)
-    assert "2 hidden files and caches stay here" in told
+    messages = []
+    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True, log=messages.append).upload)
+    assert "2 hidden files and caches are not uploaded" in messages
     (folder / "inside.txt").symlink_to(folder / "model_index.json")
     assert "inside.txt" in send(folder, api, dry_run=True).upload
     (tmp_path / "private.txt").write_text("mine")
     (folder / "outside.txt").symlink_to(tmp_path / "private.txt")
-    refused(folder, api, hub, "outside.txt is a link that leads outside")
+    refused(folder, api, hub, "outside.txt is a link to a file outside")
     (folder / "outside.txt").unlink()
     (folder / "outside").symlink_to(tmp_path)
-    refused(folder, api, hub, "outside is a link that leads outside")
+    refused(folder, api, hub, "outside is a link to a file outside")
 
 
 def test_folders_that_do_not_load(folder, hub, api):
@@ -286,7 +288,7 @@ def test_folders_that_do_not_load(folder, hub, api):
     refused(folder, api, hub, "transformer: missing proj_in.bias")
     save_file(tensors, file)
     (folder / "transformer" / "transformer_bagel.py").unlink()
-    refused(folder, api, hub, "lacks transformer/transformer_bagel.py, so that it would not load with trust_remote")
+    refused(folder, api, hub, "lacks transformer/transformer_bagel.py, so it would not load with trust_remote")
 
 
 def test_large_weights_are_compared_without_being_loaded(folder, api, monkeypatch):
@@ -294,9 +296,7 @@ def test_large_weights_are_compared_without_being_loaded(folder, api, monkeypatc
     monkeypatch.setattr("echo4o.hub.push.SMALL_BYTES", 10)
     monkeypatch.setattr(Echo4oPipeline, "from_pretrained", None)
     done = send(folder, api, verify=True)
-    assert "too large to be loaded here" in done.checked and done.verified.endswith(
-        "too large to be fetched and loaded"
-    )
+    assert "too large to load here" in done.checked and done.verified.endswith("too large to download and load")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     name = next(name for name, tensor in tensors.items() if tensor.dim() > 1)
@@ -315,7 +315,7 @@ def test_bad_names(repo, folder, hub, api):
 
 def test_a_card_that_does_not_validate(folder, hub, api):
     (folder / "README.md").write_text("---\nlicence: mit\n---\n\nMy words.\n")
-    refused(folder, api, hub, "README.md is no valid card of this pipeline:\n  licence: unknown key")
+    refused(folder, api, hub, "README.md is not a valid card of this pipeline:\n  licence: unknown key")
 
 
 # --- what the Hub may do ---------------------------------------------------------------------------------------------
@@ -336,25 +336,25 @@ TROUBLE = [
 def test_trouble_that_passes_is_waited_out(folder, hub, api, fault):
     fault = HubFault(**vars(fault))
     hub.inject(fault)
-    told = []
-    done = send(folder, api, verify="/resolve/" in fault.path, tell=told.append)
+    messages = []
+    done = send(folder, api, verify="/resolve/" in fault.path, log=messages.append)
     assert fault.times == 0 and len(hub.repo(REPO).commits) == 2 and set(hub.repo(REPO).files) >= names(folder)
     assert done.sha == hub.repo(REPO).branches["main"]
 
 
-def test_waiting_is_told(folder, hub, api):
+def test_retries_are_logged(folder, hub, api):
     hub.inject(HubFault(path="/api/models/ns/model$", method="GET", status=500, times=20))
-    told = []
-    with pytest.raises(OSError, match="ns/model: .*500.*; run it again to go on"):
-        send(folder, api, tell=told.append)
-    assert any("500" in line and "trying again in" in line for line in told)
+    messages = []
+    with pytest.raises(OSError, match="ns/model: .*500.*; run the command again to resume"):
+        send(folder, api, log=messages.append)
+    assert any("500" in line and "trying again in" in line for line in messages)
 
 
 def test_an_interrupted_upload_goes_on_with_what_is_missing(folder, hub, api):
     weights = sum(file.suffix == ".safetensors" for file in folder.rglob("*"))
     assert weights == 3
     hub.inject(HubFault(path="/_lfs/", method="PUT", drop=True, times=10_000, after=2))
-    with pytest.raises(OSError, match="run it again to go on"):
+    with pytest.raises(OSError, match="run the command again to resume"):
         send(folder, api)
     repo = hub.repo(REPO)
     assert not repo.files and len(repo.commits) == 1, "half of it is visible"
@@ -367,15 +367,15 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(folder, hub, api):
 def test_who_may_write(folder, hub, api, monkeypatch):
     hub.tokens["hf_read"] = "read"
     for token, repo, said in (
-        ("hf_read", REPO, r"no right to write there \(403\): it needs the role 'write'"),
+        ("hf_read", REPO, r"no write access \(403\): it needs the role 'write'"),
         (hub.token, "other/model", "'Write access to contents/settings of all repos' of other"),
-        ("hf_wrong", REPO, r"does not know the token \(401\): run `hf auth login`"),
+        ("hf_wrong", REPO, r"rejects the token \(401\): run `hf auth login`"),
     ):
         with pytest.raises(OSError, match=said) as caught:
             send(folder, HfApi(endpoint=hub.url, token=token), repo=repo)
         assert "\n" not in str(caught.value) and token not in str(caught.value)
     monkeypatch.setattr("echo4o.hub.remote.get_token", lambda: None)
-    with pytest.raises(OSError, match="nobody is logged in: run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(OSError, match="not logged in: run `hf auth login`, or set HF_TOKEN"):
         send(folder, HfApi(endpoint=hub.url))
     assert not hub.repos
 
@@ -390,7 +390,7 @@ def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
 
     (folder / "more.txt").write_text("more")
     hub.inject(HubFault(path="/commit/", method="POST", meanwhile=somebody_else))
-    with pytest.raises(OSError, match=r"somebody else changed it meanwhile \(412\)"):
+    with pytest.raises(OSError, match=r"the repository changed since this push began \(412\)"):
         send(folder, api)
     assert "more.txt" not in repo.files
     send(folder, api)
@@ -407,7 +407,7 @@ def test_a_name_that_is_taken(folder, hub, api):
     other = hub.create(REPO)
     other.files |= {name: hub.store(name, b"{}") for name in ("config.json", "model.onnx", ".gitattributes")}
     other.commit("something else")
-    with pytest.raises(ValueError, match="already holds files that are none of echo4o's, and this is a pipeline"):
+    with pytest.raises(ValueError, match="already holds files that echo4o did not write, and this is a pipeline"):
         send(folder, api)
     send(folder, api, overwrite=True)
     assert set(other.files) == names(folder) | {"README.md", ".gitattributes"}
@@ -416,9 +416,9 @@ def test_a_name_that_is_taken(folder, hub, api):
     app = hub.create("ns/genevalpp", "spaces")
     app.files |= {name: hub.store(name, b"print()") for name in ("app.py", "requirements.txt")}
     hub.repo("ns/genevalpp", "spaces").commit("an app")
-    with pytest.raises(ValueError, match="this is a metric: choose another name, or give --overwrite"):
+    with pytest.raises(ValueError, match="this is a metric: choose another name, or pass --overwrite"):
         send("genevalpp", api, repo="ns/genevalpp")
-    with pytest.raises(ValueError, match="the Space must be called genevalpp"):
+    with pytest.raises(ValueError, match="the Space must have the name of its script, genevalpp"):
         send("genevalpp", api, repo="ns/other")
 
 
@@ -452,7 +452,7 @@ def test_what_comes_back_altered_is_an_error(folder, hub, api):
         repo.commits[-1] = (sha, title, files | {"pipeline.py": hub.store("pipeline.py", b"other")})
 
     hub.inject(HubFault(path="/revision/", method="GET", meanwhile=alter))
-    with pytest.raises(OSError, match="is not what was sent: pipeline.py; push again"):
+    with pytest.raises(OSError, match="differs from the upload: pipeline.py; push again"):
         send(folder, api, verify=True)
 
 
@@ -475,20 +475,20 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def test_an_adapter_needs_the_base_it_fits(adapter, folder, hub, api):
-    with pytest.raises(ValueError, match="an adapter is nothing without its base: name the Hub repository"):
+    with pytest.raises(ValueError, match="names its base model: pass its Hub repository"):
         send(adapter, api)
     with pytest.raises(ValueError, match="there is no model ns/nowhere on the Hub"):
-        send(adapter, api, said=Said(base_model="ns/nowhere"))
+        send(adapter, api, details=PushDetails(base_model="ns/nowhere"))
     hub.add_folder("ns/base", BASE)
     hub.add_folder("ns/other", folder)
     with pytest.raises(ValueError, match="adapter"):
-        send(adapter, api, said=Said(base_model="ns/other"))
+        send(adapter, api, details=PushDetails(base_model="ns/other"))
     hub.create("ns/empty")
-    with pytest.raises(ValueError, match="the base ns/empty is no pipeline"):
-        send(adapter, api, said=Said(base_model="ns/empty"))
+    with pytest.raises(ValueError, match="the base model ns/empty is not a pipeline"):
+        send(adapter, api, details=PushDetails(base_model="ns/empty"))
     with pytest.raises(ValueError, match="there is no dataset ns/base on the Hub"):
-        send(adapter, api, said=Said(base_model="ns/base", datasets=("ns/base",)))
-    done = send(adapter, api, said=Said(base_model="ns/base"), verify=True)
+        send(adapter, api, details=PushDetails(base_model="ns/base", datasets=("ns/base",)))
+    done = send(adapter, api, details=PushDetails(base_model="ns/base"), verify=True)
     assert done.verified.endswith("it loads on ns/base")
     card = hub.repo(REPO).files["README.md"].data.decode()
     assert "base_model: ns/base" in card and "rank 2 (alpha 4" in card
@@ -499,11 +499,11 @@ def test_on_a_large_base_an_adapter_is_compared_without_loading_it(adapter, fold
     hub.add_folder("ns/other", folder)
     monkeypatch.setattr("echo4o.hub.kinds.adapter.SMALL_BYTES", 10)
     monkeypatch.setattr(Echo4oPipeline, "from_pretrained", None)
-    done = send(adapter, api, said=Said(base_model="ns/base"))
-    assert done.checked == "every matrix fits ns/base, which is too large to be loaded here"
+    done = send(adapter, api, details=PushDetails(base_model="ns/base"))
+    assert done.checked == "every matrix fits ns/base, which is too large to load here"
     assert not [path for _, path, *_ in hub.requests if "ns/base/resolve" in path and path.endswith(".safetensors")]
     with pytest.raises(ValueError, match="The adapter"):
-        send(adapter, api, said=Said(base_model="ns/other"))
+        send(adapter, api, details=PushDetails(base_model="ns/other"))
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -512,11 +512,11 @@ def test_on_a_large_base_an_adapter_is_compared_without_loading_it(adapter, fold
 def test_results_of_another_model_stay_out_of_the_card(folder, api, tmp_path):
     values = {"benchmark": "genevalpp", "score": 0.5, "coverage": 1.0, "intervals": {}, "model": "elsewhere/other"}
     (tmp_path / "result.json").write_text(json.dumps(values | {"adapter": None}))
-    said = Said(results=(tmp_path / "result.json",))
-    with pytest.raises(ValueError, match="drawn with elsewhere/other, not with"):
-        send(folder, api, said=said)
+    details = PushDetails(results=(tmp_path / "result.json",))
+    with pytest.raises(ValueError, match="generated with elsewhere/other, not with"):
+        send(folder, api, details=details)
     (tmp_path / "result.json").write_text(json.dumps(values | {"model": str(folder), "adapter": "mine"}))
     with pytest.raises(ValueError, match="with the adapter mine, not with"):
-        send(folder, api, said=said)
-    with pytest.raises(ValueError, match="is no result: run `echo4o evaluate score"):
-        send(folder, api, said=Said(results=(tmp_path / "nothing",)))
+        send(folder, api, details=details)
+    with pytest.raises(ValueError, match="is not a result: run `echo4o evaluate score"):
+        send(folder, api, details=PushDetails(results=(tmp_path / "nothing",)))

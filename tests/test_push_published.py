@@ -253,7 +253,7 @@ def test_mistakes_are_one_line(place):
         (("nowhere", "owner/x"), "there is no such folder"),
         (("quickstart", "x"), "write owner/name"),
         (("runs/lora", "owner/x"), "--base-model owner/name"),
-        (("quickstart", "other/x"), "the token has no right to write there (403)"),
+        (("quickstart", "other/x"), "the token has no write access (403)"),
     ):
         done = place.run("echo4o", "push", *arguments)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -320,11 +320,11 @@ def publish(
     Example: [bold]echo4o dataset publish echo-4o-image owner/echo-4o-image --dry-run[/bold]
     """
     from echo4o.dataset_scripts.manifest import read_manifest
-    from echo4o.hub.kinds.base import Said
+    from echo4o.hub.kinds.base import PushDetails
 
     read_manifest(folder)
     names = tuple(c.value for c in configuration or [] if c is not Configuration.all)
-    push.send(folder, repo, Said(configurations=names), public, dry_run)
+    push.send(folder, repo, PushDetails(configurations=names), public, dry_run)
 
 
 app.command()(synthesize.synthesize)

@@ -2,11 +2,14 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from echo4o.cli.frame import finish, say
+
+if TYPE_CHECKING:
+    from echo4o.hub.kinds.base import PushDetails
 
 
 def push(
@@ -49,38 +52,38 @@ def push(
     A metric: [bold]echo4o push genevalpp owner/genevalpp --public[/bold]
     """
     from echo4o.common.hub_names import require_repository_name
-    from echo4o.hub.kinds.base import Said
+    from echo4o.hub.kinds.base import PushDetails
 
     for name in [*([base_model] if base_model else []), *(dataset or [])]:
         require_repository_name(name)
-    said = Said(base_model, tuple(dataset or ()), tuple(results or ()))
-    send(folder, repo, said, public, dry_run, branch=branch, message=message, overwrite=overwrite, verify=verify)
+    details = PushDetails(base_model, tuple(dataset or ()), tuple(results or ()))
+    send(folder, repo, details, public, dry_run, branch=branch, message=message, overwrite=overwrite, verify=verify)
 
 
-def send(folder: str | Path, repo: str, said, public: bool, dry_run: bool, **options) -> None:
-    """Push a folder and print the result."""
+def send(folder: str | Path, repo: str, details: "PushDetails", public: bool, dry_run: bool, **options) -> None:
+    """Pushes a folder and prints the result."""
     from echo4o.hub.push import push
 
-    done = push(
+    result = push(
         folder,
         repo,
-        said=said,
+        details=details,
         private=not public,
         dry_run=dry_run,
-        tell=say,
+        log=say,
         progress=lambda sent, total: say(f"{sent} of {total} files uploaded"),
         **options,
     )
     if dry_run:
-        print(done)
-        for path, size in done.upload.items():
+        print(result)
+        for path, size in result.upload.items():
             print(f"  upload {path} ({size:,} bytes)")
-        for path in done.delete:
+        for path in result.delete:
             print(f"  remove {path}")
         finish(None, shlex.join(["echo4o", "push", str(folder), repo]) + " (and the same options, without --dry-run)")
         return
-    say(done.told if done.commit else f"nothing to upload: {repo} is up to date")
-    if public and done.private is None:
-        say(f"{repo} existed before and keeps its visibility: change it on {done.address}/settings")
-    print(done.commit or done.address)
-    finish(None, done.next_command)
+    say(result.summary if result.commit else f"nothing to upload: {repo} is up to date")
+    if public and result.private is None:
+        say(f"{repo} existed before and keeps its visibility: change it on {result.address}/settings")
+    print(result.commit or result.address)
+    finish(None, result.next_command)

@@ -1,8 +1,8 @@
-"""Reads what a card says about a model from the files that say it: recipe, log, results, pictures."""
+"""Reads the facts for the card of a model from its run and its evaluations: recipe, log, results, sample images."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -16,32 +16,32 @@ from echo4o.model_cards.facts import About, Dataset, Result, Training
 from echo4o.training.recipe_files import load_recipe
 
 RECIPE, LOG = "recipe.yaml", "train_log.jsonl"
-SHOWN = 4  # pictures of a card
-_NOT_SHOWN = ("output_dir", "resume", "trackers", "cache_mb", "checkpoints", "images")
+MAX_SAMPLE_IMAGES = 4  # of a card
+_LOCAL_SETTINGS = ("output_dir", "resume", "trackers", "cache_mb", "checkpoints", "images")
 
 
 def run_of(folder: Path) -> Path | None:
-    """The finished run that left this folder."""
+    """Returns the finished training run that exported this folder; None if there is none."""
     run = folder.resolve().parent
-    named = folder.name in ("pipeline", "adapter")
-    return run if named and (run / RECIPE).is_file() and (run / LOG).is_file() else None
+    is_export = folder.name in ("pipeline", "adapter")
+    return run if is_export and (run / RECIPE).is_file() and (run / LOG).is_file() else None
 
 
 def base_of(run: Path | None) -> str | None:
-    """The model that a run started from: a folder or a Hub repository."""
+    """Returns the model that a run started from: a folder or a Hub repository."""
     return load_recipe(run / RECIPE).model if run else None
 
 
 def read_training(run: Path | None) -> Training | None:
-    """A run in the words of its card; no path of this machine is among them."""
+    """Reads recipe and log of a training run for its card. Local paths are reduced to names."""
     if run is None:
         return None
     recipe = load_recipe(run / RECIPE)
     log = [json.loads(line) for line in (run / LOG).read_text("utf-8").splitlines()]
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _NOT_SHOWN}
-    values["model"] = _without_place(values["model"])
-    values["latents"] = values["latents"] and _without_place(values["latents"])
-    values["data"] = [entry | {"path": _without_place(entry["path"])} for entry in values["data"]]
+    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _LOCAL_SETTINGS}
+    values["model"] = _public_name(values["model"])
+    values["latents"] = values["latents"] and _public_name(values["latents"])
+    values["data"] = [entry | {"path": _public_name(entry["path"])} for entry in values["data"]]
     return Training(
         recipe=yaml.safe_dump(values, sort_keys=False),
         method=recipe.tune.describe(),
@@ -53,74 +53,85 @@ def read_training(run: Path | None) -> Training | None:
 
 
 def _dataset(path: str) -> Dataset:
-    """What is known of a dataset; only its manifest says where its pictures come from."""
+    """Reads name, size and origin of a dataset; the origin is in its manifest only."""
     manifest = read_json(Path(path) / MANIFEST) if Path(path).is_dir() else None
     if not manifest:
-        return Dataset(_without_place(path))
+        return Dataset(_public_name(path))
     rows = sum(facts["rows"] for facts in manifest["configurations"].values())
-    return Dataset(_without_place(path), rows, About.model_validate(manifest["source"].get("about") or {}))
+    return Dataset(_public_name(path), rows, About.model_validate(manifest["source"].get("about") or {}))
 
 
-def _without_place(path: str) -> str:
-    """A Hub repository as it is, a folder without where it lies."""
+def _public_name(path: str) -> str:
+    """Returns the name of a Hub repository, or the last part of a local path."""
     return path if is_repository(path) else Path(path).name
 
 
 def is_repository(name: str) -> bool:
-    """Whether this is a Hub repository rather than a folder."""
+    """Whether this names a Hub repository and not a local folder."""
     return not Path(name).exists() and is_repository_name(name)
 
 
-def read_results(places: tuple[Path, ...], model: Path, repo: str, what: str = "model") -> tuple[Result, ...]:
-    """Results of `echo4o evaluate` about this model; `what` is "model" or "adapter".
+def read_results(
+    places: tuple[Path, ...], model: Path, repo: str, kind: Literal["model", "adapter"] = "model"
+) -> tuple[Result, ...]:
+    """Reads the results of `echo4o evaluate` about a model or an adapter.
+
+    Args:
+        places: evaluation folders, or their result.json files.
+        model: folder of the model, or of the adapter.
+        repo: the Hub repository that it is published to.
+        kind: whether `model` is a model or an adapter.
 
     Raises:
-        ValueError: one is about another model, or about the model with an adapter, or without this one.
+        ValueError: a result is about another model or adapter.
     """
     found = []
     for place in places:
         values = result_values(place)
-        drawn_with = {key: values.get(key) for key in ("model", "adapter")}  # both None: pictures made elsewhere
-        known = any(drawn_with.values())
-        if known and (_is_other(drawn_with[what], model, repo) or (what == "model" and drawn_with["adapter"])):
-            named = " with the adapter ".join(str(name) for name in drawn_with.values() if name)
-            raise ValueError(f"{place}: its pictures were drawn with {named}, not with {model} or {repo}")
+        used = {key: values.get(key) for key in ("model", "adapter")}  # both None: images of another program
+        other = _is_other(used[kind], model, repo) or (kind == "model" and used["adapter"])
+        if any(used.values()) and other:
+            names = " with the adapter ".join(str(name) for name in used.values() if name)
+            raise ValueError(f"{place}: its images were generated with {names}, not with {model} or {repo}")
         found.append(Result(get_benchmark(values["benchmark"]).title, values))
     return tuple(found)
 
 
 def result_values(place: Path) -> dict[str, Any]:
-    """What `result.json` holds; ValueError when the folder was not scored."""
+    """Reads `result.json`. Raises ValueError if the folder was not scored."""
     file = place / RESULT if place.is_dir() else place
     values = read_json(file)
     if not isinstance(values, dict) or not {"benchmark", "score", "coverage", "intervals"} <= values.keys():
-        raise ValueError(f"{place} is no result: run `echo4o evaluate score --out {file.parent}` first")
+        raise ValueError(f"{place} is not a result: run `echo4o evaluate score --out {file.parent}` first")
     return values
 
 
-def _is_other(drawn_with: str | None, model: Path, repo: str) -> bool:
-    return drawn_with != repo and Path(drawn_with or "").name != model.resolve().name
+def _is_other(used: str | None, model: Path, repo: str) -> bool:
+    return used != repo and Path(used or "").name != model.resolve().name
 
 
-def read_pictures(run: Path | None, places: tuple[Path, ...]) -> list[tuple[str, Path]]:
-    """(prompt, file) of up to four pictures: the run's last ones, else the first ones of a result; none is chosen."""
+def read_sample_images(run: Path | None, places: tuple[Path, ...]) -> list[tuple[str, Path]]:
+    """Returns up to four sample images as (prompt, file), not selected by quality.
+
+    They are the images of the last step of the run that has any; without these, the first images of a result.
+    """
     folders = [run / name for name in ("images", "pictures")] if run else []  # 0.1 wrote `pictures`
     steps = sorted((step for folder in folders for step in folder.glob("step-*")), key=lambda step: step.name)
     if run and steps:
         settings = load_recipe(run / RECIPE).images
         files = sorted(steps[-1].glob("*.png"), key=lambda f: int(f.stem))
         if settings and len(files) == len(settings.prompts):
-            return list(zip(settings.prompts, files))[:SHOWN]
+            return list(zip(settings.prompts, files))[:MAX_SAMPLE_IMAGES]
     for place in places:
         folder = place if place.is_dir() else place.parent
         rows = [row for row in list(JsonLines(folder / PROMPTS))[1:] if not row["references"]]
-        files = [(row["text"], picture_of(folder, row["id"])) for row in rows]
+        files = [(row["text"], image_of(folder, row["id"])) for row in rows]
         if found := [(text, file) for text, file in files if file]:
-            return found[:SHOWN]
+            return found[:MAX_SAMPLE_IMAGES]
     return []
 
 
-def picture_of(folder: Path, prompt_id: str) -> Path | None:
-    """The first picture of a prompt in an evaluated folder."""
+def image_of(folder: Path, prompt_id: str) -> Path | None:
+    """Returns the first image of a prompt in an evaluation folder; None if there is none."""
     names = [f"{prompt_id}{number}.{kind}" for number in ("", "_1") for kind in ("png", "jpg", "jpeg", "webp")]
     return next((folder / IMAGES / name for name in names if (folder / IMAGES / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""What never leaves the machine: pickles, secrets, and files from outside the folder."""
+"""Refuses to publish pickles, secrets and links to files outside the folder."""
 
 import pickletools
 import zipfile
@@ -10,14 +10,14 @@ from echo4o.hub.secrets import find_secrets
 from echo4o.modeling.common.weights import PICKLE_SUFFIXES
 
 _PICKLES = (*PICKLE_SUFFIXES, ".joblib", ".dill", ".mar")
-_SMALL = 1_000_000  # a pickle of the old protocols is looked for in files up to here
+_SMALL = 1_000_000  # bytes; only files up to this size are parsed as pickles of protocol 0 or 1
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their path in it; names that begin with a dot and `__pycache__` are left out.
+    """Lists the files of a folder by their relative path, without hidden files and `__pycache__`.
 
     Raises:
-        ValueError: a link leads outside, or nowhere.
+        ValueError: a link points outside of the folder, to a folder, or to a file that does not exist.
     """
     root, found = folder.resolve(), {}
     for path in sorted(folder.rglob("*")):
@@ -25,34 +25,35 @@ def list_files(folder: Path) -> dict[str, Path]:
         if any(part.startswith(".") or part == "__pycache__" for part in parts):
             continue
         if not path.resolve().is_relative_to(root):
-            raise ValueError(f"{path} is a link that leads outside of {folder}: put the file itself there")
+            raise ValueError(f"{path} is a link to a file outside of {folder}: replace it by the file")
         if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link to nothing")
+            raise ValueError(f"{path} is a link to a file that does not exist")
         if path.is_symlink() and path.is_dir():
-            raise ValueError(f"{path} is a link to a folder: put the folder itself there")
+            raise ValueError(f"{path} is a link to a folder: replace it by the folder")
         if path.is_file():
             found["/".join(parts)] = path
     return found
 
 
 def left_out(folder: Path) -> int:
-    """How many files `list_files` leaves out."""
+    """Returns the number of files that `list_files` leaves out."""
     return sum(path.is_file() for path in folder.rglob("*")) - len(list_files(folder))
 
 
 def require_safe(files: Mapping[str, Source]) -> None:
-    """Raise ValueError, naming each place, when there are pickles or what looks like a secret among the files."""
+    """Raises ValueError, naming each place, if a file is a pickle or contains what looks like a secret."""
     pickles = [name for name, source in files.items() if _is_pickle(name, source)]
     if pickles:
         raise ValueError(
-            f"pickles can run code and are not published: {', '.join(pickles[:8])}. Store weights as safetensors."
+            f"pickles can run code when they are loaded and are not published: {', '.join(pickles[:8])}. Store weights as safetensors."
         )
     secrets = [
         f"{name}, {place}: {what}" for name, source in files.items() for place, what in find_secrets(name, source)
     ]
     if secrets:
         raise ValueError(
-            "what looks like a secret is not published:\n  " + "\n  ".join(list(dict.fromkeys(secrets))[:20])
+            "secrets must not be published; these places look like secrets:\n  "
+            + "\n  ".join(list(dict.fromkeys(secrets))[:20])
         )
 
 
@@ -65,22 +66,22 @@ def _is_pickle(name: str, source: Source) -> bool:
         start = stream.read(16)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return True
-    if start[:4] == b"PK\x03\x04":  # torch.save writes zip archives, under any name
+    if start[:4] == b"PK\x03\x04":  # torch.save writes zip archives with arbitrary suffixes
         try:
             with zipfile.ZipFile(source) as archive:
                 return any(Path(member).suffix in _PICKLES for member in archive.namelist())
         except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{name} begins as a zip archive and cannot be read as one: {error}") from error
+            raise ValueError(f"{name} starts like a zip archive but cannot be read: {error}") from error
     if start[:6] == b"\x93NUMPY":
         return b"|O" in Path(source).read_bytes()[:1000]  # an array of objects is pickled
     return source.stat().st_size <= _SMALL and _parses_as_pickle(source.read_bytes())
 
 
 def _parses_as_pickle(data: bytes) -> bool:
-    """Whether the bytes are a pickle of protocol 0 or 1, which has no mark at its beginning."""
+    """Whether the bytes are a pickle of protocol 0 or 1, which does not start with a magic number."""
     if not data.rstrip().endswith(b"."):
         return False
     try:
         return any(opcode.name in ("GLOBAL", "INST", "REDUCE", "BUILD") for opcode, _, _ in pickletools.genops(data))
-    except Exception:  # whatever a parser of arbitrary bytes runs into: it is none
+    except Exception:  # genops raises various errors for bytes that are not a pickle
         return False

@@ -1,4 +1,4 @@
-"""Finds what looks like a secret in files: in text of any Unicode encoding, in Parquet rows, headers and archives."""
+"""Finds what looks like a secret in files: text of any Unicode encoding, Parquet rows, safetensors headers, archives."""
 
 import bz2
 import gzip
@@ -15,8 +15,8 @@ from typing import BinaryIO, cast
 from echo4o.hub.remote import Source
 
 _CHUNK = 1 << 22
-_LONGEST = 4096  # bytes of a secret; what may be cut at the end of a chunk
-_MOST_DEPTH = 4  # archives within archives
+_LONGEST = 4096  # bytes of the longest secret; consecutive chunks overlap by this
+_MAX_DEPTH = 4  # archives within archives
 _SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
     "an OpenAI or similar API key": rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
@@ -24,7 +24,7 @@ _SECRETS = {
     "a GitHub token": rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50,})",
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
     "a Google API key": rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])",
-    # Keys of today carry a mark, storage keys stand in connection strings, older keys are 32 hexadecimal digits.
+    # New keys contain a fixed signature, storage keys are in connection strings, old keys are 32 hexadecimal digits.
     "an Azure key": rb"[A-Za-z0-9]{40,60}JQQJ9[9DH][A-Za-z0-9]{20,}"
     rb"|(?i:AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{43,86}="
     rb"|(?<![A-Za-z0-9_~.-])[A-Za-z0-9_~.]{3}[78]Q~[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9_~.-])"
@@ -39,7 +39,7 @@ _BROKEN = (
 
 
 def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
-    """(place, what) of all that looks like a secret; the secret itself is never returned."""
+    """Yields the place and the kind of everything that looks like a secret; never the secret itself."""
     if isinstance(source, bytes):
         yield from _in_stream(io.BytesIO(source))
     elif name.endswith(".parquet"):
@@ -52,7 +52,7 @@ def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
-    if depth < _MOST_DEPTH and (kind := _archive_kind(stream)):
+    if depth < _MAX_DEPTH and (kind := _archive_kind(stream)):
         try:
             for member, content in _members(kind, stream):
                 if content is None:
@@ -61,7 +61,7 @@ def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
                 for place, what in _in_stream(content, depth + 1):
                     yield (f"{member}, {place}" if member else place), what
             return
-        except _BROKEN:  # not an archive after all, or damaged: its bytes are searched
+        except _BROKEN:  # not an archive, or damaged: search its bytes
             stream.seek(0)
     yield from _in_chunks(iter(lambda: stream.read(_CHUNK), b""))
 
@@ -81,7 +81,10 @@ def _archive_kind(stream: BinaryIO) -> str | None:
 
 
 def _members(kind: str, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO | None]]:
-    """The files of an archive with their names; no content where it is encrypted, no name of a single file."""
+    """Yields name and content of each file in an archive.
+
+    The content is None if it is encrypted; the name is empty for a compressed single file.
+    """
     if kind == "zip":
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
@@ -105,22 +108,22 @@ def _in_chunks(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
     line, tail = 1, b""
     for chunk in chunks:
         text = tail + chunk
-        told = len(tail)  # what ends before was told with the chunk before
+        searched = len(tail)  # matches that end before this were found in the previous chunk
         for match in _SECRET.finditer(text):
-            if match.end() > told:
+            if match.end() > searched:
                 yield _line(line, text, match.start()), _name_of(match)
         if b"\0" in text:
-            yield from _in_wide_text(text, told, line)
+            yield from _in_wide_text(text, searched, line)
         tail = text[-_LONGEST:]
         line += text.count(b"\n", 0, len(text) - len(tail))
 
 
-def _in_wide_text(text: bytes, told: int, line: int) -> Iterator[tuple[str, str]]:
-    """In text as UTF-16 or UTF-32, whose ASCII letters are one byte between bytes of zero."""
+def _in_wide_text(text: bytes, searched: int, line: int) -> Iterator[tuple[str, str]]:
+    """Searches text in UTF-16 or UTF-32, where each ASCII character is one byte among zero bytes."""
     for match in _SECRET.finditer(text.replace(b"\0", b"")):
         for width in (2, 4):
             wide = (b"\0" * (width - 1)).join(bytes([letter]) for letter in match[0])
-            place = text.find(wide, max(0, told - len(wide) + 1))
+            place = text.find(wide, max(0, searched - len(wide) + 1))
             if place >= 0:
                 yield _line(line, text, place), _name_of(match)
                 break
@@ -136,13 +139,13 @@ def _name_of(match: re.Match[bytes]) -> str:
 
 
 def _in_parquet(path: Path) -> Iterator[tuple[str, str]]:
-    """In the columns of text; Parquet packs them, so that its bytes show nothing."""
+    """Searches the string columns; their bytes in the file are compressed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:  # whether it is what it should be is for others to say
+    except pa.ArrowInvalid:  # not a Parquet file; validating it is not the task of this module
         yield from _in_chunks([path.read_bytes()])
         return
     with file:

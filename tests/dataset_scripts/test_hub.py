@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from echo4o.dataset_scripts import bare_name
 from echo4o.dataset_scripts.build import BuildOptions, build
-from echo4o.hub.kinds.base import Said
+from echo4o.hub.kinds.base import PushDetails
 from echo4o.hub.push import push
 from echo4o.testing.hub import HubFault, LoopbackHub
 from echo4o.testing.processes import offline_environment, run_script
@@ -42,8 +42,8 @@ def api(hub, monkeypatch):
 
 
 def send(folder, api, *names, **options):
-    said = Said(configurations=names)
-    return push(folder, REPO, said=said, api=api, pause=0.01, **{"verify": False, **options})
+    details = PushDetails(configurations=names)
+    return push(folder, REPO, details=details, api=api, pause=0.01, **{"verify": False, **options})
 
 
 def listing(hub) -> dict[str, bytes]:
@@ -82,7 +82,7 @@ def test_configurations_come_one_by_one(folders, hub, api, tmp_path):
     hub.repo(REPO, "datasets").files["README.md"] = hub.store("README.md", text.encode())
     hub.repo(REPO, "datasets").commit("words")
     done = send(folders / "echo-4o-image", api, "surreal_fantasy", verify=True)
-    assert done.verified.endswith("as they were built, and surreal_fantasy can be read")
+    assert done.verified.endswith("unchanged since they were built, and surreal_fantasy can be read")
     second = listing(hub)
     assert {p: d for p, d in second.items() if "multi" in p} == {p: d for p, d in first.items() if "multi" in p}
     manifest = json.loads(second["manifest.json"])
@@ -141,9 +141,9 @@ def test_an_answer_lost_after_the_commit_is_no_second_commit(folders, hub, api, 
 
 def test_broken_off_it_goes_on_with_what_is_missing(folders, hub, api, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("echo4o.hub.remote._AT_ONCE", 1)
+    monkeypatch.setattr("echo4o.hub.remote._BATCH", 1)
     hub.inject(HubFault(path="/commit/", method="POST", status=500, times=1000))
-    with pytest.raises(OSError, match="run it again to go on"):
+    with pytest.raises(OSError, match="run the command again to resume"):
         send(folders / "echo-4o-image", api)
     repo = hub.repo(REPO, "datasets")
     assert not repo.files and len(repo.commits) == 1, "nothing is half visible"
@@ -158,7 +158,7 @@ def test_an_altered_folder_is_not_published(folders, hub, api, tmp_path):
     shutil.copytree(folders / "echo-4o-image", tmp_path / "copy")
     shard = next((tmp_path / "copy" / "data").rglob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match="is not as it was built: .* its bytes were altered"):
+    with pytest.raises(ValueError, match="was changed after it was built: .* its bytes were altered"):
         send(tmp_path / "copy", api)
     with pytest.raises(ValueError, match="has no configuration 'poems'; it has surreal_fantasy"):
         send(folders / "echo-4o-image", api, "poems")

@@ -1,8 +1,11 @@
-"""A LoRA adapter: one small file that is loaded on the base that its card names."""
+"""Publishes a LoRA adapter; its card names the base model."""
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+
+import torch
+from peft import LoraConfig
 
 from echo4o.hub.facts import base_of, read_results, read_training
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
@@ -11,7 +14,7 @@ from echo4o.hub.kinds.pipeline import (
     has_released_sizes,
     hub_base,
     hub_datasets,
-    picture_files,
+    sample_image_files,
     widget,
 )
 from echo4o.hub.remote import Source
@@ -27,42 +30,42 @@ _CONFIGS = [INDEX_NAME, "*/config.json"]
 class Adapter(Kind):
     name = "adapter"
 
-    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
-        return super().files(there) | picture_files(self)
+    def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
+        return super().files(published) | sample_image_files(self)
 
     @cached_property
     def base_model(self) -> str:
-        """The Hub repository that the card names; ValueError when nobody says which."""
+        """The Hub repository of the base model. Raises ValueError if it is not known."""
         if base := hub_base(self):
             return base
-        trained = f"; it was trained on {base_of(self.run)}, which is no repository" if self.run else ""
+        trained = f"; it was trained on {base_of(self.run)}, which is not a Hub repository" if self.run else ""
         raise ValueError(
-            f"an adapter is nothing without its base: name the Hub repository with --base-model owner/name{trained}"
+            f"the card of an adapter names its base model: pass its Hub repository with --base-model owner/name{trained}"
         )
 
     @cached_property
     def configs(self) -> Path:
-        """The base's configurations, from the Hub."""
+        """A folder with the configurations of the base model, downloaded from the Hub."""
         folder = self.hub.fetch(self.base_model, _CONFIGS)
         if not (folder / INDEX_NAME).is_file():
-            raise ValueError(f"the base {self.base_model} is no pipeline: its repository has no {INDEX_NAME}")
+            raise ValueError(f"the base model {self.base_model} is not a pipeline: its repository has no {INDEX_NAME}")
         return folder
 
     @cached_property
-    def weights(self):
-        """Its tensors, by the transformer's names, and its LoraConfig."""
+    def weights(self) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+        """Its tensors, named as in the transformer, and its LoraConfig."""
         file = find_adapter(self.folder)
         state, settings = read_adapter(file)
         if settings is None:
-            raise ValueError(f"{file} comes without its configuration, so that its alpha is unknown")
+            raise ValueError(f"{file} has no configuration, so its alpha is not known")
         return {name.removeprefix("transformer."): tensor for name, tensor in state.items()}, lora_config(settings)
 
     def check(self) -> str:
-        """Every matrix fits the base that the card names; on a small base the adapter is loaded."""
+        """Checks that every matrix fits the base model, and loads the adapter if the base model is small."""
         model = empty_component(self.configs, "transformer")
         check_adapter(model, *self.weights)
         if sum(p.numel() * p.element_size() for p in model.parameters()) > SMALL_BYTES:
-            return f"every matrix fits {self.base_model}, which is too large to be loaded here"
+            return f"every matrix fits {self.base_model}, which is too large to load here"
         base = self.hub.fetch(self.base_model)
         pipeline_class(base).from_pretrained(base).load_lora_weights(str(self.folder))
         return f"it loads on {self.base_model}"
@@ -76,7 +79,7 @@ class Adapter(Kind):
             base_model=self.base_model,
             datasets=hub_datasets(self),
             training=read_training(self.run),
-            results=read_results(self.said.results, self.folder, repo, "adapter"),
+            results=read_results(self.details.results, self.folder, repo, "adapter"),
             widget=widget(self),
         )
 

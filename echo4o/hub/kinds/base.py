@@ -1,92 +1,94 @@
-"""What is published: the small interface that each kind of folder fills in."""
+"""The interface that each kind of published folder implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 from echo4o.hub.remote import Hub, Remote, Source
 from echo4o.hub.safety import list_files
 
 CARD = "README.md"
-SMALL_BYTES = 1_000_000_000  # weights up to here are loaded to see whether they load
+SMALL_BYTES = 1_000_000_000  # weights up to this size are loaded as a check
 Read = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the one who pushes says about the thing, for its card."""
+class PushDetails:
+    """Facts that the files do not state and the user passes to a push."""
 
-    base_model: str | None = None
-    datasets: tuple[str, ...] = ()
-    results: tuple[Path, ...] = ()  # folders of `echo4o evaluate`, or their result.json
-    configurations: tuple[str, ...] = ()  # of a dataset: only these
+    base_model: str | None = None  # Hub repository of the model that was fine-tuned
+    datasets: tuple[str, ...] = ()  # Hub repositories of the training data
+    results: tuple[Path, ...] = ()  # folders of `echo4o evaluate`, or their result.json files
+    configurations: tuple[str, ...] = ()  # of a dataset: publish only these; empty for all
 
 
 class Kind(ABC):
-    """A folder of this kind.
+    """A folder to publish.
 
     Args:
-        folder: what is sent.
-        said: what its card needs and no file says.
-        run: the training run that made it.
-        hub: where the repositories are that its card names.
+        folder: the folder.
+        details: facts for the card that the files do not state.
+        run: the training run that exported the folder; None if it is not known.
+        hub: reads the repositories that the card names.
     """
 
-    name: str
-    repo_type: str = "model"
+    name: ClassVar[str]
+    repo_type: ClassVar[str] = "model"
 
-    def __init__(self, folder: Path, said: Said, run: Path | None, hub: Hub):
-        self.folder, self.said, self.run, self.hub = folder, said, run, hub
+    def __init__(self, folder: Path, details: PushDetails, run: Path | None, hub: Hub):
+        self.folder, self.details, self.run, self.hub = folder, details, run, hub
 
     def check_name(self, repo: str) -> None:
-        """Raise ValueError when a repository of this kind cannot be called so."""
+        """Raises ValueError if a repository of this kind cannot have this name."""
         return None
 
-    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
-        """What is sent, without the card; `there` reads what the repository holds, by path."""
+    def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
+        """Returns the files to upload, without the card. `published` reads the files that the repository has, by path."""
         return {path: file for path, file in list_files(self.folder).items() if path != CARD}
 
     @abstractmethod
     def check(self) -> str:
-        """Load the folder, or what can be read of a large one; what was done, in a few words.
+        """Loads the folder, or validates the files of a large one; returns what was checked, for a message.
 
         Raises:
-            ValueError, OSError: it does not load.
+            ValueError, OSError: the folder does not load.
         """
 
-    def at(self, folder: Path) -> "Kind":
-        """The same in another folder: what came back from the Hub."""
-        return type(self)(folder, self.said, self.run, self.hub)
+    def at(self, folder: Path) -> Self:
+        """Returns the same object for another folder, for example the download from the Hub."""
+        return type(self)(folder, self.details, self.run, self.hub)
 
     def hashes(self) -> dict[str, str]:
-        """The sha256 of files that were read anyway."""
+        """Returns the SHA-256 hashes that are known without reading the files, by path."""
         return {}
 
     def check_published(self) -> str:
-        """The same for a folder that came from the Hub, as those who use it load it."""
+        """Loads a folder that was downloaded from the Hub, as its users load it; returns what was checked."""
         return self.check()
 
     @abstractmethod
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
-        """Its card, without what a person wrote; `files` are those that are sent."""
+        """Returns the generated card; `files` are the files to upload."""
 
     def was_pushed_to(self, names: set[str]) -> bool:
-        """Whether a repository with files of these names, and of this kind, may hold an earlier version."""
+        """Whether a repository of this kind with these files may hold an earlier version of this folder."""
         return True
 
     def replaces(self, path: str) -> bool:
-        """Whether a file of the repository that is not sent again goes."""
-        return path.endswith((".safetensors", ".json", ".py")) or path.startswith("pictures/")
+        """Whether a published file that the folder does not have is deleted."""
+        sample_images = ("samples/", "pictures/")  # the latter is the folder of version 0.1
+        return path.endswith((".safetensors", ".json", ".py")) or path.startswith(sample_images)
 
     def title(self) -> str:
-        """The commit's message."""
+        """Returns the message of the commit."""
         return f"Upload the {self.name} with echo4o"
 
     def after(self, remote: Remote, sha: str) -> None:
-        """What else is to do once the commit `sha` is made."""
+        """Runs after the commit `sha`, for example to set a tag."""
         return None
 
     def next_command(self, repo: str) -> str:
-        """What to do with it now."""
+        """Returns the command to run next."""
         return f'echo4o generate "a lighthouse made of glass" --model {repo}'

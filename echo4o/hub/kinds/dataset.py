@@ -1,11 +1,11 @@
-"""A built dataset: its shards, and the small files joined with what the repository holds of other configurations."""
+"""Publishes a built dataset. Other configurations in the repository are kept: their manifest and rejected rows are merged."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 from datasets import load_dataset
@@ -27,9 +27,9 @@ class Dataset(Kind):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Of the configurations that are sent."""
+        """The manifest, reduced to the configurations to upload."""
         manifest = read_manifest(self.folder)
-        chosen = self.said.configurations or tuple(manifest["configurations"])
+        chosen = self.details.configurations or tuple(manifest["configurations"])
         if unknown := [name for name in chosen if name not in manifest["configurations"]]:
             raise ValueError(
                 f"the folder has no configuration {unknown[0]!r}; it has {', '.join(manifest['configurations'])}"
@@ -38,59 +38,59 @@ class Dataset(Kind):
         rejected = {name: reasons for name, reasons in manifest["rejected"].items() if name in chosen}
         return _count(manifest | {"configurations": kept, "rejected": rejected})
 
-    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
+    def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
         files: dict[str, Source] = {s["file"]: self.folder / s["file"] for _, s in listed_shards(self.manifest)}
-        whole = self.manifest
-        if MANIFEST in there:
-            before = json.loads(there[MANIFEST]())
-            joined = {key: before[key] | whole[key] for key in ("configurations", "rejected")}
-            whole = _count(whole | joined)
-        files[MANIFEST] = to_json(whole).encode()
+        manifest = self.manifest
+        if MANIFEST in published:
+            before = json.loads(published[MANIFEST]())
+            merged = {key: before[key] | manifest[key] for key in ("configurations", "rejected")}
+            manifest = _count(manifest | merged)
+        files[MANIFEST] = to_json(manifest).encode()
         for name in SIDE_FILES:
-            files[name] = self._lines(name, there[name]() if name in there else b"")
+            files[name] = self._merged_lines(name, published[name]() if name in published else b"")
         return files
 
-    def _lines(self, name: str, old: bytes) -> bytes:
-        """Lines about the configurations that are sent, behind those about the others."""
+    def _merged_lines(self, name: str, old: bytes) -> bytes:
+        """Returns the published lines about other configurations, then the lines of this folder."""
         file = self.folder / name
         new = file.read_bytes() if file.exists() else b""
 
-        def about(text: bytes, sent: bool) -> list[bytes]:
-            lines = text.splitlines(keepends=True)
-            return [
-                x for x in lines if (json.loads(x).get("configuration") in self.manifest["configurations"]) == sent
-            ]
+        def is_uploaded(line: bytes) -> bool:
+            return json.loads(line).get("configuration") in self.manifest["configurations"]
 
-        return b"".join(about(old, False) + about(new, True))
+        kept = [line for line in old.splitlines(keepends=True) if not is_uploaded(line)]
+        return b"".join(kept + [line for line in new.splitlines(keepends=True) if is_uploaded(line)])
 
     def check(self) -> str:
-        """The shards are as they were built, and have the columns of Echo-4o-Image."""
+        """Checks the hashes of the shards and their columns."""
         wrong = [line for line in check_shards(self.folder, self.manifest) if not line.endswith("does not list it")]
         if wrong:
-            raise ValueError(f"{self.folder} is not as it was built: {'; '.join(wrong[:3])}. Build it again.")
+            raise ValueError(f"{self.folder} was changed after it was built: {'; '.join(wrong[:3])}. Build it again.")
         for _, shard in listed_shards(self.manifest):
             if not pq.read_schema(self.folder / shard["file"]).equals(features().arrow_schema):
                 raise ValueError(f"{self.folder / shard['file']} has other columns than Echo-4o-Image")
-        return "all shards are as they were built"
+        return "all shards are unchanged since they were built"
 
     def hashes(self) -> dict[str, str]:
         return {shard["file"]: shard["sha256"] for _, shard in listed_shards(self.manifest)}
 
-    def at(self, folder: Path) -> "Dataset":
-        said = replace(self.said, configurations=tuple(self.manifest["configurations"]))  # others may be there as well
-        return Dataset(folder, said, self.run, self.hub)
+    def at(self, folder: Path) -> Self:
+        details = replace(
+            self.details, configurations=tuple(self.manifest["configurations"])
+        )  # the download may hold others
+        return type(self)(folder, details, self.run, self.hub)
 
     def check_published(self) -> str:
-        """Every configuration loads without code of ours: its card, its columns, and a row with its picture."""
-        done = self.check()
+        """Checks that `datasets` loads every configuration, and decodes the image of its first row."""
+        checked = self.check()
         for name, facts in self.manifest["configurations"].items():
             rows = load_dataset(str(self.folder), name, split=SPLIT, streaming=True)
             if facts["rows"]:
                 next(iter(rows))["image"].load()
-        return f"{done}, and {', '.join(self.manifest['configurations']) or 'nothing'} can be read"
+        return f"{checked}, and {', '.join(self.manifest['configurations']) or 'nothing'} can be read"
 
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
-        return make_card(json.loads(files[MANIFEST]), repo)
+        return make_card(json.loads(_contents(files[MANIFEST])), repo)
 
     def replaces(self, path: str) -> bool:
         return path.startswith(tuple(f"data/{name}/" for name in self.manifest["configurations"]))
@@ -103,7 +103,12 @@ class Dataset(Kind):
         return f"python -c 'from datasets import load_dataset; print(load_dataset(\"{repo}\", streaming=True))'"
 
 
+def _contents(source: Source) -> bytes:
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
 def _count(manifest: dict) -> dict:
+    """Returns the manifest with the row counts of its configurations."""
     accepted = sum(facts["rows"] for facts in manifest["configurations"].values())
     rejected = sum(sum(reasons.values()) for reasons in manifest["rejected"].values())
     return manifest | {"rows": {"given": accepted + rejected, "accepted": accepted, "rejected": rejected}}

@@ -1,4 +1,4 @@
-"""A pipeline folder: the whole model, with the code that loads it where the package is not installed."""
+"""Publishes a pipeline: all weights, with the code that loads them where the package is not installed."""
 
 import inspect
 from collections import Counter
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from echo4o.hub.facts import base_of, is_repository, read_pictures, read_results, read_training
+from echo4o.hub.facts import base_of, is_repository, read_results, read_sample_images, read_training
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import pipeline_card
@@ -22,11 +22,11 @@ from echo4o.modeling.pipelines import pipeline_class
 class Pipeline(Kind):
     name = "pipeline"
 
-    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
-        return super().files(there) | picture_files(self)
+    def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
+        return super().files(published) | sample_image_files(self)
 
     def check(self) -> str:
-        """The code for remote loading is complete; small weights are loaded, of large ones names and shapes compared."""
+        """Checks the code for remote loading; loads small weights, and compares names and shapes of large ones."""
         require_code(self.folder)
         stored = stored_tensors(self.folder)
         if sum(t.nbytes for tensors in stored.values() for t in tensors.values()) <= SMALL_BYTES:
@@ -34,7 +34,7 @@ class Pipeline(Kind):
             return "it loads"
         for component, tensors in stored.items():
             require_same_tensors(component, empty_component(self.folder, component), tensors)
-        return "configurations, names and shapes of all weights fit together; too large to be loaded here"
+        return "names and shapes of all weights match the configurations; too large to load here"
 
     def card(self, repo: str, files: Mapping[str, Source]) -> str:
         return pipeline_card(
@@ -45,31 +45,31 @@ class Pipeline(Kind):
             base_model=hub_base(self),
             datasets=hub_datasets(self),
             training=read_training(self.run),
-            results=read_results(self.said.results, self.folder, repo),
+            results=read_results(self.details.results, self.folder, repo),
             widget=widget(self),
         )
 
 
 def require_code(folder: Path) -> None:
-    """Raise ValueError unless each class that no library provides has its file in the folder."""
+    """Raises ValueError unless the folder has the file of every class that is not from a library."""
     index = read_json(folder / INDEX_NAME)
     components = {k: v[0] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
     libraries = ("diffusers", "transformers", None)
     wanted = [PIPELINE_FILE] + [f"{k}/{stem}.py" for k, stem in components.items() if stem not in libraries]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}, so that it would not load with trust_remote_code=True: save it "
+            f"{folder} lacks {', '.join(missing)}, so it would not load with trust_remote_code=True: save it "
             "again with echo4o.load_pipeline(FOLDER).save_pretrained(NEW)"
         )
 
 
 def stored_tensors(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Component -> its tensors, from the headers of the files alone."""
+    """Returns the tensors of each component, read from the headers of the files."""
     return {part.name: component_tensors(part) for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))}
 
 
 def weights_table(folder: Path) -> dict[str, dict]:
-    """Component -> number of parameters, and the dtypes that most of them are stored in."""
+    """Returns the number of parameters and the most common dtype of each component."""
     table = {}
     for component, tensors in stored_tensors(folder).items():
         dtypes = Counter()
@@ -81,7 +81,7 @@ def weights_table(folder: Path) -> dict[str, dict]:
 
 
 def has_released_sizes(folder: Path) -> bool:
-    """Whether the transformer has the sizes of the release, which are the defaults of its class."""
+    """Whether the transformer has the sizes of the released checkpoint, which are the defaults of its class."""
     config = read_json(folder / "transformer" / "config.json")
     parameters = inspect.signature(component_class(folder, "transformer").__init__).parameters
     sizes = {name: p.default for name, p in parameters.items() if isinstance(p.default, int)}
@@ -89,7 +89,7 @@ def has_released_sizes(folder: Path) -> bool:
 
 
 def component_class(folder: Path, component: str) -> type:
-    """The class of a component, as the folder's index names it. Raises ValueError if it names none."""
+    """Returns the class of a component from the index of the folder. Raises ValueError if the index does not name it."""
     entry = pipeline_class(folder).load_config(folder).get(component)
     if not isinstance(entry, (list, tuple)) or not all(isinstance(name, str) for name in entry):
         raise ValueError(f"{folder / component} holds weights of a component that {INDEX_NAME} does not name")
@@ -97,14 +97,14 @@ def component_class(folder: Path, component: str) -> type:
 
 
 def empty_component(folder: Path, component: str) -> torch.nn.Module:
-    """The model that a component's configuration describes, without memory for its weights."""
+    """Returns a component with its weights on the meta device, from its configuration."""
     cls = component_class(folder, component)
     with torch.device("meta"):
         return cls.from_config(cls.load_config(folder / component))
 
 
 def require_same_tensors(component: str, model: torch.nn.Module, stored: dict[str, StoredTensor]) -> None:
-    """Raise ValueError unless a component's files hold what its configuration describes."""
+    """Raises ValueError unless the stored tensors of a component have the names and shapes of the model."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{component}: missing {name}" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"{component}: unexpected {name}" for name in sorted(stored.keys() - expected.keys())]
@@ -117,37 +117,37 @@ def require_same_tensors(component: str, model: torch.nn.Module, stored: dict[st
         raise ValueError(f"The weights cannot be used:\n  {shortened(problems, limit=8)}")
 
 
-# --- what pipelines and adapters share -------------------------------------------------------------------------------
+# --- shared by pipelines and adapters ---------------------------------------------------------------------------------
 
 
-def picture_files(kind: Kind) -> dict[str, Path]:
-    """The pictures that the card shows, by their place in the repository."""
-    shown = read_pictures(kind.run, kind.said.results)
-    return {f"pictures/{number}{file.suffix}": file for number, (_, file) in enumerate(shown, start=1)}
+def sample_image_files(kind: Kind) -> dict[str, Path]:
+    """Returns the sample images of the card, by their path in the repository."""
+    samples = read_sample_images(kind.run, kind.details.results)
+    return {f"samples/{number}{file.suffix}": file for number, (_, file) in enumerate(samples, start=1)}
 
 
 def widget(kind: Kind) -> tuple[dict, ...]:
-    """The same pictures as the Hub's gallery wants them."""
-    shown = read_pictures(kind.run, kind.said.results)
-    return tuple({"text": text, "output": {"url": url}} for (text, _), url in zip(shown, picture_files(kind)))
+    """Returns the sample images as the `widget` field of a card, which the Hub shows as a gallery."""
+    samples = read_sample_images(kind.run, kind.details.results)
+    return tuple({"text": text, "output": {"url": url}} for (text, _), url in zip(samples, sample_image_files(kind)))
 
 
 def hub_base(kind: Kind) -> str | None:
-    """The Hub repository that it was trained from: as said, else as the recipe names it, if it is one.
+    """Returns the Hub repository of the base model: the one that the user passed, else the one in the recipe.
 
     Raises:
-        ValueError: what was said is not there.
+        ValueError: the repository that the user passed does not exist.
     """
-    if kind.said.base_model:
-        return kind.hub.require(kind.said.base_model)
+    if kind.details.base_model:
+        return kind.hub.require(kind.details.base_model)
     base = base_of(kind.run)
     return base if base and is_repository(base) and kind.hub.exists(base) else None
 
 
 def hub_datasets(kind: Kind) -> tuple[str, ...]:
-    """The datasets on the Hub that it was trained on, likewise."""
-    if kind.said.datasets:
-        return tuple(kind.hub.require(name, "dataset") for name in kind.said.datasets)
+    """Returns the Hub datasets that the model was trained on, likewise."""
+    if kind.details.datasets:
+        return tuple(kind.hub.require(name, "dataset") for name in kind.details.datasets)
     training = read_training(kind.run)
     named = [data.name for data in training.data if is_repository(data.name)] if training else []
     return tuple(name for name in named if kind.hub.exists(name, "dataset"))

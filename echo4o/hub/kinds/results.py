@@ -1,4 +1,4 @@
-"""A judged benchmark: its pictures as rows with prompt, scores and reason, and the score."""
+"""Publishes an evaluation as a dataset: one row per image with prompt, scores and reason, and the result."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,22 +26,23 @@ class Results(Kind):
 
     @cached_property
     def result(self) -> Result:
+        """The result, without local paths."""
         values = result_values(self.folder)
-        for key in ("model", "adapter"):  # a folder without where it lies
+        for key in ("model", "adapter"):  # only the name of a local folder, not its path
             name = values.get(key)
             values[key] = name if not name or is_repository(name) else Path(name).name
         return Result(get_benchmark(values["benchmark"]).title, values)
 
     @cached_property
     def rows(self) -> list[dict]:
-        """One per picture, the last judgement of each aspect counting."""
+        """One row per image, with the last judgement of each aspect."""
         prompts = {row["id"]: row for row in list(JsonLines(self.folder / PROMPTS))[1:]}
-        by_picture: dict[str, dict[str, dict]] = defaultdict(dict)
+        by_image: dict[str, dict[str, dict]] = defaultdict(dict)
         for record in JsonLines(self.folder / RECORDS):
             if record.get("image") and (self.folder / IMAGES / record["image"]).is_file():
-                by_picture[record["image"]][f"{record['repeat']} {record['aspect']}"] = record
+                by_image[record["image"]][f"{record['repeat']} {record['aspect']}"] = record
         rows = []
-        for image, records in by_picture.items():
+        for image, records in by_image.items():
             last = list(records.values())
             row = {"file_name": f"{IMAGES}/{image}", "id": last[0]["id"], "prompt": prompts[last[0]["id"]]["text"]}
             row |= {"group": last[0]["group"], "status": " ".join(dict.fromkeys(r["status"] for r in last))}
@@ -49,20 +50,20 @@ class Results(Kind):
             rows.append(row | {"reason": "\n".join(r.get("reason") or "" for r in last)})
         return rows
 
-    def files(self, there: Mapping[str, Read]) -> dict[str, Source]:
+    def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
         text = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         files: dict[str, Source] = {row["file_name"]: self.folder / row["file_name"] for row in self.rows}
         result = strict_json.dumps(self.result.values, indent=2, ensure_ascii=False) + "\n"
         return files | {ROWS: text.encode(), RESULT: result.encode()}
 
     def check(self) -> str:
-        """Pictures were judged and scored."""
+        """Checks that images were judged."""
         if not self.rows:
-            raise ValueError(f"{self.folder}: nothing was judged here yet")
-        return f"{len(self.rows)} pictures with their judgements"
+            raise ValueError(f"{self.folder}: no image was judged yet")
+        return f"{len(self.rows)} images with their judgements"
 
     def check_published(self) -> str:
-        """Its rows load, with their pictures."""
+        """Loads the first row with its image."""
         rows = load_dataset(str(self.folder), split="test", streaming=True)
         next(iter(rows))["image"].load()
         return "its rows can be read"
