@@ -9,14 +9,26 @@ from typing import Annotated
 import typer
 
 from echo4o import __version__
-from echo4o.cli import convert, dataset, evaluate, generate, info, precompute, push, quickstart, train
+from echo4o.cli import convert, dataset, evaluate, generate, info, precompute, push, quickstart, serve, train
 from echo4o.cli.frame import Command, Group
 
 
 class _Root(Group):
     """Lists the commands in the order of a workflow. Typer would list groups of commands last."""
 
-    ORDER = ("quickstart", "info", "convert", "generate", "chat", "dataset", "train", "export", "evaluate", "push")
+    ORDER = (
+        "quickstart",
+        "info",
+        "convert",
+        "generate",
+        "chat",
+        "serve",
+        "dataset",
+        "train",
+        "export",
+        "evaluate",
+        "push",
+    )
 
     def list_commands(self, ctx):
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -58,6 +70,7 @@ app.command(rich_help_panel=START)(info.info)
 app.command(rich_help_panel=USE)(convert.convert)
 app.command(rich_help_panel=USE, cls=Command)(generate.generate)
 app.command(rich_help_panel=USE)(generate.chat)
+app.command(rich_help_panel=USE)(serve.serve)
 dataset.app.command()(precompute.precompute)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=MAKE)
 app.command(rich_help_panel=MAKE)(train.train)

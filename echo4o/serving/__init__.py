@@ -1,0 +1,1 @@
+"""A web app and an OpenAI-compatible API for one loaded model: ``echo4o serve``."""
