@@ -87,6 +87,15 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Losses of rows that did not train."""
+
+    rows: int
+    step: int  # of the last validation
+    values: dict[str, tuple[float | None, float]]  # by name: before training, and at `step`
+
+
+@dataclass(frozen=True)
 class Training:
     """A training run, from its resolved recipe and its log."""
 
@@ -96,6 +105,7 @@ class Training:
     samples: int
     seconds: float
     data: list[Dataset] = field(default_factory=list)
+    validation: Validation | None = None
 
 
 @dataclass(frozen=True)

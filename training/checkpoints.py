@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from echo4o.common import files
 
-MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "weights"
+MANIFEST, STATE, WEIGHTS, BEST = "manifest.json", "state.json", "weights", "best.json"
 
 
 class CheckpointError(RuntimeError):
@@ -66,6 +66,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int = 2, log=print):
         self.folder, self.keep, self.log = Path(folder), keep, log
+        self.best: int | None = None  # the step to keep besides the last ones
 
     def complete(self) -> list[Checkpoint]:
         """Checkpoints that can be loaded, oldest first; incomplete ones are reported and left out."""
@@ -93,8 +94,27 @@ class CheckpointFolder:
         together(accelerator, self._remove_old, main_only=True)
         return final
 
+    def mark_best(self, accelerator: Accelerator, step: int, loss: float) -> None:
+        """Keep the checkpoint of this step until another one is marked, and name it in `best.json`."""
+        if step == self.best or not (self.folder / f"step-{step:08d}").is_dir():
+            return
+        self.best = step
+
+        def mark() -> None:
+            files.write_json(self.folder / BEST, {"step": step, "loss": loss})
+            self._remove_old()
+
+        together(accelerator, mark, main_only=True)
+
+    def read_best(self) -> Checkpoint | None:
+        """The checkpoint that `best.json` names; None if there is none."""
+        marked = files.read_json(self.folder / BEST) if (self.folder / BEST).is_file() else None
+        step = marked["step"] if marked else None
+        return next((checkpoint for checkpoint in self.complete() if checkpoint.step == step), None)
+
     def _remove_old(self) -> None:
-        for old in [f for f in sorted(self.folder.glob("step-*")) if missing_from(f) is None][: -self.keep]:
+        complete = [f for f in sorted(self.folder.glob("step-*")) if missing_from(f) is None]
+        for old in [f for f in complete[: -self.keep] if Checkpoint(f).step != self.best]:
             files.rename(old, old.with_name(f".{old.name}.tmp"))  # a kill while deleting leaves no half checkpoint
         for left in self.folder.glob(".step-*.tmp"):  # these, and those of runs that were killed while saving
             shutil.rmtree(left, ignore_errors=True)

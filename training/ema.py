@@ -29,13 +29,16 @@ class MovingAverage:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Within the context, the model's parameters have the averaged values."""
-        with torch.no_grad():
-            raw = {name: p.detach().clone() for name, p in trainable(model)}
-            for name, parameter in trainable(model):
-                parameter.copy_(self.values[name])
+        self._swap(model)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in trainable(model):
-                    parameter.copy_(raw[name])
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        """Exchange parameters and averages, one at a time: a copy of all of them may not fit into memory."""
+        for name, parameter in trainable(model):
+            value = parameter.detach().clone()
+            parameter.copy_(self.values[name])
+            self.values[name].copy_(value)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from echo4o.training.recipe import RecipeError, TrainingRecipe
 
@@ -119,6 +120,13 @@ def hidden_buffers(accelerator: Accelerator, model: nn.Module) -> Iterator[None]
 def loads_weights(accelerator: Accelerator) -> bool:
     """Whether this process reads the weights. Of a sharded model, only the main process reads and broadcasts them."""
     return accelerator.distributed_type != DistributedType.FSDP or accelerator.is_main_process
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights of a sharded model; without a backward pass, FSDP2 keeps those of the outermost module."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def memory_gb(device: torch.device) -> float:

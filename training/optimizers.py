@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -66,6 +67,17 @@ def _orthogonalise(x: torch.Tensor) -> torch.Tensor:
         gram = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return (wide if x.shape[1] <= x.shape[2] else wide.mT).to(x.dtype)
+
+
+def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: float) -> float:
+    """The factor on the learning rate in step `step` (from 0).
+
+    Args:
+        progress: the fraction of the run that is done, from 0 to 1.
+    """
+    warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+    decay = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[kind]
+    return warmup * decay
 
 
 def build_optimizers(settings: OptimizerSettings, model: nn.Module) -> list[torch.optim.Optimizer]:

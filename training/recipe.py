@@ -99,6 +99,7 @@ class CheckpointSettings(Section):
 
     every: int = Field(gt=0)
     keep: int = Field(default=2, gt=0)
+    keep_best: bool = False  # also keep the step with the lowest validation loss, for `echo4o export --best`
 
 
 class EmaSettings(Section):
@@ -120,6 +121,34 @@ class ImageSettings(Section):
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("`prompts` has an empty text.")
         return self
+
+
+class ValidationSettings(Section):
+    """The loss of rows that never train: before the first step, every `every` steps and at the end.
+
+    The rows are a split of every dataset in `data`, other datasets, or a share of the training rows, by hash of their ids.
+    """
+
+    every: int = Field(gt=0)
+    split: str | None = None
+    data: Annotated[tuple[DataSource, ...] | None, BeforeValidator(_as_list)] = None
+    share: float | None = Field(default=None, gt=0, lt=1)
+    max_rows: int = Field(default=128, gt=0)  # that are evaluated; the others of a share do not train either
+    times: int = Field(default=8, gt=0)  # noise levels of each image, evenly spaced
+    stop_after: int | None = Field(default=None, gt=0)  # end after this many validations without a lower loss
+
+    @model_validator(mode="after")
+    def _check_rows(self):
+        given = [name for name in ("split", "data", "share") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("name the rows by one of `split`, `data` and `share`.")
+        if any(data.streaming for data in self.data or ()):
+            raise ValueError("`data` cannot be streamed.")
+        return self
+
+    def noise_levels(self) -> list[float]:
+        """The middles of `times` equal parts of [0, 1]."""
+        return [(index + 0.5) / self.times for index in range(self.times)]
 
 
 class TrainingRecipe(Section):
@@ -155,6 +184,7 @@ class TrainingRecipe(Section):
     checkpoints: CheckpointSettings | None = None
     resume: bool = False  # continue from the last complete checkpoint of `output_dir`, if there is one
     images: ImageSettings | None = None
+    validation: ValidationSettings | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = Field(default=0, ge=0)
 
@@ -203,6 +233,17 @@ class TrainingRecipe(Section):
             (
                 quantized and self.mixed_precision == "no",
                 "tune.quantize computes in bfloat16: set mixed_precision: bf16.",
+            ),
+            (
+                self.checkpoints is not None and self.checkpoints.keep_best and self.validation is None,
+                "checkpoints.keep_best needs a validation section.",
+            ),
+            (
+                self.validation is not None
+                and self.validation.share is not None
+                and any(d.streaming for d in self.data),
+                "validation.share reads all rows first, so no dataset can be streamed: use validation.split or "
+                "validation.data.",
             ),
             (len(set(self.trackers)) < len(self.trackers), "trackers names one of them twice."),
         ]

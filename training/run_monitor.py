@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from echo4o.training.model import count_parameters
 from echo4o.training.recipe import TrainingRecipe
 from echo4o.training.report import write_report
 from echo4o.training.run_log import LOG_FILE, phase_shares, rounded, smoothed, to_lines
+from echo4o.training.validation_result import ValidationResult
 
 
 class RunMonitor:
@@ -37,6 +38,7 @@ class RunMonitor:
         self.rate = matrix_rate(accelerator.device, dtype) * accelerator.num_processes
         self._earlier, self._start, self._last = 0.0, time.monotonic(), 0.0
         self._reported: set[str] = set()
+        self._validated: ValidationResult | None = None  # the last one
 
     def seconds(self) -> float:
         """Seconds of training, including the time before interruptions."""
@@ -103,11 +105,27 @@ class RunMonitor:
         if self.recipe.trackers:
             self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=step)
         self._bar.update()
+        validated = f", validation {self._validated.loss:.4f}" if self._validated else ""
         packed = f", packs {facts['packing_efficiency']:.0%} full" if facts else ""
         self._bar.set_postfix_str(
-            f"loss {smoothed(self.log):.4f}, {speed['tokens_per_second']:.0f} tokens/s, mfu {speed['mfu']:.0%}, "
+            f"loss {smoothed(self.log):.4f}{validated}, {speed['tokens_per_second']:.0f} tokens/s, mfu {speed['mfu']:.0%}, "
             f"data {phase_shares(self.log)['data']:.0%}, {memory:.1f} GB{packed}"
         )
+
+    def validation(self, result: ValidationResult) -> None:
+        """Show a validation: terminal, progress bar and trackers."""
+        self._validated = result
+        if self.recipe.trackers:
+            self.accelerator.log({f"validation/{k}": v for k, v in result.flat().items()}, step=result.step)
+        if not self.quiet:
+            tasks = [f"{task} {name} {v:.4f}" for task, losses in result.tasks.items() for name, v in losses.items()]
+            exact = [] if result.exact_match is None else [f"{result.exact_match:.0%} of answers exact"]
+            when = f"after step {result.step}" if result.step else "before training"
+            tqdm.write(f"validation {when}: loss {result.loss:.4f} ({', '.join(tasks + exact)})")
+
+    def pause(self) -> None:
+        """Do not count the time since the last step as part of the next one."""
+        self._last = self.seconds()
 
     def too_long(self, sample: str, tokens: int) -> None:
         """Record a sample that does not fit into a pack: always in a file, and once on the terminal."""
@@ -145,11 +163,11 @@ class RunMonitor:
             elif tracker.name == "wandb":
                 tracker.log_images({"images": list(images)}, step=step)
 
-    def close(self, generate_images: Callable[[], None]) -> None:
+    def close(self, generate_images: Callable[[], None], validations: Sequence[ValidationResult] = ()) -> None:
         """Finish the run: generate the last images, write `run.html` and close the trackers."""
         generate_images()
         if not self.quiet and self.log:
-            write_report(self.recipe, self.log, self.parts, self.losses)
+            write_report(self.recipe, self.log, self.parts, self.losses, validations)
         self._end_trackers()
 
 

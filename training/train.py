@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
-from echo4o.common.files import replacing_folder, write_text
+from echo4o.common.files import write_text
 from echo4o.common.locks import FolderLock
 from echo4o.training import checkpoints, export
 from echo4o.training.backbones import backbone_class
@@ -34,63 +34,23 @@ from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBat
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
 from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, open_sources
 from echo4o.training.ema import MovingAverage
-from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights
+from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights, reshard
+from echo4o.training.held_out import split_rows
 from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
-from echo4o.training.optimizers import build_optimizers
+from echo4o.training.optimizers import build_optimizers, learning_rate_factor
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
 from echo4o.training.precompute import CachedBackbone, undecoded
 from echo4o.training.prefetch import Prefetch
-from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
+from echo4o.training.recipe import RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes, read_recipe
+from echo4o.training.results import write_result
+from echo4o.training.resuming import check_same_run
 from echo4o.training.run_log import PHASES
 from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.step import StepTotals, non_finite_samples, sum_over_processes, weighted_loss
-
-# Settings that a resumed run may change: they do not affect what a step computes. Paths (model, data) may move; the
-# weights and rows behind them must be the same.
-CHANGEABLE_ON_RESUME = {
-    "output_dir",
-    "resume",
-    "steps",
-    "max_seconds",
-    "checkpoints",
-    "images",
-    "trackers",
-    "processes",
-    "cache_mb",
-}
-CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data"}
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite. `ids` names the samples with a non-finite loss."""
-
-    def __init__(self, step: int, ids: list[str]):
-        self.step, self.ids = step, ids
-        super().__init__(f"The loss of step {step} is not finite. Samples: {', '.join(ids)}.")
-
-
-class DataError(ValueError):
-    """Rows of a step cannot be read; the message names them."""
-
-
-class TrainingStopped(Exception):
-    """A signal ended the run after it saved a checkpoint."""
-
-    def __init__(self, signum: int, step: int, folder: Path):
-        self.signum = signum
-        super().__init__(f"Stopped by {signal.Signals(signum).name} after step {step}; the checkpoint is {folder}.")
-
-
-def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: float) -> float:
-    """The factor on the learning rate in step `step` (from 0).
-
-    Args:
-        progress: the fraction of the run that is done, from 0 to 1.
-    """
-    warmup = min(1.0, (step + 1) / (warmup_steps + 1))
-    decay = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[kind]
-    return warmup * decay
+from echo4o.training.stopping import CaughtSignals, DataError, NonFiniteLoss, TrainingStopped
+from echo4o.training.validation import Validator
+from echo4o.training.validation_log import ValidationLog
 
 
 @dataclass
@@ -120,6 +80,7 @@ class Trainer:
         sources = (
             [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
         )  # fails before gigabytes are loaded
+        sources, validation_rows = split_rows(recipe, sources, accelerator)
         self.backbone = self._backbone(pipeline)
         self.pipeline = self.backbone.pipeline
         trained = TrainedModel(self.backbone).train()
@@ -134,7 +95,16 @@ class Trainer:
         with hidden_buffers(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
-        self.batches = self._batches(sources)
+        source: RowPreparation = self.backbone
+        if recipe.latents is not None:
+            source = CachedBackbone(self.backbone, recipe.latents)
+            sources = [undecoded(rows) for rows in sources]
+        self.batches = self._batches(sources, source)
+        self.validator = self.validations = None
+        if recipe.validation and validation_rows:
+            settings = (recipe, accelerator, self.backbone, source, validation_rows, self.monitor.too_long)
+            self.validator = Validator(*settings)
+            self.validations = ValidationLog(recipe.output_dir, accelerator, recipe.validation.stop_after)
         self.ahead = Prefetch(self.batches)
         self.step = 0
         self._signal: int | None = None  # that this process received
@@ -168,12 +138,8 @@ class Trainer:
         if not os.access(folder, os.W_OK):
             raise RecipeError(f"output_dir: {folder} cannot be written to.")
 
-    def _batches(self, sources: list) -> FixedBatches | PackedBatches:
+    def _batches(self, sources: list, source: RowPreparation) -> FixedBatches | PackedBatches:
         recipe, accelerator = self.recipe, self.accelerator
-        source: RowPreparation = self.backbone
-        if recipe.latents is not None:
-            source = CachedBackbone(self.backbone, recipe.latents)
-            sources = [undecoded(source) for source in sources]
         weights = [data.weight for data in recipe.data]
         buffers = [SHUFFLE_BUFFER if data.shuffle_buffer is None else data.shuffle_buffer for data in recipe.data]
         rows = PreparedRows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers)
@@ -194,8 +160,10 @@ class Trainer:
         recipe = self.recipe
         with closing(self.ahead):
             self._resume()
-            with self.monitor.open(self.step), self._signals(catch_signals):
-                while self.step < recipe.steps and (progress := self._progress()) < 1:
+            with self.monitor.open(self.step), CaughtSignals(self._request_stop if catch_signals else None):
+                if recipe.validation and self.step % recipe.validation.every == 0:
+                    self._validate()  # the model before training, or where an interrupted run was
+                while self.step < recipe.steps and (progress := self._progress()) < 1 and not self._ends_early():
                     before = self.ahead.state()
                     try:
                         entry = self._step(self.step, progress)
@@ -206,19 +174,27 @@ class Trainer:
                     self.step += 1
                     self.monitor.step(self.step, entry, self.ahead.facts())
                     self._after_step()
-        folder = self.write()
-        self.monitor.close(self._generate_images)
+                self._validate()
+        folder = self._write_result()
+        self.monitor.close(self._generate_images, self.validations.results if self.validations else [])
         return TrainingResult(folder, self.monitor.log, self.monitor.seconds())
 
     def _after_step(self) -> None:
         recipe = self.recipe
         due = recipe.checkpoints is not None and self.step % recipe.checkpoints.every == 0
-        if self.stop_requested or due:
-            folder = self._save(self.ahead.state())
-            if self.stop_requested:
-                raise TrainingStopped(self._signal or signal.SIGTERM, self.step, folder)
+        if self.stop_requested:
+            self._stop()
+        if due:
+            self._save(self.ahead.state())
+        if recipe.validation and self.step % recipe.validation.every == 0:
+            self._validate()
         if recipe.images and self.step % recipe.images.every == 0 and self.step < recipe.steps:
             self._generate_images()
+        self.monitor.pause()
+
+    def _stop(self) -> None:
+        folder = self._save(self.ahead.state())
+        raise TrainingStopped(self._signal or signal.SIGTERM, self.step, folder)
 
     def _progress(self) -> float:
         """The fraction of the run that is done, by steps or by time, whichever is larger; equal on all processes."""
@@ -300,9 +276,6 @@ class Trainer:
 
     # --- stopping and resuming --------------------------------------------------------------------------------------
 
-    def _signals(self, catch: bool):
-        return _CaughtSignals(self._request_stop) if catch else _CaughtSignals(None)
-
     def _request_stop(self, signum: int, frame) -> None:
         self._signal = signum
         self.accelerator.print(f"{signal.Signals(signum).name}: stopping after this step, with a checkpoint ...")
@@ -349,84 +322,64 @@ class Trainer:
             self.average.updates = state["updates"]
         self.ahead.load_state(state["data"])
         self.step = state["step"]
+        if self.validations:
+            self.validations.resume(self.step)
+            self._mark_best()
         self.monitor.resume(self.step, state["seconds"])
         self.accelerator.print(f"Resuming after step {self.step}, from {last.folder}.")
 
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        """Validate this step, unless it is done; keep the checkpoint of the best one."""
+        if self.validator is None or self.validations is None or self.validations.has(self.step):
+            return
+        with self._exported_weights() as model:
+            result = self.validator.evaluate(model, self.step, lambda: self._signal is not None)
+        if result is None:
+            self._stop()
+            return
+        if self.recipe.checkpoints and self.recipe.checkpoints.keep_best and self.validations.would_be_best(result):
+            self._save(self.ahead.state())
+        self.validations.add(result)
+        self._mark_best()
+        self.monitor.validation(result)
+
+    def _mark_best(self) -> None:
+        best = self.validations.best if self.validations else None
+        if best and self.recipe.checkpoints and self.recipe.checkpoints.keep_best:
+            self.checkpoints.mark_best(self.accelerator, best.step, best.loss)
+
+    def _ends_early(self) -> bool:
+        reason = self.validations.why_stop() if self.validations else None
+        if reason:
+            self.accelerator.print(reason)
+        return reason is not None
+
+    @contextmanager
+    def _exported_weights(self) -> Iterator[TrainedModel]:
+        """The model in evaluation mode, with the weights that an export has: the averages if there are any."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        with self.average.applied(model) if self.average else nullcontext():
+            yield model
+            reshard(model)
+        model.train()
+
     # --- results ----------------------------------------------------------------------------------------------------
 
-    def write(self) -> Path:
-        """Write the adapter, or the trained pipeline in `save_dtype`; with `ema`, the averaged weights."""
+    def _write_result(self) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
-        dtype = getattr(torch, recipe.save_dtype)
-        values = self.average.values if self.average else {n: p.detach() for n, p in trainable(self.model)}
-        if isinstance(recipe.tune, LoraTuning):
-            folder = recipe.output_dir / "adapter"
-            gathered = {name: _gathered(value) for name, value in values.items()}  # small; a collective operation
-            if accelerator.is_main_process:
-                export.write_adapter(folder, self.pipeline.transformer, recipe.tune, gathered, torch.float32)
-        elif accelerator.distributed_type == DistributedType.FSDP:
-            folder = recipe.output_dir / "pipeline"
-            saved = self._save(self.ahead.state())
-            if accelerator.is_main_process:
-                export.export_checkpoint(checkpoints.Checkpoint(saved), folder)
-        else:
-            folder = recipe.output_dir / "pipeline"
-            accelerator.unwrap_model(self.model).eval()
-            if accelerator.is_main_process:
-                with torch.no_grad():
-                    for name, parameter in trainable(self.model) if self.average else ():
-                        parameter.copy_(values[name])
-                cast(self.pipeline, dtype)
-                with replacing_folder(folder) as work:
-                    self.pipeline.save_pretrained(work)
-        accelerator.wait_for_everyone()
-        return folder
+        return write_result(
+            recipe, accelerator, self.model, self.pipeline, self.average, lambda: self._save(self.ahead.state())
+        )
 
     def _generate_images(self) -> None:
         if self.recipe.images is None:
             return
-        model = self.accelerator.unwrap_model(self.model).eval()
-        # Exports hold the averages: generate the images of the card with the same weights.
-        with self.average.applied(model) if self.average else nullcontext():
+        with self._exported_weights():
             if self.accelerator.is_main_process:
                 self.monitor.generate_images(self.pipeline, self.step)
-        model.train()
         self.accelerator.wait_for_everyone()
-
-
-class _CaughtSignals:
-    """A context in which SIGTERM and SIGINT call `handler`; None leaves them as they are."""
-
-    def __init__(self, handler):
-        self.handler = handler
-
-    def __enter__(self):
-        if self.handler:
-            self.before = {s: signal.signal(s, self.handler) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *error):
-        if self.handler:
-            for signum, handler in self.before.items():
-                signal.signal(signum, handler)
-
-
-def _gathered(value: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, if `value` is the sharded tensor of this process."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:
-    """Raise RecipeError if a resumed run has other settings than the interrupted one, apart from `CHANGEABLE_ON_RESUME` ones."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    changed = [
-        f"{key} ({old[key]!r} before, {new[key]!r} now)"
-        for key in new
-        if key not in CHANGEABLE_ON_RESUME and old[key] != new[key]
-    ]
-    if len(before.data) != len(now.data):
-        changed.append("data (another number of datasets)")
-    if changed:
-        raise RecipeError(f"The interrupted run had other settings: {'; '.join(changed)}.")
 
 
 def parse_arguments(arguments: list[str]) -> TrainingRecipe:

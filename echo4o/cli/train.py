@@ -99,6 +99,9 @@ def export(
     weights: Annotated[
         Weights, typer.Option(help="ema: the moving average; raw: the trained weights; auto: ema if there is one.")
     ] = Weights.auto,
+    best: Annotated[
+        bool, typer.Option("--best", help="The step with the lowest validation loss (checkpoints.keep_best).")
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a complete pipeline with the adapter merged into its weights.")
     ] = False,
@@ -110,17 +113,27 @@ def export(
     from echo4o.training.checkpoints import Checkpoint, CheckpointFolder, missing_from
     from echo4o.training.export import export_checkpoint, merge_run
 
-    if merge and step is None and weights is Weights.auto and (run / "adapter").is_dir():
+    if best and step is not None:
+        raise ValueError("give either --best or --step.")
+    if merge and step is None and not best and weights is Weights.auto and (run / "adapter").is_dir():
         finish(
             merge_run(run, out), shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(out)])
         )
         return
     if run.name.startswith("step-"):
+        if best:
+            raise ValueError(f"--best is for a run, and {run} is one checkpoint.")
         if why := missing_from(run):
             raise ValueError(f"{run} is not a complete checkpoint: {why}")
         found = [Checkpoint(run)]
     else:
-        found = CheckpointFolder(run / "checkpoints", log=say).complete()
+        folder = CheckpointFolder(run / "checkpoints", log=say)
+        found = folder.complete()
+        if best:
+            marked = folder.read_best()
+            if marked is None:
+                raise ValueError(f"{run} has no best checkpoint: its recipe needs checkpoints.keep_best: true.")
+            found, step = [marked], marked.step
     chosen = [c for c in found if step is None or c.step == step]
     if not chosen:
         steps = ", ".join(str(c.step) for c in found) or "none"

@@ -12,8 +12,9 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.dataset_scripts.manifest import MANIFEST
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT
-from echo4o.model_cards.facts import About, Dataset, Result, Training
+from echo4o.model_cards.facts import About, Dataset, Result, Training, Validation
 from echo4o.training.recipe_files import load_recipe
+from echo4o.training.validation_result import ValidationResult, read_validations
 
 RECIPE, LOG = "recipe.yaml", "train_log.jsonl"
 MAX_SAMPLE_IMAGES = 4  # of a card
@@ -42,6 +43,10 @@ def read_training(run: Path | None) -> Training | None:
     values["model"] = _public_name(values["model"])
     values["latents"] = values["latents"] and _public_name(values["latents"])
     values["data"] = [entry | {"path": _public_name(entry["path"])} for entry in values["data"]]
+    if values["validation"] and values["validation"]["data"]:
+        data = [entry | {"path": _public_name(entry["path"])} for entry in values["validation"]["data"]]
+        values["validation"]["data"] = data
+    validations = read_validations(run)
     return Training(
         recipe=yaml.safe_dump(values, sort_keys=False),
         method=recipe.tune.describe(),
@@ -49,7 +54,15 @@ def read_training(run: Path | None) -> Training | None:
         samples=int(log[-1]["samples"]),
         seconds=log[-1]["seconds"],
         data=[_dataset(entry.path) for entry in recipe.data],
+        validation=_validation(validations) if validations else None,
     )
+
+
+def _validation(results: list[ValidationResult]) -> Validation:
+    """The first and the last validation of a run, number by number."""
+    before, after = results[0].flat(), results[-1].flat()
+    names = [name for name in after if not name.startswith("time_")]
+    return Validation(results[-1].rows, results[-1].step, {name: (before.get(name), after[name]) for name in names})
 
 
 def _dataset(path: str) -> Dataset:

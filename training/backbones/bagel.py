@@ -32,7 +32,7 @@ from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.modeling.common.image_files import to_rgb
 from echo4o.modeling.common.images import to_pixels
 from echo4o.training.backbones import bagel_costs
-from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses
+from echo4o.training.backbones.bagel_objective import add_noise, bagel_losses, raw_time_of
 from echo4o.training.backbones.base import Backbone, LossTerm, named_generator
 from echo4o.training.recipe import FullTuning, LoraTuning, Section, TrainingRecipe
 
@@ -324,28 +324,47 @@ class BagelBackbone(Backbone):
             return named_generator(self.seed, row.id, epoch, purpose)
 
         if row.answer is not None:
-            images = [image_segment("vit", grid, self.special, patches) for grid, patches in row.reference_patches]
-            texts = [text_segment(row.text, self.special), text_segment(row.answer, self.special, loss=True)]
-            return BagelSample(row.id, [*images, *texts], torch.zeros(0, self.token_channels), torch.zeros(0))
-
+            return self._question(row)
         latents = generator("latents")
-
-        def latent_segment(kind: str, moments: torch.Tensor) -> Segment:
-            grid, tokens = self.latent_tokens(moments, latents)
-            return image_segment(kind, grid, self.special, tokens)
-
-        segments = []
-        for moments, (grid, patches) in zip(row.reference_moments, row.reference_patches):
-            segments.append(latent_segment("vae", moments))
-            segments.append(image_segment("vit", grid, self.special, patches))
-        segments.append(text_segment(row.text, self.special))
+        segments = self._conditions(row, latents)
         chances = torch.rand(len(segments), generator=generator("dropout")).tolist()
         segments = [drop(s) if chance < self.objective.dropout(s.kind) else s for s, chance in zip(segments, chances)]
-        assert row.moments is not None
-        target = latent_segment("noise", row.moments)
+        target = self._target(row, latents)
         assert target.data is not None
         noise = torch.randn(target.data.shape, generator=generator("noise"))
         return BagelSample(row.id, [*segments, target], noise, torch.randn(1, generator=generator("time")))
+
+    def validation_samples(self, prepared: BagelRow, times: Sequence[float]) -> list[BagelSample]:
+        if prepared.answer is not None:
+            return [self._question(prepared)]
+        latents = named_generator(0, prepared.id, 0, "validation latents")
+        segments = [*self._conditions(prepared, latents), self._target(prepared, latents)]
+        assert segments[-1].data is not None
+        noise = torch.randn(segments[-1].data.shape, generator=named_generator(0, prepared.id, 0, "validation noise"))
+        raw_times = [raw_time_of(time, self.objective.time_shift) for time in times]
+        return [BagelSample(prepared.id, segments, noise, torch.tensor([raw_time])) for raw_time in raw_times]
+
+    def _question(self, row: BagelRow) -> BagelSample:
+        assert row.answer is not None
+        images = [image_segment("vit", grid, self.special, patches) for grid, patches in row.reference_patches]
+        texts = [text_segment(row.text, self.special), text_segment(row.answer, self.special, loss=True)]
+        return BagelSample(row.id, [*images, *texts], torch.zeros(0, self.token_channels), torch.zeros(0))
+
+    def _conditions(self, row: BagelRow, latents: torch.Generator) -> list[Segment]:
+        """The references and the instruction of a row with a target image."""
+        segments = []
+        for moments, (grid, patches) in zip(row.reference_moments, row.reference_patches):
+            segments.append(self._latent_segment("vae", moments, latents))
+            segments.append(image_segment("vit", grid, self.special, patches))
+        return [*segments, text_segment(row.text, self.special)]
+
+    def _target(self, row: BagelRow, latents: torch.Generator) -> Segment:
+        assert row.moments is not None
+        return self._latent_segment("noise", row.moments, latents)
+
+    def _latent_segment(self, kind: str, moments: torch.Tensor, latents: torch.Generator) -> Segment:
+        grid, tokens = self.latent_tokens(moments, latents)
+        return image_segment(kind, grid, self.special, tokens)
 
     def collate(self, samples: Sequence[BagelSample]) -> BagelBatch:
         return collate(samples, self.latent_positions, self.patch_positions)
@@ -373,7 +392,7 @@ class BagelBackbone(Backbone):
         weights = terms.weights if self.objective.ce_reweight else None
         return {
             "mse": LossTerm(terms.mse, None, noised_sample),
-            "ce": LossTerm(terms.cross_entropy, weights, labelled_sample),
+            "ce": LossTerm(terms.cross_entropy, weights, labelled_sample, terms.correct),
         }
 
     # --- costs ---

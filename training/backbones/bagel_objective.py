@@ -5,6 +5,7 @@ Noise and times are arguments; this file samples no random numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,12 @@ from echo4o.modeling.bagel.segments_bagel import NO_LABEL, PackedSequence
 def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     """Move times in [0, 1] towards noise (t = 1) for `shift` > 1: s*t / (1 + (s-1)*t)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def raw_time_of(time: float, shift: float) -> float:
+    """The raw time that [`add_noise`] turns into `time`, for times between 0 and 1 (excluded)."""
+    unshifted = time / (shift - (shift - 1) * time)
+    return math.log(unshifted / (1 - unshifted))
 
 
 class NoisedLatents(NamedTuple):
@@ -62,6 +69,7 @@ class BagelLosses(NamedTuple):
     mse: torch.Tensor  # (N, C) squared error of the velocity at every noised token and channel
     cross_entropy: torch.Tensor  # (L,) at every labelled token
     weights: torch.Tensor  # (L,) square-root weights of the labels
+    correct: torch.Tensor | None  # (L,) without gradients: whether the likeliest token is the label
 
 
 def _only_used_for_logits(transformer) -> Iterator[torch.nn.Parameter]:
@@ -93,7 +101,9 @@ def bagel_losses(transformer, vision_model, sequence: PackedSequence, noised: No
     )
     velocity = out.sample[sequence.gen_noised].float()  # (N, C)
     mse = (velocity if noised is None else velocity - noised.target.float()).square()
-    cross_entropy = mse.new_zeros(0)
+    cross_entropy, correct = mse.new_zeros(0), None
     if needs_logits:
-        cross_entropy = F.cross_entropy(out.logits.float(), sequence.labels[labelled], reduction="none")
-    return BagelLosses(mse, cross_entropy, sequence.label_weights[labelled])
+        labels = sequence.labels[labelled]
+        cross_entropy = F.cross_entropy(out.logits.float(), labels, reduction="none")
+        correct = None if torch.is_grad_enabled() else out.logits.argmax(-1) == labels
+    return BagelLosses(mse, cross_entropy, sequence.label_weights[labelled], correct)

@@ -79,6 +79,7 @@ class LossTerm(NamedTuple):
     values: torch.Tensor  # (N,) or (N, C)
     weights: torch.Tensor | None  # (N,); None: every value weighs 1
     sample: torch.Tensor  # (N,) index into the batch's ids
+    correct: torch.Tensor | None = None  # (N,) for text, without gradients: whether the likeliest token is the label
 
     def weighted_sum(self) -> torch.Tensor:
         return (self.values if self.weights is None else self.values * self.weights).sum()
@@ -159,6 +160,19 @@ class Backbone(ABC):
     @abstractmethod
     def sample(self, prepared: Any, epoch: int) -> TrainingSample:
         """Sample everything random about a row for one epoch, from generators seeded by the row and the epoch."""
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[TrainingSample]:
+        """The samples that validate a row, with all its conditions: one for each time, or one if it has no noise.
+
+        Random numbers come from generators named by the row alone, not by the recipe's seed.
+
+        Args:
+            times: amounts of noise between 0 (clean) and 1 (noise alone).
+
+        Raises:
+            ValueError: the backbone cannot validate.
+        """
+        raise ValueError(f"validation: backbone {self.recipe.backbone} has no samples at fixed times.")
 
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> TrainingBatch:
