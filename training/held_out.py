@@ -143,7 +143,7 @@ def held_out_rows(sources: Sequence[datasets.Dataset], share: float) -> list[lis
     first: dict[str, int] = {}
     for source in sources:
         names = [n for n in ("id", "instruction", "image", "reference_images", "answer") if n in source.column_names]
-        rows: Iterable[Any] = undecoded(source).select_columns(names)
+        rows: Any = undecoded(source).select_columns(names)
         for row in rows:
             for key in _group_keys(row):
                 leader[find(len(ids))] = find(first.setdefault(key, len(ids)))
