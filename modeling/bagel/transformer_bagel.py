@@ -11,6 +11,7 @@ Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D 
 import copy
 import functools
 import inspect
+import json
 import math
 import numbers
 import re
@@ -24,11 +25,13 @@ from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -267,10 +270,12 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
             else:
                 assert length + n <= cache.capacity, (length, n, cache.capacity)
                 write, read = cache.scratch + length, slice(cache.scratch, cache.scratch + length + n)
-            mask = None
-            if span.causal and n > 1 and length > 0:
-                mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
-            causal = span.causal and n > 1 and length == 0
+            mask, causal = None, False
+            if span.causal and n > 1:
+                if length > 0:
+                    mask = torch.ones(n, length + n, dtype=torch.bool, device=sequence.input_ids.device).tril(length)
+                else:
+                    causal = True  # an expression would be a symbol, which attention refuses, under torch.compile
             plan.append(AttentionCall(und, gen, mask, causal, cache=cache, write=write, read=read))
             length += 0 if span.hidden else n
     return plan
@@ -381,7 +386,12 @@ def _meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class BagelAttnProcessor:
-    """Where the streams meet: one attention call per entry of the plan, und tokens before gen tokens."""
+    """Where the streams meet: one attention call per entry of the plan, und tokens before gen tokens.
+
+    `set_attention_backend` chooses the kernel of unmasked calls: all of a generation's updates. Masked and causal
+    calls (reading text) always run on PyTorch's own attention: in diffusers 0.42, flex ignores `is_causal`, flash
+    kernels refuse masks, and xformers adds a boolean mask as 0 and 1.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -408,6 +418,7 @@ class BagelAttnProcessor:
                 empty = query + key.sum() + value.sum()
                 attended.append((empty, empty))
                 continue
+            plain = call.mask is None and not call.causal
             out = dispatch_attention_fn(
                 query[None],
                 key[None],
@@ -415,7 +426,7 @@ class BagelAttnProcessor:
                 attn_mask=None if call.mask is None else call.mask[None, None],
                 is_causal=call.causal,
                 enable_gqa=query.shape[1] != key.shape[1],
-                backend=self._attention_backend,
+                backend=self._attention_backend if plain else AttentionBackendName.NATIVE,
                 parallel_config=self._parallel_config,
             )[0]  # (S, H, D)
             attended.append(out.split([call.und, call.gen]))
@@ -551,13 +562,11 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise: the
         release's 28 GB of bfloat16 would become 56 GB of float32."""
-        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        dtype = _read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
+        kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
-        return super().from_pretrained(
-            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
-        )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
@@ -841,15 +850,60 @@ def _exempting(config, names: list[str]):
     return config
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
+def _read_dtype(dtype) -> torch.dtype | None:
+    """The dtype that a caller asks for, by itself or by name; None, the stored one, for None and "auto"."""
+    if isinstance(dtype, str):
+        return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+    return dtype
+
+
+def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
+    """The safetensors files that diffusers loads a model from, fetched if `name` is a repository of the Hub.
+
+    Empty where diffusers finds no such files; it then says so itself.
+    """
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            path = Path(name, subfolder or "", file)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(str(name), file, subfolder=subfolder, **hub))
+        except (OSError, ValueError, EntryNotFoundError):
+            return None
+
+    if Path(name).is_file():
+        return [Path(name)]
+    stem, suffix = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}.safetensors{suffix}.index.json"):
+        if (file := find(index)) is not None:
+            shards = json.loads(file.read_text("utf-8-sig")).get("weight_map", {}).values()
+            return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
+    file = find(f"{stem}{suffix}.safetensors")
+    return [] if file is None else [file]
+
+
+def _stored_dtype(name, **options) -> torch.dtype | None:
+    """The floating dtype that most bytes of a model's files are stored in; None if they hold no floating tensors.
+
+    Integers (quantized weights) do not count. Float8 holds weights but cannot compute: it counts as bfloat16.
+
+    Args:
+        name: a folder or a repository of the Hub.
+        options: `subfolder`, `variant` and those of the Hub, as for `from_pretrained`.
+    """
+    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
+    known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
     sizes: Counter = Counter()
-    for file in sorted(folder.glob("*.safetensors"))[:1]:
+    for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                sizes[part.get_dtype()] += math.prod(part.get_shape())
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                if (dtype := floating.get(part.get_dtype())) is not None:
+                    sizes[dtype] += math.prod(part.get_shape()) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return torch.bfloat16 if most == torch.float8_e4m3fn else most
 
 
 def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:

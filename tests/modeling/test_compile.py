@@ -12,6 +12,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 SETTINGS = {"num_inference_steps": 6, "output_type": "latent"}
+LATENT = {"output_type": "latent"}
 HALVES = 2  # of an expert's work: before attention and after it
 
 
@@ -82,3 +83,26 @@ def test_step_caches_work_on_compiled_layers(compiled, pipe):
     transformer.enable_cache(FIRST_BLOCK)
     assert not torch.equal(draw(pipe), exact)
     assert counters["stats"]["unique_graphs"] == HALVES
+
+
+@pytest.mark.long
+def test_the_whole_model_compiles_to_full_graphs(pipe, pictures):
+    """`torch.compile(pipe.transformer)`: generation, editing and chat, as without it."""
+
+    def results():
+        generator = torch.Generator().manual_seed(0)
+        edited = pipe("make it blue", image=pictures["img_a"], generator=generator, num_inference_steps=1, **LATENT)
+        plain = pipe("a dot", height=32, width=32, generator=generator, num_inference_steps=1, **LATENT)
+        return plain.images, edited.images, pipe.chat("what is it?", pictures["img_a"], max_new_tokens=2)
+
+    want, original = results(), pipe.transformer
+    torch._dynamo.reset()
+    try:
+        pipe.transformer = torch.compile(copy.deepcopy(original), fullgraph=True, backend="eager")
+        got = results()
+    finally:
+        pipe.transformer = original
+        torch._dynamo.reset()
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b, atol=3e-4, rtol=0)
+    assert got[2] == want[2]
