@@ -1,6 +1,5 @@
 """What a caller may ask of the pipeline, checked before any long work and turned into one form: a list of requests."""
 
-import inspect
 import math
 import numbers
 from collections.abc import Sequence
@@ -217,13 +216,3 @@ def check_settings(*, do_sample: bool, temperature: float, output_type: str = "p
         )
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}.")
-
-
-def check_scheduler(scheduler) -> None:
-    """The sampler gives its own sigmas and expects one plain Euler step for each."""
-    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters or scheduler.config.get(
-        "use_dynamic_shifting"
-    ):
-        raise ValueError(
-            f"{type(scheduler).__name__} cannot draw with BAGEL: use FlowMatchEulerDiscreteScheduler with a fixed shift."
-        )

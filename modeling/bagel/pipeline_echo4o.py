@@ -15,13 +15,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..common.flow_schedulers import check_scheduler
 from ..common.images import to_pixels, to_uint8, vae_scale_factor
 from ..common.loading import PortablePipelineMixin
 from ..common.lora import TransformerLoraMixin, scales_lora
 from .image_processor_bagel import ImageLimits, to_patches
 from .inputs_bagel import (
     Request,
-    check_scheduler,
     check_settings,
     read_generators,
     read_items,
@@ -84,6 +84,7 @@ class Echo4oPipeline(PrefillMixin, PortablePipelineMixin, TransformerLoraMixin, 
         ".sampling_bagel",
         ".segments_bagel",
         ".text_generation_bagel",
+        "..common.flow_schedulers",
         "..common.image_files",
         "..common.images",
         "..common.loading",

@@ -137,15 +137,6 @@ def test_latents_from_a_callback_keep_their_shape(pipe):
         pipe("a", height=32, width=32, num_inference_steps=2, callback_on_step_end=scramble)
 
 
-def test_a_scheduler_that_cannot_follow_the_sigmas_is_named(pipe, monkeypatch):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-
-    for other in (FlowMatchHeunDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)):
-        monkeypatch.setattr(pipe, "scheduler", other)
-        with pytest.raises(ValueError, match="cannot draw with BAGEL: use FlowMatchEulerDiscreteScheduler"):
-            pipe("a")
-
-
 OPTIONS = {
     "limits between entries": ({"vae_image_limits": {"max_size": 250, "min_size": 32}}, "multiples of 16"),
     "limits beyond the table": ({"vision_image_limits": {"max_size": 238, "min_size": 28}}, "<= 224"),
