@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from echo4o.cli.evaluate_options import (
     Benchmark,
+    DetectorOptions,
     DeviceOptions,
     GenerationOptions,
     Images,
@@ -43,7 +44,7 @@ app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mode="ric
 
 @app.callback()
 def evaluate() -> None:
-    """Score a model with GenEval++, Imagine-Bench or OmniContext: generate images, judge, score, report.
+    """Score a model with GenEval++, Imagine-Bench, OmniContext, GenEval or DPG-Bench.
 
     Example: [bold]echo4o evaluate genevalpp --model echo-4o --judge openai:gpt-4.1-2025-04-14 --out runs/echo-4o[/bold]
     This is short for echo4o evaluate run; for its options, see [bold]echo4o evaluate run --help[/bold]
@@ -60,6 +61,7 @@ def run(
     generation: GenerationOptions,
     device_options: DeviceOptions,
     judging: JudgeOptions,
+    detector: DetectorOptions,
     scoring: ScoreOptions,
     model: Model = None,
     images: Images = None,
@@ -74,9 +76,9 @@ def run(
         check_model(model)
     steps = _Steps(benchmark, out, prompt_options)
     # Check all options before the first image is generated.
-    ask = steps.judging(judging, device_options, model, images)
+    ask = steps.judging(judging, detector, device_options, model, images)
     if images is None and not steps.generate(
-        generation.settings(model, prompt_options.num_images, device_options.dtype), device_options
+        generation.settings(model, steps.per_prompt, device_options.dtype), device_options
     ):
         return
     ask()
@@ -100,7 +102,7 @@ def generate(
     """
     check_model(model)
     steps = _Steps(benchmark, out, prompt_options)
-    if steps.generate(generation.settings(model, prompt_options.num_images, device_options.dtype), device_options):
+    if steps.generate(generation.settings(model, steps.per_prompt, device_options.dtype), device_options):
         say("the images:")
         finish(out / "images", shlex.join(["echo4o", "evaluate", "judge", "--out", str(out)]))
 
@@ -111,6 +113,7 @@ def judge(
     out: Out,
     prompt_options: PromptOptions,
     judging: JudgeOptions,
+    detector: DetectorOptions,
     device_options: DeviceOptions,
     benchmark: Annotated[
         str | None, typer.Option(help="The benchmark of images that were not generated into --out.")
@@ -122,7 +125,7 @@ def judge(
 
     Example: [bold]echo4o evaluate judge --out runs/echo-4o --judge openai:gpt-4.1-2025-04-14 --budget 5[/bold]
     """
-    _Steps(benchmark, out, prompt_options).judging(judging, device_options, model, images)()
+    _Steps(benchmark, out, prompt_options).judging(judging, detector, device_options, model, images)()
     say("the judgements:")
     finish(out / "records.jsonl", shlex.join(["echo4o", "evaluate", "score", "--out", str(out)]))
 
@@ -163,32 +166,58 @@ def compare(
 
 @app.command("make-prompts")
 def make_prompts(
-    benchmark: Benchmark,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("genevalpp-fresh.jsonl"),
+    benchmark: Annotated[str, typer.Argument(help="genevalpp or geneval.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="BENCHMARK-fresh.jsonl")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
     exclude: Annotated[
         list[Path] | None, typer.Option(help="A prompt file whose contents must not appear again; repeatable.")
     ] = None,
 ) -> None:
-    """Make new prompts with the tags and statistics of GenEval++, on which no model was trained.
+    """Make new prompts with the tags and statistics of GenEval++ or GenEval, on which no model was trained.
 
     Example: [bold]echo4o evaluate make-prompts genevalpp --seed 7 --exclude Geneval++.jsonl --out fresh.jsonl[/bold]
     """
     from echo4o.evaluation.benchmarks import get_benchmark
+    from echo4o.evaluation.benchmarks.geneval.fresh_prompts import make_geneval
     from echo4o.evaluation.fresh_prompts import make_genevalpp, write_prompts
     from echo4o.evaluation.prompt_files import read_prompts
 
     chosen = get_benchmark(benchmark)
-    if chosen.name != "genevalpp":
-        raise ValueError(f"fresh prompts can be made for genevalpp only, not for {chosen.name}")
+    makers = {"genevalpp": make_genevalpp, "geneval": make_geneval}
+    if chosen.name not in makers:
+        raise ValueError(f"fresh prompts can be made for {' and '.join(makers)} only, not for {chosen.name}")
     known = [prompt.facts for file in exclude or [] for prompt in read_prompts(chosen, file)]
-    rows = make_genevalpp(seed, known)
+    rows = makers[chosen.name](seed, known)
+    out = out or Path(f"{chosen.name}-fresh.jsonl")
     write_prompts(rows, out)
     if not exclude:
         say("no file is excluded: contents of the official set can appear by chance (use --exclude FILE)")
     say(f"{len(rows)} prompts:")
     finish(
-        out, shlex.join(["echo4o", "evaluate", "genevalpp", "--prompts", str(out), "--model", "MODEL", "--out", "DIR"])
+        out, shlex.join(["echo4o", "evaluate", chosen.name, "--prompts", str(out), "--model", "MODEL", "--out", "DIR"])
+    )
+
+
+@app.command("convert-detector")
+def convert_detector(
+    checkpoint: Annotated[Path, typer.Argument(help="The .pth file of mmdet.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+) -> None:
+    """Convert the checkpoint of GenEval's detector to safetensors. The file is read as tensors, never executed.
+
+    Example: [bold]echo4o evaluate convert-detector mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth detector[/bold]
+    """
+    from echo4o.evaluation.benchmarks.geneval.convert_detector import PUBLISHED_SHA256
+    from echo4o.evaluation.benchmarks.geneval.convert_detector import convert_detector as convert
+
+    about = convert(checkpoint, out)
+    say(f"SHA-256 of {checkpoint.name}: {about['sha256']}")
+    if not about["published"]:
+        say(f"this is not the published file, whose SHA-256 begins with {PUBLISHED_SHA256}")
+    finish(
+        out, shlex.join(["echo4o", "evaluate", "geneval", "--detector", str(out), "--model", "MODEL", "--out", "DIR"])
     )
 
 
@@ -201,19 +230,21 @@ class _Steps:
         from echo4o.evaluation.prompt_files import load_prompts
         from echo4o.evaluation.run import keep_prompts, kept_prompts
 
-        self.out, self.per_prompt = out, prompt_options.num_images
+        self.out = out
         chosen = (prompt_options.prompts, prompt_options.revision, prompt_options.group, prompt_options.limit)
         kept = (out / PROMPTS).is_file()
         if kept and all(value is None for value in chosen):
             self.benchmark, self.prompts = kept_prompts(out)
             if benchmark is not None and get_benchmark(benchmark) is not self.benchmark:
                 raise ValueError(f"{out} contains an evaluation with {self.benchmark.name}: use another --out")
+            self.per_prompt = prompt_options.num_images or self.benchmark.images_per_prompt
             return
         if benchmark is None:
             if not kept:
                 raise ValueError(f"{out} contains no evaluation yet: pass the --benchmark of the images")
             benchmark = kept_prompts(out)[0].name
         self.benchmark = get_benchmark(benchmark)
+        self.per_prompt = prompt_options.num_images or self.benchmark.images_per_prompt
         self.prompts = load_prompts(
             self.benchmark,
             prompt_options.prompts,
@@ -244,12 +275,20 @@ class _Steps:
             generate_images(self.prompts.prompts, settings, self.out, load, state, advance)
         return state.is_main_process
 
-    def judging(self, judging: JudgeOptions, device_options: DeviceOptions, model: str | None, images: Path | None):
+    def judging(
+        self,
+        judging: JudgeOptions,
+        detector: DetectorOptions,
+        device_options: DeviceOptions,
+        model: str | None,
+        images: Path | None,
+    ):
         """Check the options of the judge. Returns a function that judges the images."""
         from echo4o.evaluation.judge_prompts import load_judge_prompts
         from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
+        from echo4o.evaluation.run import require_fitting
 
-        name = judging.judge or DEFAULT_JUDGE
+        name = judging.judge or self.benchmark.default_judge or DEFAULT_JUDGE
         judge = make_judge(
             name,
             model,
@@ -258,8 +297,10 @@ class _Steps:
             ),
             device=device_options.device,
             max_tokens=judging.max_tokens,
+            detector=detector.settings(),
             **(judging.endpoint() if name.startswith("openai") else {}),
         )
+        require_fitting(self.benchmark, judge)
         options = judging.options(name, judge.paid)
         questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
 

@@ -14,9 +14,12 @@ from echo4o.cli.models import Device, Dtype, DtypeOption, Think
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
+    from echo4o.evaluation.judges import DetectorSettings
     from echo4o.evaluation.judging import JudgingOptions
 
-Benchmark = Annotated[str, typer.Argument(help="genevalpp, imagine_bench or omnicontext.", show_default=False)]
+Benchmark = Annotated[
+    str, typer.Argument(help="genevalpp, imagine_bench, omnicontext, geneval or dpg.", show_default=False)
+]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="The folder of the evaluation. An interrupted run resumes there.")
 ]
@@ -35,12 +38,18 @@ class PromptOptions:
     """Prompts"""
 
     prompts: Annotated[
-        Path | None, typer.Option(help="The prompt file.", show_default="download the official prompts")
+        Path | None,
+        typer.Option(
+            help="The prompt file; for geneval also the word original or rewritten.",
+            show_default="download the official prompts",
+        ),
     ] = None
     revision: Annotated[str | None, typer.Option(help="Commit of the Hub dataset (omnicontext only).")] = None
     group: Annotated[list[str] | None, typer.Option(help="Use only this group or type; repeatable.")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None
-    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Images per prompt.", show_default="4 for geneval and dpg, else 1")
+    ] = None
 
 
 @dataclass
@@ -90,8 +99,9 @@ class JudgeOptions:
     judge: Annotated[
         str,
         typer.Option(
-            help="openai:MODEL (any compatible endpoint), hf:MODEL (local), self (the model's own chat) or pixels.",
-            show_default="openai:gpt-4.1-2025-04-14",
+            help="openai:MODEL (any compatible endpoint), hf:MODEL (local), self (the model's own chat), detector "
+            "(geneval only) or pixels.",
+            show_default="detector for geneval, else openai:gpt-4.1-2025-04-14",
         ),
     ] = ""
     judge_url: Annotated[
@@ -147,9 +157,41 @@ class JudgeOptions:
             price=price,
             budget=self.budget,
             cache=None if self.no_cache else cache_folder() / "answers",
-            probe=not self.no_probe and not judge_name.startswith("pixels"),
+            probe=not self.no_probe and not judge_name.startswith(("pixels", "detector")),
             retry_errors=self.retry_errors,
         )
+
+
+@dataclass
+class DetectorOptions:
+    """Detector (geneval)"""
+
+    detector: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the converted detector.", show_default="detector in echo4o's cache folder"),
+    ] = None
+    color_model: Annotated[str, typer.Option(help="The CLIP model that names colors: a folder or a repository.")] = (
+        "openai/clip-vit-large-patch14"
+    )
+    threshold: Annotated[float, typer.Option(help="An object counts above this score.")] = 0.3
+    counting_threshold: Annotated[float, typer.Option(help="The same for prompts with the tag counting.")] = 0.9
+    max_objects: Annotated[int, typer.Option(help="Maximum number of objects of a class.")] = 16
+    max_overlap: Annotated[float, typer.Option(help="Drop an object with this IoU with a better one; 1: none.")] = 1.0
+    position_threshold: Annotated[
+        float, typer.Option(min=0, help="Share of the sizes by which two objects must be apart.")
+    ] = 0.1
+    detector_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass.", show_default="8 on a GPU, else 1")
+    ] = None
+
+    def settings(self) -> "DetectorSettings":
+        from echo4o.evaluation.benchmarks.geneval.scoring import Thresholds
+        from echo4o.evaluation.judges import DetectorSettings
+
+        thresholds = Thresholds(
+            self.threshold, self.counting_threshold, self.max_objects, self.max_overlap, self.position_threshold
+        )
+        return DetectorSettings(self.detector, self.color_model, thresholds, self.detector_batch)
 
 
 @dataclass

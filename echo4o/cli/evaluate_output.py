@@ -53,6 +53,9 @@ def print_result(result: dict) -> None:
         table.add_row(name, value, interval, f"{of['scored']}/{of['total']}")
     console = Console(stderr=True)
     console.print(table)
+    measure = result.get("measure")
+    if measure and measure["why_not"]:
+        say(f"not comparable with published numbers: {measure['why_not']}")
     coverage = f"coverage {result['coverage']:.1%}"
     if result["score"] is None:
         say(f"no overall score: {result['withheld']} ({coverage})")

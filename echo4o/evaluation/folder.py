@@ -5,6 +5,7 @@ generation.json   how the pictures were drawn; absent for pictures made elsewher
 images/           1.png, 2.png, ... (1_1.png, 1_2.png, ... with several pictures per prompt)
 judge.json        who judged, with what settings and questions, and which pictures
 records.jsonl     one judgement per line, appended as they come in; the last one about a thing counts
+detections.jsonl  what the judge `detector` found, by the hash of the image
 spending.json     tokens and costs; not part of the result, which is the same for the same inputs
 result.json       the scores
 report.html       the scores to look at
@@ -12,4 +13,4 @@ report.html       the scores to look at
 
 PROMPTS, GENERATION, JUDGE = "prompts.jsonl", "generation.json", "judge.json"
 RECORDS, SPENDING, RESULT, REPORT = "records.jsonl", "spending.jsonl", "result.json", "report.html"
-IMAGES = "images"
+IMAGES, DETECTIONS = "images", "detections.jsonl"

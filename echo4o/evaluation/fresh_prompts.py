@@ -164,13 +164,19 @@ def _thing(item: dict, counted: bool) -> str:
     """A part of the prompt: "two red cups", "a larger cat", "an orange tie"."""
     adjectives = " ".join(item[name] for name in ("size", "color") if name in item)
     if counted:
-        noun = _plural(item["class"]) if item["count"] > 1 else _SINGULARS.get(item["class"], item["class"])
+        noun = plural(item["class"]) if item["count"] > 1 else _SINGULARS.get(item["class"], item["class"])
         return " ".join(filter(None, (_NUMBERS[item["count"]], adjectives, noun)))
-    words = " ".join(filter(None, (adjectives, _SINGULARS.get(item["class"], item["class"]))))
+    return with_article(item["class"], adjectives)
+
+
+def with_article(name: str, color: str = "") -> str:
+    """ "a cat", "an orange tie", "a pair of scissors", "a red pair of skis"."""
+    words = f"{color} {_SINGULARS.get(name, name)}".strip()
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _plural(name: str) -> str:
+def plural(name: str) -> str:
+    """The plural of a class, repaired where the official templates stumble."""
     if name in _PLURALS:
         return _PLURALS[name]
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echo4o.endpoints.chat_endpoint import ImageFile
-from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
+from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN = 8
@@ -26,14 +26,19 @@ def image_name(prompt_id: str, number: int, per_prompt: int) -> str:
     return prompt_id if per_prompt == 1 else f"{prompt_id}_{number}"
 
 
-def find_images(folder: Path, prompts: Sequence[BenchmarkPrompt], per_prompt: int = 1) -> FoundImages:
-    """Find every prompt's images in a folder, or in its subfolder `<group>/`.
+def find_images(
+    folder: Path, prompts: Sequence[BenchmarkPrompt], per_prompt: int = 1, benchmark: Benchmark | None = None
+) -> FoundImages:
+    """Find every prompt's images in a folder, in its subfolder `<group>/`, or in the benchmark's original layout.
 
     Raises:
         ValueError: the folder is missing, or two files have the name of one image.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of images")
+    original = benchmark.original_images(folder, prompts, per_prompt) if benchmark else None
+    if original is not None:
+        return _of_paths(original, prompts, per_prompt)
     files = _by_name(folder)
     found, used = FoundImages(), set()
     for prompt in prompts:
@@ -54,6 +59,17 @@ def find_images(folder: Path, prompts: Sequence[BenchmarkPrompt], per_prompt: in
             else:
                 found.images[key] = ImageFile.read(candidates[0])
     found.unexpected = sorted(str(p.relative_to(folder)) for of in files.values() for p in of if p not in used)
+    return found
+
+
+def _of_paths(paths: dict[tuple[str, int], Path], prompts: Sequence[BenchmarkPrompt], per_prompt: int) -> FoundImages:
+    found = FoundImages()
+    for key in ((prompt.id, number) for prompt in prompts for number in range(1, per_prompt + 1)):
+        reason = why_unreadable(paths[key]) if key in paths else "there is no such file"
+        if reason:
+            found.missing[key] = reason
+        else:
+            found.images[key] = ImageFile.read(paths[key])
     return found
 
 

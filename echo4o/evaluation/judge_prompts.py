@@ -41,7 +41,7 @@ class JudgePrompt:
     def ask(self, benchmark: Benchmark, aspect: Aspect, prompt: BenchmarkPrompt, image: ImageFile) -> Question:
         """The question about one image of a benchmark."""
         references = [_image_file(path) for path in prompt.references] if aspect.shows_references else []
-        return self.question(benchmark.question(prompt), aspect.verdict, image, references, prompt.facts)
+        return self.question(benchmark.question_about(prompt, aspect), aspect.verdict, image, references, prompt.facts)
 
     def question(
         self,

@@ -157,6 +157,7 @@ def judge_images(
         _record_missing(setup, prompts, found, records, append)
         if not waiting:
             return outcome
+        judge.keep_in(out)
         judge.prepare()
 
         async def run_all() -> None:
@@ -172,7 +173,7 @@ def judge_images(
                 outcome.statuses[record["status"]] += 1
                 options.on_progress(outcome.asked, len(waiting), ledger)
 
-            await _judge_all(setup, waiting, caller, workers, options.probe, done)
+            await _judge_all(setup, waiting, caller, workers, options.probe and judge.needs_probe, done)
 
         run_async(run_all)
     return outcome
@@ -209,8 +210,8 @@ def _judgements(setup: JudgingSetup, prompts: Sequence[BenchmarkPrompt], found: 
             image = found.images.get((prompt.id, number))
             if image is None:
                 continue
-            for aspect in setup.benchmark.aspects:
-                question = setup.prompts[aspect.name].ask(setup.benchmark, aspect, prompt, image)
+            for aspect in setup.benchmark.aspects_of(prompt):
+                question = setup.prompts[aspect.prompt_name].ask(setup.benchmark, aspect, prompt, image)
                 content = [
                     question.system,
                     question.text,
@@ -273,7 +274,7 @@ def _record_missing(
         if (known.get("status"), known.get("judge")) == ("missing_image", setup.fingerprint):
             continue
         prompt, image = prompt_of[prompt_id], image_name(prompt_id, number, setup.per_prompt)
-        for aspect in setup.benchmark.aspects:
+        for aspect in setup.benchmark.aspects_of(prompt):
             item = Judgement(prompt, number, 1, aspect, None, "", image)
             append(item.record(setup, "missing_image", reason=reason))
 

@@ -1,6 +1,7 @@
 """Prompts of a benchmark: read from a file, or fetched once from their source, checked and kept."""
 
 import hashlib
+import json
 import os
 import re
 import urllib.error
@@ -14,6 +15,7 @@ from echo4o.common.files import write_bytes
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, PromptSource
 
 # An id names files: no separators, no leading dot.
+_LINE_DIGITS = 8  # of the SHA-256 of a line, in known_lines.json
 _ID = re.compile(r"[^./\\\0][^/\\\0]*")
 
 
@@ -26,12 +28,14 @@ class PromptSet:
         sha256: of the file they come from.
         official: whether that file is the benchmark's own; None where no checksum is known.
         part: what was picked out of the file, in words; None: all of it.
+        name: of the known prompt file, where a benchmark has several.
     """
 
     prompts: tuple[BenchmarkPrompt, ...]
     sha256: str
     official: bool | None
     part: str | None = None
+    name: str | None = None
 
 
 def cache_folder() -> Path:
@@ -51,9 +55,15 @@ def load_prompts(
     """The prompts of a file, or of the benchmark's source if no file is named; of some groups, or the first ones."""
     if file is None:
         file = fetch_official(benchmark, revision)
+    elif str(file) in benchmark.prompt_files and not file.exists():
+        file = fetch(benchmark.prompt_files[str(file)], f"{benchmark.name}-{file}", cache_folder() / "prompts")
     prompts = read_prompts(benchmark, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file_names = {source.sha256: name for name, source in benchmark.prompt_files.items()}
     official = digest == benchmark.source.sha256 if benchmark.source else None
+    if file_names:
+        official = digest in file_names
+        require_unmixed(benchmark, file)
     kept, part = prompts, []
     if groups:
         known = list(dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.type)))
@@ -65,7 +75,29 @@ def load_prompts(
     if limit is not None and limit < len(kept):
         kept = kept[:limit]
         part.append(f"only the first {limit}")
-    return PromptSet(tuple(kept), digest, official, ", ".join(part) or None)
+    return PromptSet(tuple(kept), digest, official, ", ".join(part) or None, file_names.get(digest))
+
+
+def require_unmixed(benchmark: Benchmark, file: Path) -> None:
+    """Raise ValueError for an official prompt file that was changed: most of the official lines are there, and others.
+
+    Parts of an official file, and files of other prompts, are fine.
+    """
+    hashes = [
+        hashlib.sha256(line).hexdigest()[:_LINE_DIGITS] for line in file.read_bytes().splitlines() if line.strip()
+    ]
+    lists = json.loads((Path(__file__).parent / "known_lines.json").read_text("utf-8"))
+    for name in benchmark.prompt_files:
+        text = lists[f"{benchmark.name}/{name}"]
+        known = {text[start : start + _LINE_DIGITS] for start in range(0, len(text), _LINE_DIGITS)}
+        changed = [number for number, line in enumerate(hashes, start=1) if line not in known]
+        if changed and len(hashes) - len(changed) > benchmark.prompt_files[name].count / 2:
+            listed = ", ".join(map(str, changed[:8])) + (" ..." if len(changed) > 8 else "")
+            raise ValueError(
+                f"{file}: line {listed} differs from {benchmark.title}'s {name} prompts "
+                f"(SHA-256 {benchmark.prompt_files[name].sha256}), the others do not: the file was changed. Use the "
+                "official file, a part of it, or other prompts"
+            )
 
 
 def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:

@@ -29,6 +29,8 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
         "official": prompts.official,
         "part": prompts.part,
     }
+    if benchmark.prompt_files:
+        header["prompt_file"] = prompts.name
     known = next(iter(JsonLines(out / PROMPTS)), None)
     if known == header:
         return
@@ -47,7 +49,19 @@ def kept_prompts(out: Path) -> tuple[Benchmark, PromptSet]:
         raise ValueError(f"{out}: there is no evaluation in this folder")
     header = rows[0]
     prompts = tuple(from_row(row) for row in rows[1:])
-    return get_benchmark(header["benchmark"]), PromptSet(prompts, header["sha256"], header["official"], header["part"])
+    return get_benchmark(header["benchmark"]), PromptSet(
+        prompts, header["sha256"], header["official"], header["part"], header.get("prompt_file")
+    )
+
+
+def require_fitting(benchmark: Benchmark, judge: Judge) -> None:
+    """Raise ValueError if a judge cannot judge a benchmark."""
+    if benchmark.only_judge and judge.name != benchmark.only_judge:
+        raise ValueError(f"{benchmark.title} can only be judged by {benchmark.only_judge}, not by {judge.name}")
+    if judge.benchmarks is not None and benchmark.name not in judge.benchmarks:
+        raise ValueError(
+            f"the judge {judge.name} can only judge {', '.join(judge.benchmarks)}, not {benchmark.name}: pass --judge"
+        )
 
 
 def judge_folder(
@@ -63,10 +77,9 @@ def judge_folder(
     options: JudgingOptions | None = None,
 ) -> JudgingOutcome:
     """Judge the pictures of a folder (`out/images` if none is named)."""
-    if benchmark.only_judge and judge.name != benchmark.only_judge:
-        raise ValueError(f"{benchmark.title} can only be judged by {benchmark.only_judge}, not by {judge.name}")
+    require_fitting(benchmark, judge)
     folder = images or out / IMAGES
-    found = find_images(folder, prompts, per_prompt)
+    found = find_images(folder, prompts, per_prompt, benchmark)
     if not allow_missing:
         require_all(found, folder, per_prompt)
     setup = JudgingSetup(

@@ -3,8 +3,8 @@
 import hashlib
 import platform
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -14,7 +14,7 @@ from echo4o.common.files import read_json, write_json
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
-from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
+from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, Measure
 from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
 from echo4o.evaluation.images import image_name
 from echo4o.evaluation.prompt_files import from_row
@@ -51,8 +51,8 @@ class Evaluation:
     samples: list[JudgedImage]
     out: Path
 
-    def values(self) -> dict[str, dict[str, float]]:
-        """By group, each prompt's mean score over its scored samples."""
+    def values(self, of_prompt: Callable[[Sequence[float]], float] = fmean) -> dict[str, dict[str, float]]:
+        """By group, each prompt's mean score over its scored samples, or another function of them."""
         by_prompt = defaultdict(list)
         for sample in self.samples:
             if sample.score is not None:
@@ -60,7 +60,7 @@ class Evaluation:
         values = {group: {} for group in dict.fromkeys(prompt.group for prompt in self.prompts)}
         for prompt in self.prompts:
             if prompt.id in by_prompt:
-                values[prompt.group][prompt.id] = fmean(by_prompt[prompt.id])
+                values[prompt.group][prompt.id] = of_prompt(by_prompt[prompt.id])
         return values
 
 
@@ -101,7 +101,7 @@ def _samples(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], judge: di
         for picture in range(1, per_prompt + 1):
             digest = judge["pictures"].get(image_name(prompt.id, picture, per_prompt))
             for repeat in range(1, judge["repeats"] + 1):
-                keys = [(prompt.id, picture, repeat, aspect.name, digest) for aspect in benchmark.aspects]
+                keys = [(prompt.id, picture, repeat, of.name, digest) for of in benchmark.aspects_of(prompt)]
                 found = tuple(latest[key] for key in keys if key in latest)
                 yield _sample(benchmark, prompt, picture, repeat, digest, found)
 
@@ -113,12 +113,11 @@ def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, picture: int, repeat:
         status = "missing_image"
     elif "judge_error" in statuses:
         status = "judge_error"
-    elif len(found) < len(benchmark.aspects):
+    elif len(found) < len(benchmark.aspects_of(prompt)):
         status = "not_judged"
     else:
         status = "scored"
-        scores = {name: value for record in found for name, value in record["scores"].items()}
-        score = benchmark.sample_score(scores)
+        score = benchmark.image_score(prompt, found)
     return JudgedImage(prompt, picture, repeat, status, score, found)
 
 
@@ -137,6 +136,8 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
     values = {group: list(of.values()) for group, of in evaluation.values().items()}
     totals = statistics.overall(values, benchmark.aggregates)
     intervals, group_intervals = statistics.bootstrap(values, benchmark.aggregates, seed, benchmark.scale == 1.0)
+    for name, (value, interval) in _prompt_numbers(evaluation, seed).items():
+        totals[name], intervals[name] = value, interval
     scored = sum(sample.score is not None for sample in samples)
     coverage = scored / len(samples)
     withheld = _why_withheld(evaluation, values, coverage, min_coverage)
@@ -164,7 +165,31 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
         "types": _types(evaluation),
         "repeats": _repeats(evaluation, benchmark),
     }
-    return result | _origin(evaluation)
+    measure = measure_of(evaluation)
+    if measure is not None:
+        result["measure"] = asdict(measure)
+    details = benchmark.details([(sample.prompt, sample.records) for sample in samples if sample.score is not None])
+    return result | details | _origin(evaluation)
+
+
+def measure_of(evaluation: Evaluation) -> Measure | None:
+    """What the score of a judged folder measures; None where its benchmark has one measure only."""
+    return evaluation.benchmark.measure(evaluation.header.get("prompt_file"), evaluation.judge["judge"])
+
+
+def _prompt_numbers(evaluation: Evaluation, seed: int) -> dict[str, tuple[float, list[float]]]:
+    """Numbers of another kind per prompt than the mean of its images: the mean over prompts, and its interval."""
+    numbers = {}
+    for name, of_prompt in evaluation.benchmark.prompt_numbers.items():
+        values = {group: list(of.values()) for group, of in evaluation.values(of_prompt).items()}
+        intervals, _ = statistics.bootstrap(values, _by_prompts, seed, evaluation.benchmark.scale == 1.0)
+        if intervals:
+            numbers[name] = statistics.overall(values, _by_prompts)["score"], intervals["score"]
+    return numbers
+
+
+def _by_prompts(counts: dict[str, int]) -> dict[str, dict[str, float]]:
+    return {"score": {group: count / sum(counts.values()) for group, count in counts.items() if count}}
 
 
 def _why_withheld(evaluation: Evaluation, values: dict, coverage: float, min_coverage: float) -> str | None:
@@ -248,7 +273,8 @@ def _origin(evaluation: Evaluation) -> dict[str, Any]:
         "pictures_sha256": hashlib.sha256(pictures.encode()).hexdigest(),
         "judge": judge["judge"],
         "prompt_hashes": {"prompts": header["sha256"], **judge["prompt_hashes"]},
-        "prompts": {"count": len(evaluation.prompts), "official": header["official"], "part": header["part"]},
+        "prompts": {"count": len(evaluation.prompts), "official": header["official"], "part": header["part"]}
+        | ({"file": header["prompt_file"]} if "prompt_file" in header else {}),
         "versions": {"echo4o": _echo4o(), "python": platform.python_version()}
         | {name: version(name) for name in _LIBRARIES},
     }

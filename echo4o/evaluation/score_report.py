@@ -7,7 +7,7 @@ from echo4o.common.files import read_json, write_text
 from echo4o.common.thumbnails import thumbnail_uri
 from echo4o.evaluation.folder import REPORT, RESULT
 from echo4o.evaluation.images import image_name
-from echo4o.evaluation.score import Evaluation, JudgedImage, read_evaluation
+from echo4o.evaluation.score import Evaluation, JudgedImage, measure_of, read_evaluation
 
 _THUMBNAIL = 256
 _WIDTH, _LABELS, _ROW = 760, 190, 34  # of the chart, in units of its view box
@@ -27,9 +27,9 @@ def write_report(out: Path) -> Path:
         result=result,
         title=evaluation.benchmark.title,
         scale=evaluation.benchmark.scale,
-        chart=chart(evaluation, result, published.get(evaluation.benchmark.name, {})),
+        chart=chart(evaluation, result, published_beside(evaluation, published)),
         published_as=evaluation.benchmark.published_as,
-        sources=published["sources"],
+        sources=published["sources_of"].get(evaluation.benchmark.name, published["sources"]),
         cards=cards(evaluation),
         types=list(dict.fromkeys(prompt.type or prompt.group for prompt in evaluation.prompts)),
         outcomes=_outcomes(evaluation),
@@ -43,6 +43,12 @@ def load_published() -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load((Path(__file__).parent / "published.yaml").read_text("utf-8"))
+
+
+def published_beside(evaluation: Evaluation, published: dict[str, Any]) -> dict[str, dict]:
+    """The published numbers of the same measure, by model; none where the measures differ."""
+    measure = measure_of(evaluation)
+    return published.get(evaluation.benchmark.name if measure is None else measure.published or "", {})
 
 
 def chart(evaluation: Evaluation, result: dict, published: dict[str, dict]) -> dict[str, Any]:

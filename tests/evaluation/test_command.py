@@ -255,7 +255,7 @@ def test_make_prompts(tmp_path):
         "make-prompts", "genevalpp", "--seed", 4, "--exclude", tmp_path / "p.jsonl", "--out", tmp_path / "q.jsonl"
     )
     assert again.exit_code == 0 and (tmp_path / "q.jsonl").read_text() != (tmp_path / "p.jsonl").read_text()
-    assert "for genevalpp only" in words(run("make-prompts", "omnicontext").stderr)
+    assert "for genevalpp and geneval only" in words(run("make-prompts", "omnicontext").stderr)
 
 
 def test_help_is_cheap():
@@ -264,7 +264,9 @@ def test_help_is_cheap():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("command", ["run", "generate", "judge", "score", "compare", "make-prompts"])
+@pytest.mark.parametrize(
+    "command", ["run", "generate", "judge", "score", "compare", "make-prompts", "convert-detector"]
+)
 def test_each_step_shows_an_example(command):
     assert "Example: " in words(run(command, "--help").output)
 

@@ -25,6 +25,17 @@ def test_genevalpp(metrics):
     }
 
 
+def test_geneval(metrics):
+    found = metrics["geneval"].compute(correct=[1, 0, 1, None], tags=["counting", "counting", "colors", "colors"])
+    assert found == {
+        "score": 0.75,
+        "overall_accuracy": pytest.approx(2 / 3),
+        "coverage": 0.75,
+        "counting": 0.5,
+        "colors": 1.0,
+    }
+
+
 def test_imagine_bench_in_batches(metrics):
     metric = metrics["imagine_bench"]
     names = ("fantasy_fulfillment", "identity_preservation", "aesthetic_quality", "types")

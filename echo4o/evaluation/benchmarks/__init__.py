@@ -1,12 +1,15 @@
 """The benchmarks, one file each; a new one is a file here and a line below."""
 
 from echo4o.evaluation.benchmarks.base import Benchmark
+from echo4o.evaluation.benchmarks.geneval.benchmark import GenEval
 from echo4o.evaluation.benchmarks.genevalpp import GenEvalPP
 from echo4o.evaluation.benchmarks.imagine_bench import ImagineBench
 from echo4o.evaluation.benchmarks.omnicontext import OmniContext
 from echo4o.evaluation.benchmarks.shapes4o.benchmark import Shapes4o
 
-BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (GenEvalPP(), ImagineBench(), OmniContext(), Shapes4o())}
+BENCHMARKS: dict[str, Benchmark] = {
+    b.name: b for b in (GenEvalPP(), ImagineBench(), OmniContext(), GenEval(), Shapes4o())
+}
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -1,6 +1,7 @@
 """What a benchmark is: its prompts, what the judge sees, how the answer is read, and how scores are formed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +54,12 @@ class Aspect:
     prompt_file: str
     verdict: type[Verdict]
     shows_references: bool = False
+    # The name of its judge prompt, where several aspects share one.
+    asked_with: str = ""
+
+    @property
+    def prompt_name(self) -> str:
+        return self.asked_with or self.name
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,21 @@ class PromptSource:
         return self.url.format(revision=self.revision)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What a score measures, where a benchmark can be run as several measures.
+
+    Attributes:
+        name: in words.
+        published: the key of the published numbers of the same measure; None: there are none.
+        why_not: why published numbers are not shown beside it.
+    """
+
+    name: str
+    published: str | None
+    why_not: str | None = None
+
+
 class Benchmark(ABC):
     """The small interface that every benchmark fills in."""
 
@@ -82,6 +104,13 @@ class Benchmark(ABC):
     published_as: str = "score"
     # The judges that can answer; None: whoever reads text and sees pictures.
     only_judge: str | None = None
+    # The judge where none is named; None: the default of the command line.
+    default_judge: str | None = None
+    images_per_prompt: int = 1
+    # The known prompt files by name, where there are several; the first one is the default.
+    prompt_files: Mapping[str, PromptSource] = {}
+    # Further overall numbers: the function of a prompt's image scores whose mean over all prompts is reported.
+    prompt_numbers: Mapping[str, Callable[[Sequence[float]], float]] = {}
 
     @abstractmethod
     def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
@@ -94,6 +123,32 @@ class Benchmark(ABC):
     @abstractmethod
     def sample_score(self, scores: dict[str, float]) -> float:
         """A picture's score from the fields of all its verdicts."""
+
+    def aspects_of(self, prompt: BenchmarkPrompt) -> Sequence[Aspect]:
+        """The judgements to make about each image of a prompt."""
+        return self.aspects
+
+    def question_about(self, prompt: BenchmarkPrompt, aspect: Aspect) -> dict[str, Any]:
+        """What the judge prompt of one aspect is filled with."""
+        return self.question(prompt)
+
+    def image_score(self, prompt: BenchmarkPrompt, records: Sequence[dict[str, Any]]) -> float:
+        """An image's score from the records of all its judgements."""
+        return self.sample_score({name: value for record in records for name, value in record["scores"].items()})
+
+    def original_images(
+        self, folder: Path, prompts: Sequence[BenchmarkPrompt], per_prompt: int
+    ) -> dict[tuple[str, int], Path] | None:
+        """The images of a folder in the original's layout, by prompt and number; None if it has another layout."""
+        return None
+
+    def measure(self, prompt_file: str | None, judge: dict[str, Any]) -> Measure | None:
+        """What a score by this judge measures; None: there is only one measure, under the benchmark's name."""
+        return None
+
+    def details(self, images: Sequence[tuple[BenchmarkPrompt, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+        """Further results from the records of the scored images; part of `result.json`."""
+        return {}
 
     @abstractmethod
     def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from echo4o.endpoints.chat_endpoint import ChatRequest
@@ -24,7 +25,18 @@ class Question(ChatRequest):
 
 
 class Judge(Endpoint):
-    """A model that answers questions about images. The vision probe asks it a plain [`ChatRequest`]."""
+    """A model that answers questions about images. The vision probe asks it a plain [`ChatRequest`].
+
+    Attributes:
+        needs_probe: whether to test first that the model sees images.
+        benchmarks: the names of the only benchmarks that it can judge; None: it reads any question.
+    """
+
+    needs_probe = True
+    benchmarks: tuple[str, ...] | None = None
+
+    def keep_in(self, out: Path) -> None:  # noqa: B027 - most judges keep nothing beside the records
+        """Keep intermediate results in the folder of the evaluation."""
 
     @abstractmethod
     async def ask(self, request: ChatRequest, key: str) -> Answer:

@@ -17,6 +17,7 @@ class PixelsJudge(Judge):
 
     name = "pixels"
     parallel = 1
+    needs_probe = False
 
     def identity(self) -> dict[str, Any]:
         from echo4o.evaluation.benchmarks.shapes4o import detector

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-METRICS = ("genevalpp", "imagine_bench", "omnicontext")
+METRICS = ("genevalpp", "imagine_bench", "omnicontext", "geneval")
 
 
 def metric_path(name: str) -> str:
