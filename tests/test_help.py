@@ -69,7 +69,7 @@ def test_options_of_evaluate_are_the_same_in_every_step():
             if parameter.name not in ("benchmark", "model"):
                 same = whole[parameter.name]
                 assert (parameter.opts, parameter.default, parameter.help) == (same.opts, same.default, same.help)
-    assert not any(parameter.rich_help_panel for parameter in LEAVES["generate",].params), "its panels stay its own"
+    assert not any(parameter.rich_help_panel for parameter in LEAVES["chat",].params), "its panels stay its own"
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name)

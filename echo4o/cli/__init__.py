@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from echo4o import __version__
-from echo4o.cli import convert, dataset, evaluate, generate, info, precompute, push, quickstart, serve, train
+from echo4o.cli import convert, dataset, evaluate, generate, info, precompute, push, quantize, quickstart, serve, train
 from echo4o.cli.frame import Command, Group
 
 
@@ -20,6 +20,7 @@ class _Root(Group):
         "quickstart",
         "info",
         "convert",
+        "quantize",
         "generate",
         "chat",
         "serve",
@@ -68,6 +69,7 @@ START, USE, MAKE, SHARE = "Start here", "Use a model", "Prepare data and train",
 app.command(rich_help_panel=START)(quickstart.quickstart)
 app.command(rich_help_panel=START)(info.info)
 app.command(rich_help_panel=USE)(convert.convert)
+app.command(rich_help_panel=USE)(quantize.quantize)
 app.command(rich_help_panel=USE, cls=Command)(generate.generate)
 app.command(rich_help_panel=USE)(generate.chat)
 app.command(rich_help_panel=USE)(serve.serve)

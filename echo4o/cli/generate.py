@@ -1,14 +1,15 @@
 """``echo4o generate`` and ``echo4o chat``."""
 
-import secrets
 import shlex
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from echo4o.cli.evaluate_options import spread
 from echo4o.cli.frame import finish, say
+from echo4o.cli.generate_images import GenerationRequest, ImageGenerator, output_files, random_seed, require_writable
+from echo4o.cli.generate_options import Images, LoadingOptions, NumImages, OutputOptions, SamplingOptions, Seed
 from echo4o.cli.models import (
     Device,
     Dtype,
@@ -24,93 +25,88 @@ from echo4o.cli.models import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_SEED = 2**63 - 1
 
-
-Prompt = Annotated[
-    str, typer.Argument(help="What to generate, or how to edit the reference images.", show_default=False)
-]
-Images = Annotated[
-    list[Path] | None,
-    typer.Option("--image", "-i", help="A reference image; repeat the option to pass several.", show_default=False),
-]
-
-
+@spread
 def generate(
-    prompt: Prompt,
-    model: Model,
-    image: Images = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write. An existing file is replaced.")] = Path(
-        "echo4o.png"
-    ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of sampler updates.", show_default="49")] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Strength of the prompt; 1 disables guidance.", show_default="the task's preset"),
+    *,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to generate, or how to edit the reference images.", show_default=False),
     ] = None,
-    image_guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Strength of the reference images; 1 disables it.", show_default="the task's preset"),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=1, help="Height in pixels.", show_default="1024, or the last reference's")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(min=1, help="Width in pixels.", show_default="1024, or the last reference's")
-    ] = None,
-    seed: Annotated[
-        int | None,
+    model: Annotated[
+        str | None,
         typer.Option(
-            min=0, max=MAX_SEED, help="Seed of the first image; each further image adds 1.", show_default="random"
+            "--model",
+            "-m",
+            help="A pipeline folder, an original checkpoint folder, or a Hub repository.",
+            show_default=False,
         ),
     ] = None,
-    think: Think = False,
-    num_images: Annotated[int, typer.Option(min=1, help="Number of images to generate.")] = 1,
-    device: Device = "auto",
-    dtype: DtypeOption = Dtype.auto,
+    image: Images = None,
+    seed: Seed = None,
+    num_images: NumImages = 1,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Generate the images of a file: one prompt per line, or JSON lines with their own settings. "
+            "An interrupted run resumes.",
+            show_default=False,
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="Generate the image of this PNG file again, from the metadata in it. Other options replace its "
+            "settings.",
+            show_default=False,
+        ),
+    ] = None,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
-    """Generate an image from a prompt, or from a prompt and reference images.
+    """Generate images from a prompt, or from a prompt and reference images.
 
     Example: [bold]echo4o generate "a lighthouse made of glass" --model DIR --out lighthouse.png[/bold]
     Editing: [bold]echo4o generate "make it night" --image lighthouse.png --model DIR --out night.png[/bold]
     Combining: [bold]echo4o generate "both on a table" -i cup.png -i lamp.png --model DIR --out both.png[/bold]
+    Again: [bold]echo4o generate --like lighthouse.png --model DIR --out again.png[/bold]
+    Many: [bold]echo4o generate --prompts prompts.txt --model DIR --out images[/bold]
     """
+    if sum(source is not None for source in (prompt, prompts, like)) != 1:
+        raise ValueError("give one of a prompt, --prompts FILE or --like IMAGE.png")
+    if prompts is not None:
+        from echo4o.cli.generate_prompts import generate_file
+
+        if image:
+            raise ValueError('--image cannot be combined with --prompts; write {"image": [...]} in the JSON lines')
+        generate_file(prompts, require_model(model), seed or 0, num_images, sampling, output, loading)
+        return
+    if like is not None:
+        from echo4o.cli.generate_like import generate_like
+
+        generate_like(like, model, image, seed, sampling, output, loading)
+        return
+    assert prompt is not None
     check_prompt(prompt)
-    files = output_files(out, num_images)
+    files = output_files(output.out or Path("echo4o.png"), num_images)
     references = open_images(image)
-    check_model(model)
-    where = choose_device(device)
-    require_writable(files)
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    options = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "image_guidance_scale": image_guidance_scale,
-        "height": height,
-        "width": width,
-        "think": think or None,
-        "image": references or None,
-    }
-
-    require_options(model, "__call__", {name: value for name, value in options.items() if value is not None})
-
-    import torch
-
-    pipe = load_pipeline(model, where, dtype)
-    say(pipe.placement().line)
-    result = pipe(
-        prompt=prompt,
-        num_images_per_prompt=num_images,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
-        **{name: value for name, value in options.items() if value is not None},
+    first = random_seed() if seed is None else seed
+    request = GenerationRequest(
+        prompt, tuple(range(first, first + num_images)), sampling.settings(), tuple(references)
     )
-    if think:
-        for text in dict.fromkeys(result.texts or []):
-            print(text)
-    for file, result_image in zip(files, result.images, strict=True):
-        result_image.save(file)
-    say(f"seed {seed}; the image{'s' if num_images > 1 else ''}:")
+    model = require_model(model)
+    generator = ImageGenerator(model, loading, metadata=not output.no_metadata)
+    generator.check(request)
+    require_writable(files)
+    texts = generator.write(request, files)
+    for text in dict.fromkeys(texts if sampling.think else []):
+        print(text)
+    if output.sheet:
+        sheet = files[0].with_name(f"{files[0].stem}-sheet.png")
+        write_sheet(files, [prompt] * len(files), sheet)
+        files.append(sheet)
+    say(f"seed {first}; the image{'s' if num_images > 1 else ''}:")
     finish(files, shlex.join(["echo4o", "generate", "make it night", "--image", str(files[0]), "--model", model]))
 
 
@@ -131,7 +127,7 @@ def chat(
     references = open_images(image)
     check_model(model)
     where = choose_device(device)
-    options = {"image": references or None, "think": think or None}
+    options: dict[str, Any] = {"image": references or None, "think": think or None}
     options = {name: value for name, value in options.items() if value is not None}
     require_options(model, "chat", options)
     pipe = load_pipeline(model, where, dtype)
@@ -141,33 +137,18 @@ def chat(
     finish(None, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", model]))
 
 
+def require_model(model: str | None) -> str:
+    """The model of the command line. Raises ValueError if none was given or if it does not exist."""
+    if model is None:
+        raise ValueError("--model is missing: pass a pipeline folder, a checkpoint folder or a Hub repository")
+    check_model(model)
+    return model
+
+
 def check_prompt(prompt: str) -> None:
     """Raise an error if the prompt has no text."""
     if not prompt.strip():
         raise ValueError("the prompt is empty: write what to generate or to answer")
-
-
-def output_files(out: Path, count: int) -> list[Path]:
-    """The files for ``count`` images: ``out``, or ``out`` numbered from 1 if there are several."""
-    if out.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out {out}: not an image file; use one of {', '.join(IMAGE_SUFFIXES)}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; pass a file")
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
-
-
-def require_writable(files: list[Path]) -> None:
-    """Create the folder of the files. Raises ValueError if they cannot be written, before the model is loaded."""
-    folder = files[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        for file in files:
-            if file.exists():
-                open(file, "r+b").close()
-    except OSError as error:
-        raise ValueError(f"--out {files[0]}: cannot be written ({error.filename}: {error.strerror})") from error
 
 
 def open_images(paths: "list[Path] | None") -> "list[Image]":
@@ -187,3 +168,10 @@ def open_images(paths: "list[Path] | None") -> "list[Image]":
             reason = getattr(error, "strerror", None) or "it cannot be decoded as an image"
             raise ValueError(f"--image {path}: {reason}") from error
     return images
+
+
+def write_sheet(files: list[Path], captions: list[str], sheet: Path) -> None:
+    """Write a contact sheet of the images."""
+    from echo4o.common.contact_sheet import contact_sheet
+
+    contact_sheet(list(zip(files, captions, strict=True))).save(sheet, "PNG")

@@ -36,7 +36,7 @@ def synthesize(
     """
     from echo4o.dataset_scripts.synthesis.folder import DATASET, SynthesisFolder
     from echo4o.dataset_scripts.synthesis.plan import make_plan
-    from echo4o.dataset_scripts.synthesis.preview import contact_sheet, first_tasks
+    from echo4o.dataset_scripts.synthesis.preview import first_tasks, write_preview
     from echo4o.dataset_scripts.synthesis.recipe import load_recipe
     from echo4o.dataset_scripts.synthesis.tasks import load_chains, make_tasks
 
@@ -58,7 +58,7 @@ def synthesize(
         left = make_plan(chosen, [task for task in wanted if not folder.is_decided(task.id)])
         say("\n".join(left.lines()))
         outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe, left)
-        sheet = contact_sheet(folder, wanted) if preview else None
+        sheet = write_preview(folder, wanted) if preview else None
     uncounted = (
         f", without the calls of models that have no price ({', '.join(left.unpriced())})" if left.unpriced() else ""
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.common.files import read_json, write_bytes, write_json
+from echo4o.common.revisions import model_revision
 from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 from echo4o.evaluation.folder import GENERATION, IMAGES
 from echo4o.evaluation.images import image_name, why_unreadable
@@ -174,8 +175,8 @@ def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
     image = settings.image_guidance
     return {
         "asked": {name: getattr(settings, name) for name in ("steps", "guidance", "image_guidance")},
-        "model_revision": _revision(settings.model, pipe),
-        "adapter_revision": _revision(settings.adapter, None) if settings.adapter else None,
+        "model_revision": model_revision(settings.model, pipe),
+        "adapter_revision": model_revision(settings.adapter) if settings.adapter else None,
         "dtype": str(getattr(pipe, "dtype", None)).removeprefix("torch."),
         "steps": settings.steps if settings.steps is not None else _default_steps(pipe),
         "guidance": guidance,
@@ -192,24 +193,3 @@ def _default_steps(pipe) -> int | None:
 
     parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
     return parameter.default if parameter else None
-
-
-def _revision(model: str, pipe) -> str:
-    """The commit of a Hub model, or the hash of a folder: its files' sizes, its configurations, samples of weights."""
-    folder = Path(model)
-    if not folder.is_dir():
-        parts = Path(str(pipe.config.get("_name_or_path", ""))).parts if pipe is not None else ()
-        return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
-    content = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name.startswith("."):
-            continue
-        content.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        if path.suffix == ".json":
-            content.update(path.read_bytes())
-        elif path.suffix == ".safetensors":
-            with path.open("rb") as file:  # names and shapes, and a sample of the values
-                content.update(file.read(1 << 20))
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                content.update(file.read())
-    return f"folder:{content.hexdigest()[:16]}"
