@@ -12,7 +12,7 @@ from echo4o.cli.generate_options import LoadingOptions
 from echo4o.cli.models import choose_device, require_options
 from echo4o.common.files import write_bytes
 from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, to_png, versions
-from echo4o.common.revisions import model_revision
+from echo4o.common.revisions import model_revision, public_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,12 +112,6 @@ class ImageGenerator:
             {"name": public_name(name), "scale": scale, "revision": model_revision(name)}
             for name, scale in self.adapters
         )
-
-
-def public_name(model: str) -> str:
-    """A Hub repository as it is; of a local folder only the last part of its path."""
-    path = Path(model)
-    return path.resolve().name if path.exists() else model
 
 
 def save_image(image: "Image", file: Path, metadata: ImageMetadata | None) -> None:

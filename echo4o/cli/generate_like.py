@@ -100,7 +100,8 @@ def _loading(metadata: ImageMetadata, options: LoadingOptions, like: Path) -> Lo
 
 def _differences(then: ImageMetadata, now: ImageMetadata) -> list[str]:
     """Names of what differs between two descriptions of an image, besides the settings of the command line."""
-    names = [name for name in ("revision", "loading", "versions") if getattr(then, name) != getattr(now, name)]
+    names = [name for name in ("revision", "versions") if getattr(then, name) != getattr(now, name)]
+    names += [name for name, value in now.loading.items() if then.loading.get(name, value) != value]
     if [a["revision"] for a in then.adapters] != [a["revision"] for a in now.adapters]:
         names.append("adapters")
     return names

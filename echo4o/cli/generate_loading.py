@@ -38,7 +38,6 @@ def _cpu() -> "torch.device":
 
 
 def _load_quantized(model: str, device: "torch.device", options: LoadingOptions) -> Any:
-    import echo4o
     import torch
 
     import echo4o

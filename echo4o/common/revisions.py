@@ -18,6 +18,12 @@ def model_revision(model: str | Path, pipe=None) -> str:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
 
 
+def public_name(model: str) -> str:
+    """A Hub repository as it is; of a local folder only the last part of its path."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
+
+
 def _fingerprint(place: Path) -> str:
     """16 hex digits of the names and sizes of all files, the configurations, and samples of the weights."""
     content = hashlib.sha256()

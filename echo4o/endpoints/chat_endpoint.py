@@ -1,12 +1,12 @@
 """Chat models behind an OpenAI-compatible endpoint: text and images in, text out."""
 
 import base64
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from echo4o.common.image_metadata import image_sha256, without_metadata
 from echo4o.endpoints.endpoint import Answer
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
 
@@ -19,14 +19,14 @@ _FILTERED = {"content_filter", "safety", "refusal", "prohibited_content", "block
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file and the hash of its bytes."""
+    """An image file and the SHA-256 of its bytes without echo4o's metadata."""
 
     path: Path
     sha256: str
 
     @classmethod
     def read(cls, path: Path) -> "ImageFile":
-        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(path, image_sha256(path.read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ChatEndpoint(OpenAIEndpoint):
         content: list[dict] = []
         for labelled in request.images:
             path = labelled.image.path
-            data = base64.b64encode(path.read_bytes()).decode()
+            data = base64.b64encode(without_metadata(path.read_bytes())).decode()
             link = f"data:{_MIME[path.suffix.lower()]};base64,{data}"
             content.append({"type": "text", "text": f"{labelled.label}:"})
             content.append({"type": "image_url", "image_url": {"url": link, "detail": self.detail}})

@@ -1,7 +1,6 @@
 """Step 1: draw the pictures. Sharded over processes and nodes by Accelerate; each picture has a seed of its own."""
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.common.files import read_json, write_bytes, write_json
-from echo4o.common.revisions import model_revision
+from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, to_png, versions
+from echo4o.common.revisions import model_revision, public_name
 from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 from echo4o.evaluation.folder import GENERATION, IMAGES
 from echo4o.evaluation.images import image_name, why_unreadable
@@ -87,11 +87,10 @@ def generate_images(
     total, drawn = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
     pipe = load_pipeline() if open_batches else None
     for batch in open_batches:
+        metadata = _metadata(pipe, folder, settings, batch)
         for path, picture in zip(_paths(folder, settings, batch), _draw(pipe, settings, batch), strict=True):
             if path in _missing(folder, settings, batch):
-                data = io.BytesIO()
-                picture.save(data, "PNG")
-                write_bytes(path, data.getvalue())
+                write_bytes(path, to_png(picture, metadata[path]))
             drawn += 1
             on_progress(drawn, total)
     if pipe is not None and state.is_main_process:
@@ -108,6 +107,35 @@ def _paths(folder: Path, settings: GenerationSettings, batch: Sequence[Benchmark
     ]
 
 
+def _metadata(
+    pipe, folder: Path, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]
+) -> dict[Path, ImageMetadata]:
+    """What each image of a batch is generated from, by its file."""
+    common = {
+        "settings": _sampling(settings) | ({"think": True} if settings.think else {}),
+        "model": public_name(settings.model),
+        "revision": model_revision(settings.model, pipe),
+        "adapters": _adapters(settings),
+        "loading": {"dtype": settings.requested_dtype},
+        "versions": versions(),
+    }
+    described = {}
+    for prompt in batch:
+        numbers = range(1, settings.per_prompt + 1)
+        seeds = tuple(image_seed(settings.seed, prompt.id, number) for number in numbers)
+        references = tuple(map(pixels_sha256, _open(prompt.references)))
+        for index, path in enumerate(_paths(folder, settings, [prompt])):
+            described[path] = ImageMetadata(prompt.text, seeds, index, references=references, **common)
+    return described
+
+
+def _adapters(settings: GenerationSettings) -> tuple[dict[str, Any], ...]:
+    if not settings.adapter:
+        return ()
+    revision = model_revision(settings.adapter)
+    return ({"name": public_name(settings.adapter), "scale": 1.0, "revision": revision},)
+
+
 def _missing(folder: Path, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list[Path]:
     return [path for path in _paths(folder, settings, batch) if not path.is_file() or why_unreadable(path)]
 
@@ -120,13 +148,6 @@ def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) 
         for prompt in batch
         for number in range(1, settings.per_prompt + 1)
     ]
-    wanted = {
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "image_guidance_scale": settings.image_guidance,
-        "height": settings.height,
-        "width": settings.width,
-    }
     references = [_open(prompt.references) for prompt in batch]
     result = pipe(
         prompt=[prompt.text for prompt in batch],
@@ -134,9 +155,21 @@ def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) 
         think=settings.think,
         num_images_per_prompt=settings.per_prompt,
         generator=generators,
-        **{name: value for name, value in wanted.items() if value is not None},
+        **_sampling(settings),
     )
     return result.images
+
+
+def _sampling(settings: GenerationSettings) -> dict[str, Any]:
+    """The settings that were given, as arguments of the pipeline."""
+    arguments = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "image_guidance_scale": settings.image_guidance,
+        "height": settings.height,
+        "width": settings.width,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _open(paths: Sequence[Path]) -> list:

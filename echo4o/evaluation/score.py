@@ -11,6 +11,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from echo4o.common.files import read_json, write_json
+from echo4o.common.image_metadata import image_sha256
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
@@ -81,7 +82,7 @@ def _require_unchanged(judge: dict) -> None:
     changed = []
     for name, digest in judge["pictures"].items():
         path = Path(judge["files"][name])
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if path.is_file() and image_sha256(path.read_bytes()) != digest:
             changed.append(name)
     if changed:
         raise ValueError(
