@@ -74,7 +74,8 @@ def _enable_cache(pipe: Any, cache: Cache) -> None:
     if cache is Cache.none:
         return
     import torch
-    from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+    from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+    from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
     if cache is Cache.first_block:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))

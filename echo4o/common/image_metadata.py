@@ -68,7 +68,7 @@ class ImageMetadata:
         seeds, index = value["seeds"], value["index"]
         if not all(isinstance(seed, int) for seed in seeds) or not 0 <= index < len(seeds):
             raise ValueError(f"{place}: the metadata names no seed for image {index}")
-        known = {name: tuple(value[name]) if kinds[name] is list else value[name] for name in kinds}
+        known: dict[str, Any] = {name: tuple(value[name]) if kinds[name] is list else value[name] for name in kinds}
         return cls(**known)
 
 

@@ -32,7 +32,7 @@ class QuantizationMethod:
 
 
 def _int8() -> Any:
-    from diffusers import TorchAoConfig
+    from diffusers.quantizers.quantization_config import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
@@ -40,7 +40,7 @@ def _int8() -> Any:
 
 def _nf4() -> Any:
     import torch
-    from diffusers import BitsAndBytesConfig
+    from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
@@ -71,7 +71,7 @@ def load_quantized(pipeline_class: type, folder: str, method: QuantizationMethod
         loading: further arguments of `from_pretrained`; without `dtype` the transformer computes in bfloat16.
     """
     import torch
-    from diffusers.quantizers import PipelineQuantizationConfig
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     loading.setdefault("dtype", {"transformer": torch.bfloat16})
     config = PipelineQuantizationConfig(quant_mapping={"transformer": method.config()})
