@@ -85,7 +85,7 @@ MISTAKES = {
     "push": [
         ("nowhere owner/name", "nowhere: there is no such folder"),
         ("text.txt owner/name", "text.txt"),
-        ("empty owner/name", "empty is nothing that can be published"),
+        ("empty owner/name", "empty cannot be published"),
     ],
     "evaluate run": [
         ("genevalpp --out new", "pass --model to generate images, or --images"),

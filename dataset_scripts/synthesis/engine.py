@@ -45,8 +45,20 @@ class SynthesisOutcome:
     open: dict[str, str] = field(default_factory=dict)  # row -> why it has no end yet
     remarks: Counter = field(default_factory=Counter)  # of this run
 
+    @classmethod
+    def of(cls, tasks: Sequence[PlannedRow], folder: SynthesisFolder) -> "SynthesisOutcome":
+        """Counts the planned rows that the folder already accepted or rejected."""
+        outcome = cls(len(tasks))
+        for task in tasks:
+            if task.id in folder.accepted:
+                outcome.accepted[task.part] += 1
+            elif task.id in folder.rejected:
+                outcome.rejected[folder.rejected[task.id]["reason"]] += 1
+        return outcome
+
     @property
     def decided(self) -> int:
+        """Number of rows that are accepted or rejected."""
         return self.accepted.total() + self.rejected.total()
 
     def __str__(self) -> str:
@@ -79,12 +91,7 @@ class Synthesis:
         self.pictures = ImageGates(recipe, {name: folder.look_of(name) for name in folder.accepted})
         self._failures: list[Exception] = []
         self._fruitless = 0  # pictures in a row that could not even be judged
-        self.outcome = SynthesisOutcome(len(tasks))
-        for task in tasks:
-            if task.id in folder.accepted:
-                self.outcome.accepted[task.part] += 1
-            elif task.id in folder.rejected:
-                self.outcome.rejected[folder.rejected[task.id]["reason"]] += 1
+        self.outcome = SynthesisOutcome.of(tasks, folder)
 
     async def run(self) -> SynthesisOutcome:
         """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""

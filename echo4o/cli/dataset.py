@@ -26,7 +26,7 @@ def dataset() -> None:
 
 
 class Configuration(StrEnum):
-    """The configurations; ``all`` is all three."""
+    """The configurations of the dataset; ``all`` selects all three."""
 
     all = "all"
     surreal_fantasy = "surreal_fantasy"
@@ -45,18 +45,18 @@ class _Listing(TyperCommand):
     """Lets ``--map`` and ``--assign`` take several values: ``--map image=a instruction=b``."""
 
     def parse_args(self, ctx, args):
-        spread, option = [], None
+        expanded, option = [], None
         for arg in args:
             if arg in ("--map", "--assign"):
                 option = arg
             elif option and re.fullmatch(r"[^-=][^=]*=.+", arg):
-                spread += [option, arg]
+                expanded += [option, arg]
             else:
-                if option and spread[-2:-1] != [option]:
-                    spread += [option]  # a value that is not a pair, or no value
+                if option and expanded[-2:-1] != [option]:
+                    expanded += [option]  # a value that is not a pair, or no value
                 option = None
-                spread.append(arg)
-        return super().parse_args(ctx, spread + ([option] if option and spread[-2:-1] != [option] else []))
+                expanded.append(arg)
+        return super().parse_args(ctx, expanded + ([option] if option and expanded[-2:-1] != [option] else []))
 
 
 Source = Annotated[
@@ -138,14 +138,14 @@ def build(
     from echo4o.dataset_scripts.build import BuildOptions, build
 
     options = BuildOptions(configuration=configuration.value, shard_bytes=shard_mb << 20)
-    reading = _reading(map_, assign, verify, reencode, workers)
+    read_options = _read_options(map_, assign, verify, reencode, workers)
     with _Progress("building") as progress:
         try:
             manifest = build(
                 src,
                 out,
                 options,
-                reading,
+                read_options,
                 max_rejected=max_rejected,
                 progress=lambda rows, report: progress(rows, f"{report.rejected_total} rejected"),
             )
@@ -153,7 +153,7 @@ def build(
             say(f"run the same command again to resume; finished work is kept in {out}")
             raise
     rows = manifest["rows"]
-    say(f"{rows['given']:,} rows given, {rows['accepted']:,} accepted, {rows['rejected']:,} rejected (rejected.jsonl)")
+    say(f"{rows['given']:,} rows read, {rows['accepted']:,} accepted, {rows['rejected']:,} rejected (rejected.jsonl)")
     finish(out, shlex.join(["echo4o", "dataset", "stats", str(out)]))
 
 
@@ -188,7 +188,7 @@ def validate(
             print(f"manifest: {line}")
             wrong += 1
     if not manifest:
-        wrong += _validate_rows(target, configuration, _reading(map_, assign, verify, False, workers), findings)
+        wrong += _validate_rows(target, configuration, _read_options(map_, assign, verify, False, workers), findings)
     elif not wrong:
         say("every shard matches the manifest")
     if wrong:
@@ -199,11 +199,13 @@ def validate(
 def _validate_rows(target: str, configuration: Configuration, reading, findings: Path | None, shown: int = 50) -> int:
     from echo4o.dataset_scripts.validate import validate
 
-    report, found = validate(target, configuration.value, reading, progress := _Progress("checking"))
+    """Prints or writes all findings; returns the number of rejected rows."""
+    progress = _Progress("checking")
+    report, all_findings = validate(target, configuration.value, reading, progress)
     stream = open(findings, "w", encoding="utf-8") if findings else None
     try:
         with progress:
-            for number, finding in enumerate(found):
+            for number, finding in enumerate(all_findings):
                 if stream:
                     stream.write(strict_json.dumps(finding.to_dict()) + "\n")
                 elif number < shown:
@@ -330,8 +332,10 @@ def publish(
 app.command()(synthesize.synthesize)
 
 
-def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, reencode: bool, workers: int | None):
-    """ReadOptions from the command line."""
+def _read_options(
+    map_: list[str] | None, assign: list[str] | None, verify: Verify, reencode: bool, workers: int | None
+):
+    """Builds `ReadOptions` from the options of the command line."""
     import os
     from dataclasses import replace
 
@@ -339,9 +343,9 @@ def _reading(map_: list[str] | None, assign: list[str] | None, verify: Verify, r
     from echo4o.dataset_scripts.schema import FolderMapping, parse_map, read_plan
     from echo4o.dataset_scripts.upstream import ReadOptions
 
-    given = map_ or []
-    plan_files = [value for value in given if "=" not in value]
-    pairs = [pair for value in given if "=" in value for pair in value.split()]
+    values = map_ or []
+    plan_files = [value for value in values if "=" not in value]
+    pairs = [pair for value in values if "=" in value for pair in value.split()]
     plan = {folder: entry for file in plan_files for folder, entry in read_plan(file).items()}
     for pair in assign or []:
         folder, _, name = pair.rpartition("=")
@@ -361,20 +365,19 @@ class _Progress:
     """A progress bar that counts rows, on a terminal only."""
 
     def __init__(self, what: str):
-        self.what = what
-        self.bar = None
-
-    def __enter__(self) -> "_Progress":
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(desc=self.what, unit=" rows", disable=None, leave=False, smoothing=0.05)
+        self.bar = tqdm(desc=what, unit=" rows", disable=None, leave=False, smoothing=0.05)
+
+    def __enter__(self) -> "_Progress":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.bar.close()
 
     def __call__(self, rows: int, note: str = "") -> None:
-        if self.bar is not None and not self.bar.disable:
+        """Adds rows to the bar; `note` is shown behind it."""
+        if not self.bar.disable:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(rows)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,12 +77,12 @@ def run(
         check_model(model)
     steps = _Steps(benchmark, out, prompt_options)
     # Check all options before the first image is generated.
-    ask = steps.judging(judging, detector, device_options, model, images)
-    if images is None and not steps.generate(
-        generation.settings(model, steps.per_prompt, device_options.dtype), device_options
-    ):
-        return
-    ask()
+    judge_images = steps.judging(judging, detector, device_options, model, images)
+    if model is not None:
+        settings = generation.settings(model, steps.per_prompt, device_options.dtype)
+        if not steps.generate(settings, device_options):
+            return
+    judge_images()
     steps.score(scoring)
 
 
@@ -156,11 +157,11 @@ def compare(
     """
     from echo4o.evaluation.compare import compare as compare_folders
 
-    found = compare_folders(a, b, bootstrap_seed, any_judge)
+    comparison = compare_folders(a, b, bootstrap_seed, any_judge)
     if as_json:
-        print(strict_json.dumps(found, indent=2))
+        print(strict_json.dumps(comparison, indent=2))
     else:
-        print_comparison(found)
+        print_comparison(comparison)
     finish(None, shlex.join(["echo4o", "evaluate", "compare", str(a), str(b), "--json"]))
 
 
@@ -231,9 +232,9 @@ class _Steps:
         from echo4o.evaluation.run import keep_prompts, kept_prompts
 
         self.out = out
-        chosen = (prompt_options.prompts, prompt_options.revision, prompt_options.group, prompt_options.limit)
+        selection = (prompt_options.prompts, prompt_options.revision, prompt_options.group, prompt_options.limit)
         kept = (out / PROMPTS).is_file()
-        if kept and all(value is None for value in chosen):
+        if kept and all(value is None for value in selection):
             self.benchmark, self.prompts = kept_prompts(out)
             if benchmark is not None and get_benchmark(benchmark) is not self.benchmark:
                 raise ValueError(f"{out} contains an evaluation with {self.benchmark.name}: use another --out")
@@ -256,11 +257,12 @@ class _Steps:
             keep_prompts(self.benchmark, self.prompts, out)
 
     def generate(self, settings: "GenerationSettings", device_options: DeviceOptions) -> bool:
-        """Generate the missing images. Returns whether this process runs the next step."""
+        """Generates the missing images. Returns whether this process runs the next step."""
         from echo4o.evaluation.generate import generate_images, world
 
         state = world(cpu=device_options.device == "cpu")
-        where = state.device if device_options.device == "auto" else choose_device(device_options.device)
+        device = device_options.device
+        where = state.device if device == "auto" and state.device is not None else choose_device(device)
 
         def load():
             pipe = load_pipeline(settings.model, where, device_options.dtype)
@@ -282,8 +284,8 @@ class _Steps:
         device_options: DeviceOptions,
         model: str | None,
         images: Path | None,
-    ):
-        """Check the options of the judge. Returns a function that judges the images."""
+    ) -> Callable[[], None]:
+        """Checks the options of the judge. Returns a function that judges the images."""
         from echo4o.evaluation.judge_prompts import load_judge_prompts
         from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
         from echo4o.evaluation.run import require_fitting
@@ -304,7 +306,7 @@ class _Steps:
         options = judging.options(name, judge.paid)
         questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
 
-        def ask() -> None:
+        def judge_images() -> None:
             from echo4o.evaluation.run import judge_folder
 
             with judging_progress(options) as shown:
@@ -321,9 +323,10 @@ class _Steps:
                     allow_missing=judging.allow_missing,
                 )
 
-        return ask
+        return judge_images
 
     def score(self, scoring: ScoreOptions) -> None:
+        """Computes the scores, writes the report and prints both."""
         from echo4o.evaluation.score import score_folder
         from echo4o.evaluation.score_report import write_report
 

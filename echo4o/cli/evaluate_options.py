@@ -205,26 +205,33 @@ class ScoreOptions:
 
 
 def spread(command: Callable) -> Callable:
-    """Let a command have dataclass parameters. Each field becomes an option, in a panel named by the docstring."""
-    flat, kinds = [], {}
+    """Replaces the dataclass parameters of a command by one option per field.
+
+    The help shows the options of a dataclass in a panel with its docstring as the title.
+    """
+    flat: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
     for parameter in inspect.signature(command).parameters.values():
-        if not is_dataclass(parameter.annotation):
+        group = parameter.annotation
+        if not isinstance(group, type) or not is_dataclass(group):
             flat.append(parameter)
             continue
-        kinds[parameter.name] = parameter.annotation
-        for field in inspect.signature(parameter.annotation).parameters.values():
+        groups[parameter.name] = group
+        for field in inspect.signature(group).parameters.values():
             kind, option = get_args(field.annotation)
             option = copy(option)  # shared with other commands
-            option.rich_help_panel = parameter.annotation.__doc__
+            option.rich_help_panel = group.__doc__
             flat.append(field.replace(annotation=Annotated[kind, option]))
 
     @wraps(command)
-    def with_options(**given):
-        made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in kinds.items()}
-        return command(**given, **made)
+    def with_options(**values):
+        grouped = {
+            name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
+        }
+        return command(**values, **grouped)
 
-    in_order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat]
-    with_options.__signature__ = inspect.Signature(in_order)
+    options = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat]
+    setattr(with_options, "__signature__", inspect.Signature(options))  # noqa: B010  # typer reads it
     return with_options
 
 

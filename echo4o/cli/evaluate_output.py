@@ -46,11 +46,11 @@ def print_result(result: dict) -> None:
     from rich.table import Table
 
     table = Table("group", "score", "95% interval", "scored", box=None)
-    for name, of in result["groups"].items():
+    for name, group in result["groups"].items():
         limits = result["intervals"]["groups"].get(name)
-        value = "-" if of["score"] is None else f"{of['score']:.3f}"
+        value = "-" if group["score"] is None else f"{group['score']:.3f}"
         interval = "" if limits is None else f"{limits[0]:.3f} to {limits[1]:.3f}"
-        table.add_row(name, value, interval, f"{of['scored']}/{of['total']}")
+        table.add_row(name, value, interval, f"{group['scored']}/{group['total']}")
     console = Console(stderr=True)
     console.print(table)
     measure = result.get("measure")
@@ -66,23 +66,23 @@ def print_result(result: dict) -> None:
         say(f"{name.replace('_', ' ')} {value:.3f}")
 
 
-def print_comparison(found: dict) -> None:
+def print_comparison(comparison: dict) -> None:
     """Print the differences of two folders on stdout."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "A", "B", "B - A", "95% interval", "p", box=None)
-    lines = {"score": found["score"], **found["also"], **found["groups"]}
-    for name, of in lines.items():
-        low, high = of["interval"]
-        p = of.get("p_holm", of["p"])
+    rows = {"score": comparison["score"], **comparison["also"], **comparison["groups"]}
+    for name, row in rows.items():
+        low, high = row["interval"]
+        p = row.get("p_holm", row["p"])
         table.add_row(
             name,
-            f"{of['a']:.3f}",
-            f"{of['b']:.3f}",
-            f"{of['difference']:+.3f}",
+            f"{row['a']:.3f}",
+            f"{row['b']:.3f}",
+            f"{row['difference']:+.3f}",
             f"{low:+.3f} to {high:+.3f}",
             f"{p:.4f}",
         )
     Console(stderr=False).print(table)
-    say(f"{found['prompts']} of {found['of']} prompts are scored in both; {found['test']}")
+    say(f"{comparison['prompts']} of {comparison['of']} prompts are scored in both; {comparison['test']}")

@@ -146,13 +146,13 @@ def require_model(model: str | None) -> str:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise an error if the prompt has no text."""
+    """Raises ValueError if the prompt has no text."""
     if not prompt.strip():
         raise ValueError("the prompt is empty: write what to generate or to answer")
 
 
 def open_images(paths: "list[Path] | None") -> "list[Image]":
-    """Decode the reference images and apply their EXIF orientation."""
+    """Decodes the reference images and applies their EXIF orientation."""
     if not paths:
         return []
     from PIL import Image, ImageOps

@@ -70,7 +70,7 @@ def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
     call = ImageCall(height, width, batch, references)
     plan = memory.make_plan(memory.read_stored(model), size, call)
     print(memory.as_json(plan) if as_json else memory.as_text(plan))
-    if plan.recommended is None:  # as `train --plan`: scripts see it, too
+    if plan.recommended is None:  # a nonzero exit code, as in `train --plan`
         finish(None, "echo4o info --help")
         raise typer.Exit(1)
     command = (

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +10,6 @@ from echo4o.common.hub_names import is_repository_name
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
 
 
 class Dtype(StrEnum):
@@ -32,7 +31,7 @@ Think = Annotated[bool, typer.Option("--think", help="Let the model plan in word
 
 
 def check_model(model: str) -> None:
-    """Raise an error if ``model`` is neither a checkpoint folder nor a Hub repository. Imports nothing slow."""
+    """Raises an error if ``model`` is neither a checkpoint folder nor a Hub repository. Imports nothing slow."""
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file() and not _is_original(folder):
@@ -48,7 +47,7 @@ def check_model(model: str) -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The torch device of a name. ``auto`` is the first accelerator, or the CPU if there is none."""
+    """Returns the torch device of a name. ``auto`` is the first accelerator, or the CPU if there is none."""
     import torch
 
     if name == "auto":
@@ -58,8 +57,10 @@ def choose_device(name: str) -> "torch.device":
     except RuntimeError as error:
         raise ValueError(f"--device {name}: unknown device; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        built = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        raise ValueError(f"--device {name}: not available, {built}; use --device cpu")
+        raise ValueError(
+            f"--device {name}: not available, torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: not available on this machine; use --device cpu")
     return device
@@ -71,7 +72,7 @@ def _is_original(folder: Path) -> bool:
     return original_class(folder) is not None
 
 
-# The option of the command line that sets an argument of a pipeline.
+# Argument of a pipeline -> the option of the command line that sets it.
 _OPTIONS = {
     "image": "--image",
     "num_inference_steps": "--steps",
@@ -84,22 +85,25 @@ _OPTIONS = {
 
 
 def require_options(model: str, method: str, arguments: dict) -> None:
-    """Raise ValueError, naming the options, if the model's pipeline does not take one of these arguments."""
+    """Raises ValueError, naming the options, if the pipeline of the model does not accept one of these arguments."""
     from echo4o.modeling.pipelines import require_supported
 
     require_supported(class_of(model), {_OPTIONS[name]: name for name in arguments}, method)
 
 
 def class_of(model: str) -> type:
-    """The pipeline class of a pipeline folder, a Hub repository or a checkpoint in an original layout."""
+    """Returns the pipeline class of a pipeline folder, a Hub repository or an original checkpoint."""
     from echo4o.modeling.pipelines import original_class, pipeline_class
 
     original = original_class(model) if Path(model).is_dir() else None
     return original or pipeline_class(model)
 
 
-def load_pipeline(model: str, device: "torch.device", dtype: Dtype) -> "DiffusionPipeline":
-    """Load a pipeline folder, a Hub repository or an original checkpoint onto a device."""
+def load_pipeline(model: str, device: "torch.device", dtype: Dtype) -> Any:
+    """Loads a pipeline folder, a Hub repository or an original checkpoint onto a device.
+
+    The class of the pipeline is not known here; `require_options` checks the arguments that its call accepts.
+    """
     import torch
 
     import echo4o

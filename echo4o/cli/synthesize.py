@@ -1,4 +1,4 @@
-"""``echo4o dataset synthesize``: make rows for Echo-4o-Image with an image API."""
+"""``echo4o dataset synthesize``: generate rows for Echo-4o-Image with an image API."""
 
 import errno
 import math
@@ -22,14 +22,16 @@ def synthesize(
     ] = False,
     preview: Annotated[
         int | None,
-        typer.Option(min=1, max=200, help="Make only this many rows, from all parts in turn, and a contact sheet."),
+        typer.Option(
+            min=1, max=200, help="Generate only this many rows, from all parts in turn, and a contact sheet."
+        ),
     ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Maximum cost of the folder in USD, over all runs.", show_default="no limit")
     ] = None,
     probe: Annotated[bool, typer.Option(help="First check with a test image that the judge can see.")] = True,
 ) -> None:
-    """Make rows with an image API: instructions, images, checks. echo4o dataset build reads the result.
+    """Generate rows with an image API: instructions, images, checks. echo4o dataset build reads the result.
 
     Example: [bold]echo4o dataset synthesize first_hundred --plan[/bold]
     Then: [bold]echo4o dataset synthesize first_hundred --out made --budget 5 --preview 12[/bold]
@@ -45,11 +47,11 @@ def synthesize(
         raise ValueError(f"--budget {budget:g}: must be a positive number of USD, for example --budget 5")
     chains = load_chains(chosen)
     tasks = make_tasks(chosen, chains)
-    again = ["echo4o", "dataset", "synthesize", recipe, "--out", str(out)]
-    again += [] if budget is None else ["--budget", f"{budget:g}"]
+    command = ["echo4o", "dataset", "synthesize", recipe, "--out", str(out)]
+    command += [] if budget is None else ["--budget", f"{budget:g}"]
     if plan:
         print("\n".join(make_plan(chosen, tasks).lines()))
-        finish(None, shlex.join([*again, "--preview", "12"]))
+        finish(None, shlex.join([*command, "--preview", "12"]))
         return
     wanted = first_tasks(tasks, preview) if preview else tasks
     prompts = _prompts(chosen)
@@ -57,20 +59,20 @@ def synthesize(
         folder.begin(_run(chosen, chains), chosen.about())
         left = make_plan(chosen, [task for task in wanted if not folder.is_decided(task.id)])
         say("\n".join(left.lines()))
-        outcome, spent, reason = _make(chosen, chains, wanted, folder, prompts, budget, probe, left)
+        outcome, spent, reason = _generate(chosen, chains, wanted, folder, prompts, budget, probe, left)
         sheet = write_preview(folder, wanted) if preview else None
     uncounted = (
-        f", without the calls of models that have no price ({', '.join(left.unpriced())})" if left.unpriced() else ""
+        f", not counting the calls of models without a price ({', '.join(left.unpriced())})" if left.unpriced() else ""
     )
-    say(f"{outcome}; {spent:.4f} USD spent in all{uncounted}")
-    for row, why in list(outcome.open.items())[:3]:
-        say(f"{row} is still open: {why}")
+    say(f"{outcome}; {spent:.4f} USD spent in total{uncounted}")
+    for row, cause in list(outcome.open.items())[:3]:
+        say(f"{row} is not decided yet: {cause}")
     if reason is not None:
         say(f"paid results are kept in {out}; run the same command again to resume")
         raise reason
     is_open = outcome.decided < outcome.planned
     if sheet is not None or is_open:
-        finish(sheet or out, shlex.join(again))
+        finish(sheet or out, shlex.join(command))
         raise typer.Exit(int(is_open))
     else:
         finish(out / DATASET, shlex.join(["echo4o", "dataset", "build", str(out / DATASET), "--out", f"{out}-built"]))
@@ -111,22 +113,26 @@ def _prompts(recipe):
     return PromptIndex(listed, gate.overlap)
 
 
-def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
-    """Run the engine: (outcome, USD spent in all, what ended the run early)."""
+def _generate(recipe, chains, tasks, folder, prompts, budget, probe, plan):
+    """Runs the engine. Returns the outcome, the USD spent in all runs, and the error that ended the run early."""
     from tqdm.auto import tqdm
 
-    from echo4o.dataset_scripts.synthesis.engine import Synthesis
+    from echo4o.dataset_scripts.synthesis.engine import Synthesis, SynthesisOutcome
+    from echo4o.dataset_scripts.synthesis.folder import SPENDING
+    from echo4o.endpoints.budget import Ledger
     from echo4o.endpoints.calls import run_async
     from echo4o.endpoints.synthesis_calls import SynthesisCalls
     from echo4o.evaluation.image_checks import ImageChecker
 
-    roles = [calls.role for calls in plan.calls]  # none when every row is decided
-    calls = SynthesisCalls(recipe, folder.path, roles, ImageChecker, budget, probe) if roles else None
+    roles = [calls.role for calls in plan.calls]
+    if not roles:  # every row is decided
+        return SynthesisOutcome.of(tasks, folder), Ledger(folder.path / SPENDING).spent or 0.0, None
+    calls = SynthesisCalls(recipe, folder.path, roles, ImageChecker, budget, probe)
     bar = tqdm(total=len(tasks), desc="synthesizing", unit=" rows", disable=None, leave=False)
 
     def progress(outcome) -> None:
         bar.n = outcome.decided
-        bar.set_postfix_str(f"{outcome.rejected.total()} rejected, {calls.ledger.spent:.2f} USD", refresh=False)
+        bar.set_postfix_str(f"{outcome.rejected.total()} rejected, {calls.ledger.spent or 0.0:.2f} USD", refresh=False)
         bar.update(0)
 
     engine = Synthesis(recipe, chains, tasks, calls, folder, prompts, progress)
@@ -136,9 +142,8 @@ def _make(recipe, chains, tasks, folder, prompts, budget, probe, plan):
             await engine.run()
 
     with bar:
-        if calls:
-            run_async(run)
-    return engine.outcome, calls.ledger.spent if calls else _spent(folder.path), calls.reason if calls else None
+        run_async(run)
+    return engine.outcome, calls.ledger.spent or 0.0, calls.reason
 
 
 @contextmanager
@@ -151,10 +156,3 @@ def _disk(out: Path):
             raise
         hint = "paid results are kept; free some space and run the same command again"
         raise OSError(f"{out}: {error.strerror}; {hint}") from None
-
-
-def _spent(out: Path) -> float:
-    from echo4o.dataset_scripts.synthesis.folder import SPENDING
-    from echo4o.endpoints.budget import Ledger
-
-    return Ledger(out / SPENDING).spent

@@ -58,15 +58,15 @@ def train(
     if not plan and (gpu is not None or num_gpus is not None):
         raise ValueError(f"--{'gpu' if gpu is not None else 'num-gpus'} has no effect without --plan.")
     changes = parse_changes(set_ or []) | ({"resume": True} if resume else {})
-    asked = load_recipe(recipe, changes)
+    settings = load_recipe(recipe, changes)
     if plan:
         from echo4o.planning.training_memory import print_plan
 
-        fits = print_plan(asked, gpu or "80GB", num_gpus or asked.processes or 1)
+        fits = print_plan(settings, gpu or "80GB", num_gpus or settings.processes or 1)
         raise typer.Exit(0 if fits else 1)
     arguments = [recipe, *(part for pair in set_ or [] for part in ("--set", pair)), *(["--resume"] if resume else [])]
-    if asked.processes not in (None, 1) and "WORLD_SIZE" not in os.environ:
-        launch(asked.processes, asked.device, asked.mixed_precision, arguments)
+    if settings.processes not in (None, 1) and "WORLD_SIZE" not in os.environ:
+        launch(settings.processes, settings.device, settings.mixed_precision, arguments)
     from echo4o.training.train import main
 
     if code := main(arguments):
@@ -125,21 +125,21 @@ def export(
             raise ValueError(f"--best is for a run, and {run} is one checkpoint.")
         if why := missing_from(run):
             raise ValueError(f"{run} is not a complete checkpoint: {why}")
-        found = [Checkpoint(run)]
+        available = [Checkpoint(run)]
     else:
-        folder = CheckpointFolder(run / "checkpoints", log=say)
-        found = folder.complete()
+        checkpoints = CheckpointFolder(run / "checkpoints", log=say)
+        available = checkpoints.complete()
         if best:
-            marked = folder.read_best()
+            marked = checkpoints.read_best()
             if marked is None:
                 raise ValueError(f"{run} has no best checkpoint: its recipe needs checkpoints.keep_best: true.")
-            found, step = [marked], marked.step
-    chosen = [c for c in found if step is None or c.step == step]
+            available, step = [marked], marked.step
+    chosen = [c for c in available if step is None or c.step == step]
     if not chosen:
-        steps = ", ".join(str(c.step) for c in found) or "none"
+        steps = ", ".join(str(c.step) for c in available) or "none"
         raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {steps}")
     folder = export_checkpoint(chosen[-1], out, weights.value, merge)
-    adapter = (folder / "model_index.json").is_file() is False
+    adapter = not (folder / "model_index.json").is_file()
     say(f"step {chosen[-1].step}, the {'adapter' if adapter else 'pipeline'}:")
     if adapter:
         finish(folder, shlex.join(["echo4o", "export", str(run), "--merge", "--out", f"{out}-merged"]))

@@ -20,7 +20,7 @@ from echo4o.dataset_scripts.synthesis.calls import (
 )
 from echo4o.dataset_scripts.synthesis.folder import ANSWERS, SPENDING
 from echo4o.dataset_scripts.synthesis.plan import guess
-from echo4o.dataset_scripts.synthesis.recipe import ImageModelSettings, ModelSettings, SynthesisRecipe
+from echo4o.dataset_scripts.synthesis.recipe import ImageModelSettings, JudgeSettings, ModelSettings, SynthesisRecipe
 from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller
@@ -46,7 +46,10 @@ _LOST = (
 class ImageChecker(Protocol):
     """How the judge of a recipe is asked about an image; see `echo4o.evaluation.image_checks`."""
 
-    endpoint: Endpoint
+    @property
+    def endpoint(self) -> Endpoint:
+        """The model that answers."""
+        ...
 
     def question(
         self, check: ImageCheck, image: ImageFile, references: Sequence[ImageFile]
@@ -78,7 +81,7 @@ class SynthesisCalls:
         recipe: SynthesisRecipe,
         out: Path,
         roles: Sequence[str],
-        make_checker: Callable[[ModelSettings], ImageChecker],
+        make_checker: Callable[[JudgeSettings], ImageChecker],
         budget: float | None = None,
         probe: bool = True,
     ):

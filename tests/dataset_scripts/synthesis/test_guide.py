@@ -117,7 +117,7 @@ def test_from_a_key_to_a_hundred_rows(server, tmp_path):
     manifest = json.loads((tmp_path / "made-built" / "manifest.json").read_text())
     assert manifest["rows"]["accepted"] == 100
     assert sum(call.kind == "generate" for call in server.calls) == 100 and max(server.paid.values()) == 1
-    spent = float(re.findall(r"([\d.]+) USD spent in all", said[2])[-1])
+    spent = float(re.findall(r"([\d.]+) USD spent in total", said[2])[-1])
     stated = float(re.findall(r"about ([\d.]+) USD if every answer passes at once", GUIDE)[0])
     assert spent == pytest.approx(stated, rel=0.15), "the loopback server bills about what the plan expects"
     every = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()) + "".join(said).encode()

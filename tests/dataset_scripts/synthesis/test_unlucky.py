@@ -147,7 +147,7 @@ def test_what_has_no_price_is_not_told_as_free(server, recipe, tmp_path):
     said = " ".join(run("synthesize", file, "--plan").split())
     assert "no price in the recipe" in said and "cost: unknown; set models.image.price" in said and "about 0.0" in said
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made").split())
-    assert "USD spent in all, without the calls of models that have no price (models.image.price)" in said
+    assert "USD spent in total, not counting the calls of models without a price (models.image.price)" in said
 
 
 def test_roles_of_one_model_share_its_rate(server, recipe, tmp_path):
