@@ -518,6 +518,20 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         name: rf".*\.({experts})\.(to_q|to_k|to_v|to_out|ff\.gate_proj|ff\.up_proj|ff\.down_proj)"
         for name, experts in (("gen", "gen"), ("und", "und"), ("both", "gen|und"))
     }
+    # Regular expression of a matrix's name -> its name in the original layout, which other trainers' adapters use.
+    _original_names = {
+        r"layers\.(\d+)\.und\.to_([qkv])": r"language_model.model.layers.\1.self_attn.\2_proj",
+        r"layers\.(\d+)\.gen\.to_([qkv])": r"language_model.model.layers.\1.self_attn.\2_proj_moe_gen",
+        r"layers\.(\d+)\.und\.to_out": r"language_model.model.layers.\1.self_attn.o_proj",
+        r"layers\.(\d+)\.gen\.to_out": r"language_model.model.layers.\1.self_attn.o_proj_moe_gen",
+        r"layers\.(\d+)\.und\.ff\.(gate|up|down)_proj": r"language_model.model.layers.\1.mlp.\2_proj",
+        r"layers\.(\d+)\.gen\.ff\.(gate|up|down)_proj": r"language_model.model.layers.\1.mlp_moe_gen.\2_proj",
+        r"proj_in": "vae2llm",
+        r"proj_out": "llm2vae",
+        r"time_embed\.linear_1": "time_embedder.mlp.0",
+        r"time_embed\.linear_2": "time_embedder.mlp.2",
+        r"lm_head": "language_model.lm_head",
+    }
     # Part -> regular expression that its parameters' names begin with; the first match counts.
     _trainable_parts = {"text": r"(embed_tokens|lm_head)\.", "und": r"(.+\.)?und\.", "gen": ""}
 
@@ -570,13 +584,20 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
+
+    def unload_lora(self) -> None:
+        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        super().unload_lora()
+        _restore_what_trained(self)
 
     def _und_is_frozen(self) -> bool:
         """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
@@ -655,7 +676,8 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         contexts: list[Context] | None = None,
         logit_index: torch.Tensor | None = None,
         plan: InferencePlan | None = None,
-    ) -> BagelTransformerOutput:
+        return_dict: bool = True,
+    ) -> BagelTransformerOutput | tuple:
         """One pass over a packed sequence.
 
         Args:
@@ -667,6 +689,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 appended to their cache. None: training; every row is a whole sample under its mask.
             logit_index: (n,) und tokens whose next-token logits are wanted.
             plan: what [`plan`] made of `sequence` and `contexts`, when several steps share it.
+            return_dict: False returns the output as a tuple, `sample` first and without what is None.
         """
         und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
         prefix = ()
@@ -691,12 +714,13 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
         if contexts is not None:
             _advance(sequence, contexts)
-        return BagelTransformerOutput(
+        output = BagelTransformerOutput(
             sample=self.proj_out(gen),
             logits=None if logit_index is None else self.lm_head(und[logit_index]),
             und_states=und,
             gen_states=gen,
         )
+        return output if return_dict else output.to_tuple()
 
     # --- costs: arithmetic and memory of a training step ------------------------------------------------------------
 
@@ -839,6 +863,19 @@ def _check_options(model: ConfigMixin) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
             wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _note_what_trains(model: nn.Module) -> None:
+    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+    if not getattr(model, "peft_config", None):
+        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _restore_what_trained(model: nn.Module) -> None:
+    """Undo what adapters did to `requires_grad`, once they are gone."""
+    before = model.__dict__.pop("_trained_before_adapters", {})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def _exempting(config, names: list[str]):

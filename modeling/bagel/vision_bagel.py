@@ -131,21 +131,31 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
-    def forward(self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int]) -> BagelVisionOutput:
+    def unload_lora(self) -> None:
+        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        super().unload_lora()
+        _restore_what_trained(self)
+
+    def forward(
+        self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], return_dict: bool = True
+    ) -> BagelVisionOutput | tuple:
         """Encode packed pictures.
 
         Args:
             patches: (V, patch_size**2 * 3) pixels in [-1, 1], each patch flattened as (row, column, channel).
             position_ids: (V,) indices in the position tables.
             lengths: number of patches of each picture; their sum is V.
+            return_dict: False returns the output as a tuple, `embeds` first.
         """
         assert sum(lengths) == patches.shape[0], (lengths, tuple(patches.shape))
         dtype = self.position_embedding.weight.dtype
@@ -159,7 +169,8 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = self.post_layernorm(x)[0]
         connected = self.connector(x)
         embeds = connected + self.pos_embed[position_ids].to(connected.dtype)
-        return BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+        output = BagelVisionOutput(embeds=embeds, last_hidden_state=x, connected=connected)
+        return output if return_dict else output.to_tuple()
 
     # --- costs: arithmetic and memory of a training step ------------------------------------------------------------
 
@@ -201,6 +212,19 @@ def _check_options(model: ConfigMixin) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
             wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _note_what_trains(model: nn.Module) -> None:
+    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+    if not getattr(model, "peft_config", None):
+        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _restore_what_trained(model: nn.Module) -> None:
+    """Undo what adapters did to `requires_grad`, once they are gone."""
+    before = model.__dict__.pop("_trained_before_adapters", {})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def _exempting(config, names: list[str]):

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
-from .lora_files import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, read_adapter
+from .lora_files import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, matrix_names, read_adapter
+from .lora_formats import convert_adapter
 
 _PREFIX = "transformer."
 
@@ -50,7 +51,7 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs):
         """Adapter weights, named `transformer.*`, from a file, a folder, a Hub repository, or as given in a dict.
 
-        `return_lora_metadata` adds the adapter's configuration (None: there is none). `weight_name`, `subfolder`,
+        `return_lora_metadata` adds the adapter's configuration, whose names have the same prefix (None: there is none). `weight_name`, `subfolder`,
         `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in diffusers.
         Raises ValueError for pickled or damaged weights and for a PEFT folder without its configuration.
         """
@@ -60,7 +61,9 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         state, settings = (
             (dict(source), None) if isinstance(source, dict) else read_adapter(find_adapter(source, **kwargs))
         )
-        return (state, settings) if return_lora_metadata else state
+        if not return_lora_metadata:
+            return state
+        return state, None if settings is None else {f"{_PREFIX}{name}": value for name, value in settings.items()}
 
     def load_lora_weights(
         self,
@@ -75,7 +78,8 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict: as for `lora_state_dict`: what `save_lora_adapter`, the recipes or
-                PEFT's `save_pretrained` wrote, or weights named `transformer.*`.
+                PEFT's `save_pretrained` wrote, or weights named `transformer.*`. Files of kohya and ComfyUI, and of
+                PEFT on the original model, load if every name has one meaning and every alpha is known.
             adapter_name: for `set_adapters`; None takes the first free `default_N`.
             hotswap: replace the weights of the adapter of that name in place (no recompilation).
             config: a `LoraConfig` or its options, for weights that come without.
@@ -89,6 +93,11 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         self._require_unfused("load an adapter")
         state, settings = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        if settings is not None:
+            settings = {name.removeprefix(_PREFIX): value for name, value in settings.items()}
+        state, settings = convert_adapter(
+            state, settings, matrix_names(self.transformer), getattr(self._model, "_original_names", {})
         )
         settings = config if config is not None else settings
         if settings is None:
@@ -256,7 +265,11 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         return next((list(layer.active_adapters) for _, layer in self._lora_layers()), [])
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None) -> None:
-        """Make these adapters the active ones, with these weights (one for all or a list; 1.0 where left out)."""
+        """Make these adapters the active ones.
+
+        `adapter_weights`: one for all, or a list with one for each; 1.0 where left out. A weight may be a dict by
+        component, as in diffusers: {"transformer": 0.5}. Raises ValueError for other components.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
         self._require_adapters(names)
@@ -265,6 +278,7 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
             raise ValueError(f"adapter_names={names} must name each adapter once, and one at least (or disable_lora).")
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights={adapter_weights!r} must be as many as the adapters: {len(names)}.")
+        weights = [_of_component(weight, self.transformer_name) for weight in weights]
         weights = [1.0 if weight is None else _finite(weight, "adapter_weights") for weight in weights]
         self._model.set_adapters(names, weights)
 
@@ -364,6 +378,15 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         finally:
             for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling.update(scaling)
+
+
+def _of_component(weight, component: str):
+    """The weight of a component in diffusers' form {component: weight}; other forms as they are."""
+    if not isinstance(weight, dict):
+        return weight
+    if set(weight) != {component}:
+        raise ValueError(f"adapter_weights has {weight!r}: only {component!r} takes adapters, with one number.")
+    return weight[component]
 
 
 def _read_scale(options: dict) -> float:

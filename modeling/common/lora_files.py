@@ -200,6 +200,11 @@ def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], 
         raise ValueError(f"The adapter cannot be used: {shortened(problems, '; ', 3)}.")
 
 
+def matrix_names(transformer: torch.nn.Module) -> list[str]:
+    """Names of the modules that can take an adapter."""
+    return list(_linear_layers(transformer))
+
+
 def _linear_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The transformer's matrices by name, those under adapters as well."""
     layers = {}

@@ -129,3 +129,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         model(tokens, time, sample).sample.pow(2).mean().backward()
         gradients.append([p.grad.clone() for p in model.layers.parameters() if p.grad is not None])
     assert all(map(torch.equal, *gradients))
+
+
+def test_outputs_come_as_tuples_as_well(model):
+    sample = rows([text(5, 6), image_segment("noise", (2, 3), TOKENS)])
+    inputs = (torch.randn(6, 64), torch.full((6,), 0.5), sample)
+    for options in ({}, {"logit_index": torch.tensor([0, 2])}):
+        output, plain = model(*inputs, **options), model(*inputs, **options, return_dict=False)
+        assert isinstance(plain, tuple) and len(plain) == 3 + len(options)
+        assert all(torch.equal(a, b) for a, b in zip(plain, output.to_tuple(), strict=True))
+        assert torch.equal(plain[0], output.sample)
+
+
+def test_the_vision_models_output_comes_as_a_tuple_as_well(pipe):
+    patches = torch.randn(5, pipe.vision_model.patch_embed.in_features)
+    inputs = {"patches": patches, "position_ids": torch.arange(5), "lengths": [2, 3]}
+    with torch.no_grad():
+        output, plain = pipe.vision_model(**inputs), pipe.vision_model(**inputs, return_dict=False)
+    assert isinstance(plain, tuple) and len(plain) == 3
+    assert all(torch.equal(a, b) for a, b in zip(plain, output.to_tuple(), strict=True))
+    assert torch.equal(plain[0], output.embeds)
