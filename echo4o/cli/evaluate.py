@@ -13,6 +13,7 @@ from echo4o.cli.evaluate_options import (
     Benchmark,
     DetectorOptions,
     DeviceOptions,
+    DPGOptions,
     GenerationOptions,
     Images,
     JudgeOptions,
@@ -63,6 +64,7 @@ def run(
     device_options: DeviceOptions,
     judging: JudgeOptions,
     detector: DetectorOptions,
+    dpg: DPGOptions,
     scoring: ScoreOptions,
     model: Model = None,
     images: Images = None,
@@ -71,11 +73,17 @@ def run(
 
     Example: [bold]echo4o evaluate genevalpp --model echo-4o --out runs/echo-4o[/bold]
     """
+    if dpg.answers is not None:
+        steps = _Steps(benchmark, out, prompt_options)
+        steps.import_answers(dpg.answers)
+        steps.score(scoring)
+        return
     if (model is None) == (images is None):
         raise ValueError("pass --model to generate images, or --images to judge the images of a folder")
     if model is not None:
         check_model(model)
     steps = _Steps(benchmark, out, prompt_options)
+    images = steps.cut_grids(images, dpg.grid)
     # Check all options before the first image is generated.
     judge_images = steps.judging(judging, detector, device_options, model, images)
     if model is not None:
@@ -115,6 +123,7 @@ def judge(
     prompt_options: PromptOptions,
     judging: JudgeOptions,
     detector: DetectorOptions,
+    dpg: DPGOptions,
     device_options: DeviceOptions,
     benchmark: Annotated[
         str | None, typer.Option(help="The benchmark of images that were not generated into --out.")
@@ -126,7 +135,11 @@ def judge(
 
     Example: [bold]echo4o evaluate judge --out runs/echo-4o --judge openai:gpt-4.1-2025-04-14 --budget 5[/bold]
     """
-    _Steps(benchmark, out, prompt_options).judging(judging, detector, device_options, model, images)()
+    steps = _Steps(benchmark, out, prompt_options)
+    if dpg.answers is not None:
+        steps.import_answers(dpg.answers)
+    else:
+        steps.judging(judging, detector, device_options, model, steps.cut_grids(images, dpg.grid))()
     say("the judgements:")
     finish(out / "records.jsonl", shlex.join(["echo4o", "evaluate", "score", "--out", str(out)]))
 
@@ -232,7 +245,13 @@ class _Steps:
         from echo4o.evaluation.run import keep_prompts, kept_prompts
 
         self.out = out
-        selection = (prompt_options.prompts, prompt_options.revision, prompt_options.group, prompt_options.limit)
+        selection = (
+            prompt_options.prompts,
+            prompt_options.questions,
+            prompt_options.revision,
+            prompt_options.group,
+            prompt_options.limit,
+        )
         kept = (out / PROMPTS).is_file()
         if kept and all(value is None for value in selection):
             self.benchmark, self.prompts = kept_prompts(out)
@@ -252,6 +271,7 @@ class _Steps:
             prompt_options.revision,
             prompt_options.group or (),
             prompt_options.limit,
+            prompt_options.questions,
         )
         if os.environ.get("RANK", "0") == "0":
             keep_prompts(self.benchmark, self.prompts, out)
@@ -276,6 +296,29 @@ class _Steps:
         with progress("images", state.is_main_process) as advance:
             generate_images(self.prompts.prompts, settings, self.out, load, state, advance)
         return state.is_main_process
+
+    def cut_grids(self, images: Path | None, side: int | None) -> Path | None:
+        """The folder of the images: `--images`, or where its grids were cut to."""
+        if side is None:
+            return images
+        from echo4o.evaluation.benchmarks.dpg.grid import write_grid_images
+        from echo4o.evaluation.folder import IMAGES
+        from echo4o.evaluation.prompt_files import DPG_NAMES
+
+        if images is None or self.benchmark.name not in DPG_NAMES:
+            raise ValueError("--grid needs --images, and a benchmark whose images come in grids (dpg)")
+        ids = [prompt.id for prompt in self.prompts.prompts]
+        write_grid_images(images, ids, side, self.per_prompt, self.out / IMAGES)
+        return self.out / IMAGES
+
+    def import_answers(self, file: Path) -> None:
+        """Take over the answers of the original DPG-Bench."""
+        from echo4o.evaluation.benchmarks.dpg.benchmark import DPGBench
+        from echo4o.evaluation.benchmarks.dpg.original_answers import import_answers
+
+        if not isinstance(self.benchmark, DPGBench):
+            raise ValueError(f"--answers is for dpg only, not for {self.benchmark.name}")
+        import_answers(self.benchmark, self.prompts.prompts, file, self.out, self.per_prompt)
 
     def judging(
         self,

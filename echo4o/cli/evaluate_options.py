@@ -44,6 +44,10 @@ class PromptOptions:
             show_default="download the official prompts",
         ),
     ] = None
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="The question table of DPG-Bench.", show_default="download the official table"),
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Commit of the Hub dataset (omnicontext only).")] = None
     group: Annotated[list[str] | None, typer.Option(help="Use only this group or type; repeatable.")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None
@@ -160,6 +164,20 @@ class JudgeOptions:
             probe=not self.no_probe and not judge_name.startswith(("pixels", "detector")),
             retry_errors=self.retry_errors,
         )
+
+
+@dataclass
+class DPGOptions:
+    """DPG-Bench"""
+
+    grid: Annotated[
+        int | None,
+        typer.Option(min=1, help="--images has 2 x 2 grids <item_id>.png of images with this side in pixels."),
+    ] = None
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Score the answers in this *_detail.txt of the original script instead of asking a judge."),
+    ] = None
 
 
 @dataclass

@@ -34,8 +34,12 @@ def json_schema(fields: type[BaseModel]) -> dict[str, Any]:
     """The schema for structured outputs, in the subset that endpoints agree on. Ranges are checked when reading."""
     properties = {}
     for name, info in fields.model_fields.items():
+        if info.exclude:
+            continue
         if get_origin(info.annotation) is Literal:
-            properties[name] = {"type": "integer", "enum": list(get_args(info.annotation))}
+            choices = list(get_args(info.annotation))
+            kind = "string" if isinstance(choices[0], str) else "integer"
+            properties[name] = {"type": kind, "enum": choices}
         else:
             properties[name] = {"type": "string" if info.annotation is str else "number"}
     return {

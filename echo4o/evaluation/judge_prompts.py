@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from echo4o.endpoints.chat_endpoint import ImageFile, LabelledImage
 from echo4o.endpoints.json_answers import json_schema
@@ -54,7 +54,7 @@ class JudgePrompt:
         """The question about one image. `values` fill the template; see [`Question`] for the rest."""
         values = values | {"answer_format": answer_format(verdict)}
         try:
-            filled = _ENVIRONMENT.from_string(self.source).render(values)
+            filled = _template(self.source).render(values)
         except TemplateError as error:
             known = ", ".join(sorted(values))
             raise ValueError(f"{self.path}: {error}; a judge prompt can use {known}") from None
@@ -71,6 +71,11 @@ class JudgePrompt:
         )
 
 
+@lru_cache(maxsize=64)
+def _template(source: str) -> Template:
+    return _ENVIRONMENT.from_string(source)
+
+
 @lru_cache(maxsize=1024)
 def _image_file(path: Path) -> ImageFile:
     return ImageFile.read(path)
@@ -80,6 +85,12 @@ def answer_format(verdict: type[Verdict]) -> str:
     """One line that describes the answer, as the last line of a judge prompt."""
     fields = []
     for name, info in verdict.model_fields.items():
+        if info.exclude:
+            continue
+        if get_origin(info.annotation) is Literal and isinstance(get_args(info.annotation)[0], str):
+            choices = " or ".join(f'"{value}"' for value in get_args(info.annotation))
+            fields.append(f'"{name}": {choices}')
+            continue
         kind = '"..."' if info.annotation is str else "0 or 1" if name == "correct" else "a number from 0 to 10"
         fields.append(f'"{name}": {kind}')
     return f"Answer with one JSON object and nothing else: {{{', '.join(fields)}}}"

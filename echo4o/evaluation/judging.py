@@ -25,7 +25,6 @@ from echo4o.evaluation.judges.base import Judge, Question
 
 # Faults in transport, after which a later run asks again.
 RETRIED_LATER = ("http_", "timeout", "connection", "bad_response")
-_VERDICT_TOKENS = 200  # of a verdict with its reason, for estimates
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,9 @@ def _require_budget(
     waiting: list[Judgement], cache: AnswerCache | None, ledger: Ledger, options: JudgingOptions
 ) -> float:
     """Report the expected cost of the judgements; returns the USD of one. Raises BudgetReached if it is too high."""
-    unpaid = [j.question for j in waiting if j.question is not None and not _is_kept(j, cache)]
-    tokens = sum(question.estimate_tokens() for question in unpaid)
-    expected = ledger.cost_of_tokens(tokens, _VERDICT_TOKENS * len(unpaid))
+    unpaid = [j for j in waiting if j.question is not None and not _is_kept(j, cache)]
+    tokens = sum(j.question.estimate_tokens() for j in unpaid if j.question is not None)
+    expected = ledger.cost_of_tokens(tokens, sum(j.aspect.answer_tokens for j in unpaid))
     if options.budget is not None:
         if expected is None:
             raise ValueError("--budget needs the price of the judge's tokens: --price IN,OUT in USD per million")

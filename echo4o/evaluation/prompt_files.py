@@ -7,14 +7,16 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from echo4o.common import strict_json
 from echo4o.common.files import write_bytes
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, PromptSource
 
 # An id names files: no separators, no leading dot.
+DPG_NAMES = ("dpg", "dpg_one_call")
 _LINE_DIGITS = 8  # of the SHA-256 of a line, in known_lines.json
 _ID = re.compile(r"[^./\\\0][^/\\\0]*")
 
@@ -28,14 +30,14 @@ class PromptSet:
         sha256: of the file they come from.
         official: whether that file is the benchmark's own; None where no checksum is known.
         part: what was picked out of the file, in words; None: all of it.
-        name: of the known prompt file, where a benchmark has several.
+        more: further facts of the file, such as its name where a benchmark has several.
     """
 
     prompts: tuple[BenchmarkPrompt, ...]
     sha256: str
     official: bool | None
     part: str | None = None
-    name: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 def cache_folder() -> Path:
@@ -51,8 +53,15 @@ def load_prompts(
     revision: str | None = None,
     groups: Sequence[str] = (),
     limit: int | None = None,
+    questions: Path | None = None,
 ) -> PromptSet:
     """The prompts of a file, or of the benchmark's source if no file is named; of some groups, or the first ones."""
+    if benchmark.name in DPG_NAMES:
+        from echo4o.evaluation.benchmarks.dpg.prompts import load_dpg
+
+        return _part(load_dpg(benchmark, file, questions), groups, limit, file)
+    if questions is not None:
+        raise ValueError(f"--questions is for {DPG_NAMES[0]} only, not for {benchmark.name}")
     if file is None:
         file = fetch_official(benchmark, revision)
     elif str(file) in benchmark.prompt_files and not file.exists():
@@ -64,18 +73,26 @@ def load_prompts(
     if file_names:
         official = digest in file_names
         require_unmixed(benchmark, file)
-    kept, part = prompts, []
+    more = {"prompt_file": file_names.get(digest)} if file_names else {}
+    return _part(PromptSet(tuple(prompts), digest, official, None, more), groups, limit, file)
+
+
+def _part(prompts: PromptSet, groups: Sequence[str], limit: int | None, file: Path | None) -> PromptSet:
+    """The prompts of some groups, or the first ones."""
+    kept, part = prompts.prompts, []
     if groups:
-        known = list(dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.type)))
+        known = list(dict.fromkeys(name for prompt in kept for name in (prompt.group, prompt.type)))
         for group in groups:
             if group not in known:
-                raise ValueError(f"there is no group or type {group!r} in {file}; it has {', '.join(known)}")
-        kept = [prompt for prompt in kept if prompt.group in groups or prompt.type in groups]
+                raise ValueError(
+                    f"there is no group or type {group!r} in {file or 'the prompts'}; it has {', '.join(known)}"
+                )
+        kept = tuple(prompt for prompt in kept if prompt.group in groups or prompt.type in groups)
         part.append(f"only {', '.join(groups)}")
     if limit is not None and limit < len(kept):
         kept = kept[:limit]
         part.append(f"only the first {limit}")
-    return PromptSet(tuple(kept), digest, official, ", ".join(part) or None, file_names.get(digest))
+    return replace(prompts, prompts=kept, part=", ".join(part) or None)
 
 
 def require_unmixed(benchmark: Benchmark, file: Path) -> None:
@@ -139,6 +156,11 @@ def _read_list(text: str, file: Path) -> list[tuple[int, object]]:
         raise ValueError(f"{file}: this is no JSON ({error})") from None
 
 
+def more_of(header: dict[str, Any]) -> dict[str, Any]:
+    """The further facts in the first line of a folder's prompts."""
+    return {name: value for name, value in header.items() if name not in ("benchmark", "sha256", "official", "part")}
+
+
 def to_row(prompt: BenchmarkPrompt) -> dict:
     """A prompt as JSON, for the folder of the evaluation."""
     return asdict(prompt) | {"references": [str(path) for path in prompt.references]}
@@ -159,22 +181,22 @@ def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
     return fetch(benchmark.source, benchmark.name, cache_folder() / "prompts")
 
 
-def fetch(source: PromptSource, name: str, cache: Path) -> Path:
+def fetch(source: PromptSource, name: str, cache: Path, suffix: str = ".jsonl", option: str = "--prompts") -> Path:
     """Download a file and check it, or take the kept copy, checked again."""
-    target = cache / f"{name}-{source.revision[:12]}.jsonl"
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == source.sha256:
+    target = cache / f"{name}-{source.revision[:12]}{suffix}"
+    if target.is_file() and source.hash(target.read_bytes()) == source.sha256:
         return target
     try:
         with urllib.request.urlopen(source.address, timeout=60) as answer:
             data = answer.read()
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"{source.address}: {reason}; give the official file with --prompts FILE") from None
-    digest = hashlib.sha256(data).hexdigest()
+        raise ValueError(f"{source.address}: {reason}; give the official file with {option} FILE") from None
+    digest = source.hash(data)
     if digest != source.sha256:
         raise ValueError(
-            f"{source.address} has the SHA-256 {digest}, expected is {source.sha256}; if you trust another file, give "
-            "it with --prompts FILE"
+            f"{source.address} has the {source.hash_name} {digest}, expected is {source.sha256}; if you trust another "
+            f"file, give it with {option} FILE"
         )
     write_bytes(target, data, shared=True)
     return target

@@ -15,7 +15,7 @@ from echo4o.evaluation.images import find_images, require_all
 from echo4o.evaluation.judge_prompts import JudgePrompt, load_judge_prompts
 from echo4o.evaluation.judges import Judge, make_judge
 from echo4o.evaluation.judging import JudgingOptions, JudgingOutcome, JudgingSetup, judge_images
-from echo4o.evaluation.prompt_files import PromptSet, from_row, to_row
+from echo4o.evaluation.prompt_files import PromptSet, from_row, more_of, to_row
 from echo4o.evaluation.score import score_folder
 from echo4o.evaluation.score_report import write_report
 
@@ -29,8 +29,7 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
         "official": prompts.official,
         "part": prompts.part,
     }
-    if benchmark.prompt_files:
-        header["prompt_file"] = prompts.name
+    header |= prompts.more
     known = next(iter(JsonLines(out / PROMPTS)), None)
     if known == header:
         return
@@ -50,7 +49,7 @@ def kept_prompts(out: Path) -> tuple[Benchmark, PromptSet]:
     header = rows[0]
     prompts = tuple(from_row(row) for row in rows[1:])
     return get_benchmark(header["benchmark"]), PromptSet(
-        prompts, header["sha256"], header["official"], header["part"], header.get("prompt_file")
+        prompts, header["sha256"], header["official"], header["part"], more_of(header)
     )
 
 

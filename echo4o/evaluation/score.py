@@ -18,7 +18,7 @@ from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, Measure
 from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
 from echo4o.evaluation.images import image_name
-from echo4o.evaluation.prompt_files import from_row
+from echo4o.evaluation.prompt_files import from_row, more_of
 
 STATUSES = ("scored", "judge_error", "missing_image", "not_judged")
 _LIBRARIES = ("torch", "diffusers", "transformers", "openai", "numpy", "pillow")
@@ -81,8 +81,8 @@ def read_evaluation(out: Path) -> Evaluation:
 def _require_unchanged(judge: dict) -> None:
     changed = []
     for name, digest in judge["pictures"].items():
-        path = Path(judge["files"][name])
-        if path.is_file() and image_sha256(path.read_bytes()) != digest:
+        path = judge["files"].get(name)
+        if path and Path(path).is_file() and image_sha256(Path(path).read_bytes()) != digest:
             changed.append(name)
     if changed:
         raise ValueError(
@@ -162,7 +162,7 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
             "also": {} if withheld else {name: of for name, of in intervals.items() if name != "score"},
             "groups": group_intervals,
         },
-        "fields": _field_means(samples),
+        "fields": _field_means(samples) if benchmark.reports_fields else {},
         "types": _types(evaluation),
         "repeats": _repeats(evaluation, benchmark),
     }
@@ -175,7 +175,7 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
 
 def measure_of(evaluation: Evaluation) -> Measure | None:
     """What the score of a judged folder measures; None where its benchmark has one measure only."""
-    return evaluation.benchmark.measure(evaluation.header.get("prompt_file"), evaluation.judge["judge"])
+    return evaluation.benchmark.measure(evaluation.header, evaluation.judge["judge"])
 
 
 def _prompt_numbers(evaluation: Evaluation, seed: int) -> dict[str, tuple[float, list[float]]]:
@@ -275,7 +275,7 @@ def _origin(evaluation: Evaluation) -> dict[str, Any]:
         "judge": judge["judge"],
         "prompt_hashes": {"prompts": header["sha256"], **judge["prompt_hashes"]},
         "prompts": {"count": len(evaluation.prompts), "official": header["official"], "part": header["part"]}
-        | ({"file": header["prompt_file"]} if "prompt_file" in header else {}),
+        | more_of(header),
         "versions": {"echo4o": _echo4o(), "python": platform.python_version()}
         | {name: version(name) for name in _LIBRARIES},
     }

@@ -10,6 +10,7 @@ from echo4o.evaluation.images import image_name
 from echo4o.evaluation.score import Evaluation, JudgedImage, measure_of, read_evaluation
 
 _THUMBNAIL = 256
+MAX_CARDS = 1000  # images in a report; with 4,260 it would be a file of about 100 MB
 _WIDTH, _LABELS, _ROW = 760, 190, 34  # of the chart, in units of its view box
 
 
@@ -33,6 +34,7 @@ def write_report(out: Path) -> Path:
         cards=cards(evaluation),
         types=list(dict.fromkeys(prompt.type or prompt.group for prompt in evaluation.prompts)),
         outcomes=_outcomes(evaluation),
+        hidden=max(0, len(evaluation.samples) - MAX_CARDS),
     )
     write_text(out / REPORT, page)
     return out / REPORT
@@ -104,7 +106,7 @@ def _outcome(evaluation: Evaluation, sample: JudgedImage) -> str:
 def cards(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One card per picture and repeat, worst first; what was not scored comes before everything."""
     samples = sorted(evaluation.samples, key=lambda of: -1.0 if of.score is None else of.score)
-    return [_card(evaluation, sample) for sample in samples]
+    return [_card(evaluation, sample) for sample in samples[:MAX_CARDS]]
 
 
 def _card(evaluation: Evaluation, sample: JudgedImage) -> dict[str, Any]:
@@ -115,7 +117,8 @@ def _card(evaluation: Evaluation, sample: JudgedImage) -> dict[str, Any]:
     for record in sample.records:
         scores = ", ".join(f"{field.replace('_', ' ')} {value:g}" for field, value in (record["scores"] or {}).items())
         faults = [f"{fault['kind']}: {fault['message']}" for fault in record["faults"]]
-        verdicts.append({"scores": scores, "reason": record["reason"], "faults": faults})
+        reason = evaluation.benchmark.explanation(sample.prompt, record)
+        verdicts.append({"scores": scores, "reason": reason, "faults": faults})
     if not verdicts and name in evaluation.judge["missing"]:
         verdicts.append({"scores": "", "reason": evaluation.judge["missing"][name], "faults": []})
     return {

@@ -161,12 +161,15 @@ def test_published_numbers_stand_beside_the_same_prompt_file_only():
     geneval, published = get_benchmark("geneval"), load_published()
     thresholds = {"score": 0.3, "counting_score": 0.9, "max_objects": 16, "max_overlap": 1.0, "position": 0.1}
     judge = {"judge": "detector", "published_weights": True, "thresholds": thresholds}
-    assert published[geneval.measure("original", judge).published]["BAGEL"]["score"] == 0.82
-    assert published[geneval.measure("rewritten", judge).published]["BAGEL"]["score"] == 0.88
-    assert geneval.measure(None, judge).published is None
-    assert geneval.measure("original", judge | {"published_weights": False}).published is None
-    assert geneval.measure("original", judge | {"thresholds": thresholds | {"score": 0.2}}).published is None
-    assert geneval.measure("original", {"judge": "openai:gpt"}).published is None
+    assert published[geneval.measure({"prompt_file": "original"}, judge).published]["BAGEL"]["score"] == 0.82
+    assert published[geneval.measure({"prompt_file": "rewritten"}, judge).published]["BAGEL"]["score"] == 0.88
+    assert geneval.measure({"prompt_file": None}, judge).published is None
+    assert geneval.measure({"prompt_file": "original"}, judge | {"published_weights": False}).published is None
+    assert (
+        geneval.measure({"prompt_file": "original"}, judge | {"thresholds": thresholds | {"score": 0.2}}).published
+        is None
+    )
+    assert geneval.measure({"prompt_file": "original"}, {"judge": "openai:gpt"}).published is None
 
 
 # --- prompt files ---
@@ -176,7 +179,7 @@ def test_published_numbers_stand_beside_the_same_prompt_file_only():
 def test_both_prompt_files_are_known(name, tmp_path):
     file = official(f"geneval/geneval_evaluation_metadata{'_long' if name == 'rewritten' else ''}.jsonl")
     prompts = load_prompts(get_benchmark("geneval"), file)
-    assert (len(prompts.prompts), prompts.official, prompts.name) == (553, True, name)
+    assert (len(prompts.prompts), prompts.official, prompts.more) == (553, True, {"prompt_file": name})
     counts = {tag: sum(p.group == tag for p in prompts.prompts) for tag in get_benchmark("geneval").groups}
     assert list(counts.values()) == [80, 99, 80, 94, 100, 100]
     changed = tmp_path / "changed.jsonl"

@@ -36,6 +36,16 @@ def test_geneval(metrics):
     }
 
 
+def test_dpg(metrics):
+    found = metrics["dpg"].compute(
+        prompts=["a", "a", "b", "b"],
+        answers=[["no", "yes"], ["yes", "yes"], ["yes"], []],
+        questions=[[1, 2], [1, 2], [3], []],
+        dependencies=[[[0], [1]], [[0], [1]], [[0]], []],
+    )
+    assert found == {"score": 75.0, "coverage": 0.75}
+
+
 def test_imagine_bench_in_batches(metrics):
     metric = metrics["imagine_bench"]
     names = ("fantasy_fulfillment", "identity_preservation", "aesthetic_quality", "types")

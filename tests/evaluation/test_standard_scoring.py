@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from echo4o.evaluation.benchmarks.base import git_blob_id
 from echo4o.evaluation.benchmarks.dpg.grid import cut_grid
-from echo4o.evaluation.benchmarks.dpg.questions import COLUMNS, git_blob_id, parse_question_table
+from echo4o.evaluation.benchmarks.dpg.questions import COLUMNS, parse_question_table
 from echo4o.evaluation.benchmarks.dpg.scoring import DPGQuestion, category_scores
 from echo4o.evaluation.benchmarks.geneval import detector_output
 from echo4o.evaluation.benchmarks.geneval.scoring import CLASSES, Detection, Thresholds, decide

@@ -1,5 +1,6 @@
 """What a benchmark is: its prompts, what the judge sees, how the answer is read, and how scores are formed."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,12 @@ class Verdict(BaseModel):
         return {name: value for name, value in self.model_dump().items() if name != "reason"}
 
 
+class BareVerdict(Verdict):
+    """A verdict without a reason, for many short questions."""
+
+    reason: str = Field("", exclude=True)
+
+
 # From 0 to 10; neither infinite nor "not a number".
 Grade = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
@@ -56,20 +63,40 @@ class Aspect:
     shows_references: bool = False
     # The name of its judge prompt, where several aspects share one.
     asked_with: str = ""
+    # Expected length of an answer, for estimates of costs.
+    answer_tokens: int = 200
 
     @property
     def prompt_name(self) -> str:
         return self.asked_with or self.name
 
 
+def git_blob_id(data: bytes) -> str:
+    """The id under which git stores a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the official prompts are: a file at a pinned revision, and the checksum of its content."""
+    """Where the official prompts are: a file at a pinned revision, and the checksum of its content.
+
+    Attributes:
+        sha256: the checksum; of a git blob where `is_blob`.
+    """
 
     url: str
     revision: str
     sha256: str
     count: int
+    is_blob: bool = False
+
+    @property
+    def hash_name(self) -> str:
+        return "git blob id" if self.is_blob else "SHA-256"
+
+    def hash(self, data: bytes) -> str:
+        """The checksum of a file's content, of the kind that `sha256` has."""
+        return git_blob_id(data) if self.is_blob else hashlib.sha256(data).hexdigest()
 
     @property
     def address(self) -> str:
@@ -107,6 +134,8 @@ class Benchmark(ABC):
     # The judge where none is named; None: the default of the command line.
     default_judge: str | None = None
     images_per_prompt: int = 1
+    # Whether the fields of verdicts mean the same for all prompts, so that their means are reported.
+    reports_fields: bool = True
     # The known prompt files by name, where there are several; the first one is the default.
     prompt_files: Mapping[str, PromptSource] = {}
     # Further overall numbers: the function of a prompt's image scores whose mean over all prompts is reported.
@@ -142,13 +171,22 @@ class Benchmark(ABC):
         """The images of a folder in the original's layout, by prompt and number; None if it has another layout."""
         return None
 
-    def measure(self, prompt_file: str | None, judge: dict[str, Any]) -> Measure | None:
-        """What a score by this judge measures; None: there is only one measure, under the benchmark's name."""
+    def measure(self, prompts: dict[str, Any], judge: dict[str, Any]) -> Measure | None:
+        """What a score measures; None: there is only one measure, under the benchmark's name.
+
+        Args:
+            prompts: `official` and other facts of the prompt file.
+            judge: the judge's identity.
+        """
         return None
 
     def details(self, images: Sequence[tuple[BenchmarkPrompt, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
         """Further results from the records of the scored images; part of `result.json`."""
         return {}
+
+    def explanation(self, prompt: BenchmarkPrompt, record: dict[str, Any]) -> str:
+        """What the report shows of a judgement."""
+        return record["reason"]
 
     @abstractmethod
     def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:

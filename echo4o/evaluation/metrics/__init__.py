@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-METRICS = ("genevalpp", "imagine_bench", "omnicontext", "geneval")
+METRICS = ("genevalpp", "imagine_bench", "omnicontext", "geneval", "dpg")
 
 
 def metric_path(name: str) -> str:

@@ -16,8 +16,8 @@ from echo4o.evaluation.benchmarks.dpg.scoring import (
     category_scores,
     image_score,
     is_yes,
-    prompt_score,
 )
+from echo4o.evaluation.metrics.dpg.formula import prompt_score
 
 from ..golden import GoldenFile, Record
 from ..report import Check

@@ -1,7 +1,6 @@
 """The question table of DPG-Bench: read, checked, and grouped by prompt."""
 
 import csv
-import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +8,6 @@ from pathlib import Path
 from echo4o.evaluation.benchmarks.dpg.scoring import DPGQuestion, category_of
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-
-
-def git_blob_id(data: bytes) -> str:
-    """The id under which git stores a file."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def read_question_table(path: Path) -> dict[str, tuple[DPGQuestion, ...]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from echo4o.evaluation.metrics.dpg import formula
+
 
 @dataclass(frozen=True)
 class DPGQuestion:
@@ -47,30 +49,12 @@ def with_dependencies(questions: Sequence[DPGQuestion], yes: Mapping[int, bool])
     Raises:
         ValueError: a parent that decides is not a question of the prompt.
     """
-    values = {question.id: yes[question.id] for question in questions}
-    for question in questions:
-        for parent in question.parents:
-            if parent == 0:
-                continue
-            if parent not in values:
-                raise ValueError(
-                    f"question {question.id} depends on question {parent}, which the prompt does not have"
-                )
-            if not values[parent]:
-                values[question.id] = False
-                break
-    return values
+    return formula.after_dependencies({question.id: question.parents for question in questions}, yes)
 
 
 def image_score(questions: Sequence[DPGQuestion], yes: Mapping[int, bool]) -> float:
     """The share of questions that hold in an image, 0 to 1, after the dependency rule."""
-    values = with_dependencies(questions, yes)
-    return sum(values.values()) / len(values)
-
-
-def prompt_score(image_scores: Sequence[float]) -> float:
-    """The mean of a prompt's images, added in their order as in the original."""
-    return sum(image_scores) / len(image_scores)
+    return formula.sample_score({question.id: question.parents for question in questions}, yes)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class GenEval(Benchmark):
     def aggregates(self, counts: dict[str, int]) -> dict[str, dict[str, float]]:
         return formula.aggregates(counts)
 
-    def measure(self, prompt_file: str | None, judge: dict[str, Any]) -> Measure:
+    def measure(self, prompts: dict[str, Any], judge: dict[str, Any]) -> Measure:
+        prompt_file = prompts.get("prompt_file")
         by_detector = judge["judge"] == "detector"
         why_not = []
         if not by_detector:

@@ -1,0 +1,1 @@
+"""A metric for `evaluate.load`; see the module of the same name."""
