@@ -6,7 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-PIPELINES = {"Echo4oPipeline": "echo4o.modeling.bagel.pipeline_echo4o"}
+PIPELINES = {
+    "Echo4oPipeline": "echo4o.modeling.bagel.pipeline_echo4o",
+    "OmniGen2Pipeline": "echo4o.modeling.omnigen2.pipeline_omnigen2",
+}
 
 
 def class_named(name: str) -> type:

@@ -68,7 +68,8 @@ def _write_index(folder: Path, shards: Mapping[Path, list[Output]]) -> None:
     total = sum(o.source.nbytes for outputs in shards.values() for o in outputs)
     weight_map = {o.name: path.name for path, outputs in shards.items() for o in outputs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{_WEIGHTS}.safetensors.index.json", content)
+    stem = next(iter(shards)).name.partition("-")[0]  # transformers names its files otherwise than diffusers
+    write_json(folder / f"{stem}.safetensors.index.json", content)
 
 
 def files_fingerprint(tensors: Iterable[StoredTensor]) -> str:

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,11 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         ignored = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, ignore_patterns=ignored, **options)
 
+    @classmethod
+    def _comparable_names(cls, component: str, module: torch.nn.Module, names: Iterable[str]) -> set[str]:
+        """Names of a component's tensors, in memory or in its files, in one form that can be compared."""
+        return set(names)
+
     def _check_loaded(self, stored: dict[str, dict[str, StoredTensor]]) -> None:
         problems = []
         for name, tensors in stored.items():
@@ -243,8 +249,9 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
             state = module.state_dict()
             problems += [f"{name}: non-finite values in {n}" for n in nonfinite_names(state.items())]
             if getattr(module, "hf_quantizer", None) is None:  # a quantizer stores tensors of its own
-                problems += [f"{name}: missing {n}" for n in sorted(set(state) - set(tensors))]
-                problems += [f"{name}: unexpected {n}" for n in sorted(set(tensors) - set(state))]
+                wanted, found = (self._comparable_names(name, module, names) for names in (state, tensors))
+                problems += [f"{name}: missing {n}" for n in sorted(wanted - found)]
+                problems += [f"{name}: unexpected {n}" for n in sorted(found - wanted)]
         if problems:
             raise ValueError(f"The weights cannot be used:\n  {shortened(problems)}")
 

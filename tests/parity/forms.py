@@ -43,6 +43,22 @@ FORMS = {
         checks={"geneval": "geneval", "dpg": "dpg"},
         files=frozenset({"geneval_golden.json", "dpg_golden.json"}),
     ),
+    "omnigen2": Form(
+        checks={
+            "a": "a_prompt",
+            "b": "b_image",
+            "c": "c_rope",
+            "d": "d_transformer",
+            "e": "e_scheduler",
+            "f": "f_guidance",
+            "g": "g_pipeline",
+            "h": "h_chat",
+            "i": "i_training",
+            "j": "j_lora",
+            "k": "k_edge",
+        },
+        manifest=frozenset({"special_tokens", "negative_prompt", "parameters"}),
+    ),
 }
 
 

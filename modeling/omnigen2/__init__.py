@@ -1,0 +1,1 @@
+"""OmniGen2: transformer, pipeline, and the reader and writer of the released layout."""

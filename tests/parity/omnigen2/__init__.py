@@ -1,0 +1,1 @@
+"""Checks of golden data of OmniGen2."""
