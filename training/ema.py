@@ -14,15 +14,21 @@ from echo4o.training.model import trainable
 class MovingAverage:
     """Float32 averages of the trained parameters. The decay warms up, so that early steps have little weight."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
+    def __init__(self, model: nn.Module, decay: float, copy_first: bool = False):
+        self.decay, self.copy_first, self.updates = decay, copy_first, 0
         self.values = {name: p.detach().clone().float() for name, p in trainable(model)}
+
+    def decay_now(self) -> float:
+        """The decay of the update that is counted last."""
+        if self.copy_first and self.updates <= 1:
+            return 0.0
+        return min(self.decay, self.updates / (self.updates + 9))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update the averages after an optimizer step."""
         self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9))
+        decay = self.decay_now()
         for name, parameter in trainable(model):
             self.values[name].lerp_(parameter.detach().float(), 1 - decay)
 

@@ -75,6 +75,8 @@ def load_pipeline(recipe: TrainingRecipe, backbone: type[Backbone] | None = None
                     cls: Any = backbone.component_classes[name]
                     components[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
         dtype = {"default": torch.float32} | dict.fromkeys(backbone.trained_components, frozen)
+        encoders = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
+        dtype |= dict.fromkeys(backbone.encoder_components, encoders)
         pipeline = pipeline_type.from_pretrained(recipe.model, dtype=dtype, **components)
         if empty:
             for name in backbone.trained_components:
@@ -175,6 +177,7 @@ def lora_config(tune: LoraTuning, transformer_class: Any):
         lora_dropout=tune.dropout,
         use_rslora=tune.rslora,
         use_dora=tune.dora,
+        init_lora_weights=tune.initial_weights(),
         target_modules=tune.target_modules(transformer_class._lora_targets),
     )
 

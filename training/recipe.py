@@ -85,6 +85,10 @@ class LoraTuning(Section):
         """The regular expression of the adapted modules, from the model class's `_lora_targets`."""
         return targets["default"]
 
+    def initial_weights(self) -> bool | Literal["gaussian"]:
+        """PEFT's name of the initialisation."""
+        return True
+
 
 class PackingSettings(Section):
     """Fill every forward pass up to a number of tokens."""
@@ -106,6 +110,7 @@ class EmaSettings(Section):
     """An exponential moving average of the trained parameters; exports and images use the averages."""
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
+    copy_first: bool = False  # the first update copies the weights, as in OmniGen2's code, instead of averaging
 
 
 class ImageSettings(Section):

@@ -94,7 +94,7 @@ class Trainer:
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         with hidden_buffers(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
-        self.average = MovingAverage(self.model, recipe.ema.decay) if recipe.ema else None
+        self.average = MovingAverage(self.model, recipe.ema.decay, recipe.ema.copy_first) if recipe.ema else None
         source: RowPreparation = self.backbone
         if recipe.latents is not None:
             source = CachedBackbone(self.backbone, recipe.latents)

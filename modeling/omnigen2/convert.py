@@ -160,7 +160,9 @@ def _stored(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     problems = []
     for name, cls in (("transformer", OmniGen2Transformer2DModel), ("vae", AutoencoderKL)):
         with torch.device("meta"):
-            wanted = {n: tuple(t.shape) for n, t in cls.from_config(cls.load_config(folder / name)).state_dict().items()}
+            wanted = {
+                n: tuple(t.shape) for n, t in cls.from_config(cls.load_config(folder / name)).state_dict().items()
+            }
         found = {n: t.shape for n, t in stored[name].items()}
         problems += [f"{name}: missing {n}" for n in sorted(set(wanted) - set(found))]
         problems += [f"{name}: unexpected {n}" for n in sorted(set(found) - set(wanted))]

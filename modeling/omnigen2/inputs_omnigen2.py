@@ -20,6 +20,8 @@ PRESETS = {
     "with_references": {"guidance_scale": 5.0, "image_guidance_scale": 2.0, "guidance_range": [0.0, 1.0]},
 }
 
+GUIDANCE_OPTIONS = ("guidance_scale", "image_guidance_scale", "guidance_range")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -40,7 +42,7 @@ def read_presets(presets: dict | None) -> dict:
     _check_keys("presets", presets, PRESETS)
     for task, preset in presets.items():
         _check_keys(f"presets[{task!r}]", preset, PRESETS[task])
-        Guidance.checked(*(preset[name] for name in PRESETS[task]))
+        Guidance.checked(*(preset[name] for name in GUIDANCE_OPTIONS))
     return copy.deepcopy(presets)
 
 
@@ -51,7 +53,16 @@ def _check_keys(name: str, value, wanted: dict) -> None:
 
 
 def read_requests(
-    prompt, negative_prompt, image, height, width, options: dict, *, presets: dict, max_references: int, align_res: bool
+    prompt,
+    negative_prompt,
+    image,
+    height,
+    width,
+    options: dict,
+    *,
+    presets: dict,
+    max_references: int,
+    align_res: bool,
 ) -> list[Request]:
     """One request per prompt.
 
@@ -77,7 +88,7 @@ def read_requests(
             raise ValueError(f"Prompt {index} has {len(images)} references; the model takes at most {max_references}.")
         rgb = [to_rgb(x, f"reference {i} of prompt {index}") for i, x in enumerate(images)]
         preset = presets["with_references" if rgb else "text_to_image"]
-        chosen = [preset[n] if options[n] is None else options[n] for n in preset]
+        chosen = [preset[n] if options[n] is None else options[n] for n in GUIDANCE_OPTIONS]
         is_given = is_flat and len(prompts) == 1
         aligned = len(rgb) == 1 and align_res and (is_given or (h is None and w is None))
         requests.append(Request(text, negative, rgb, h, w, aligned, Guidance.checked(*chosen)))

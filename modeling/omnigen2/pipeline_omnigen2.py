@@ -368,7 +368,9 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         images, references = [], []
         for index, (request, encoded) in enumerate(zip(requests, reference_latents, strict=True)):
             guided = request.guidance.is_ever_on(steps)
-            own = [texts.setdefault(text, len(texts)) for text in [request.prompt, request.negative_prompt][: 1 + guided]]
+            own = [
+                texts.setdefault(text, len(texts)) for text in [request.prompt, request.negative_prompt][: 1 + guided]
+            ]
             first = len(references)
             # The references of a prompt are refined once for all of its images, whose times are the same.
             references += [(latent, i, index * copies) for i, latent in enumerate(encoded)]

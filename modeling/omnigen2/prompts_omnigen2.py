@@ -1,7 +1,9 @@
 """The texts that OmniGen2 was trained with, in the turns of Qwen2.5-VL's chat format."""
 
 SYSTEM_PROMPT = "You are a helpful assistant that generates high-quality images based on user instructions."
-DROPPED_SYSTEM_PROMPT = "You are a helpful assistant that generates images."  # training, when the instruction is dropped
+DROPPED_SYSTEM_PROMPT = (
+    "You are a helpful assistant that generates images."  # training, when the instruction is dropped
+)
 IMAGE_TOKEN = "<|image_pad|>"
 GENERATE_TOKEN = "<|img|>"  # an answer that begins with it asks for an image
 END_TOKENS = ("<|im_end|>", GENERATE_TOKEN, "<|endoftext|>")  # where an answer ends

@@ -73,6 +73,15 @@ class Row(NamedTuple):
     target: int
 
 
+class TokenCounts(NamedTuple):
+    """Tokens of each text, reference, target and row of a batch, for costs."""
+
+    texts: list[int]
+    references: list[int]
+    targets: list[int]
+    rows: list[int]
+
+
 class Layout(NamedTuple):
     """Where the tokens of a batch are, and their rotary angles. It does not depend on weights or times."""
 
@@ -95,6 +104,10 @@ class Layout(NamedTuple):
     @property
     def target_lengths(self) -> list[int]:
         return [height * width for height, width in self.target_grids]
+
+    @property
+    def counts(self) -> TokenCounts:
+        return TokenCounts(self.text_lengths, self.reference_lengths, self.target_lengths, self.row_lengths)
 
 
 class Condition(NamedTuple):
@@ -356,7 +369,9 @@ class OmniGen2TimeCaptionEmbed(nn.Module):
         super().__init__()
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.timestep_embedder = TimestepEmbedding(256, time_size)
-        self.caption_embedder = nn.Sequential(nn.RMSNorm(text_feat_dim, eps=eps), nn.Linear(text_feat_dim, hidden_size))
+        self.caption_embedder = nn.Sequential(
+            nn.RMSNorm(text_feat_dim, eps=eps), nn.Linear(text_feat_dim, hidden_size)
+        )
 
     def embed_time(self, timestep: torch.Tensor) -> torch.Tensor:
         """(N,) in [0, 1] -> (N, time).
@@ -608,7 +623,9 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             text = self._run(block, text, layout.text_angles, layout.text_lengths)
         return Condition(text, embedded, layout)
 
-    def with_rows(self, condition: Condition, references: Sequence[Reference | tuple], rows: Sequence[Row | tuple]) -> Condition:
+    def with_rows(
+        self, condition: Condition, references: Sequence[Reference | tuple], rows: Sequence[Row | tuple]
+    ) -> Condition:
         """The same texts and references in other rows, for example without guidance branches. Nothing is recomputed."""
         layout, patch = condition.layout, self.config.patch_size
         sizes = [(height * patch, width * patch) for height, width in layout.target_grids]
@@ -704,52 +721,41 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
     # --- costs: arithmetic and memory ---
 
-    def _runs(self, layout: Layout):
-        """Every stack of blocks with the lengths of its rows."""
+    def _stacks(self, counts: TokenCounts) -> tuple[tuple[nn.ModuleList, list[int]], ...]:
+        """Every stack of blocks with the lengths of the rows that it attends over."""
         return (
-            (self.context_refiner, layout.text_lengths),
-            (self.noise_refiner, layout.target_lengths),
-            (self.ref_image_refiner, layout.reference_lengths),
-            (self.layers, layout.row_lengths),
+            (self.context_refiner, counts.texts),
+            (self.noise_refiner, counts.targets),
+            (self.ref_image_refiner, counts.references),
+            (self.layers, counts.rows),
         )
 
-    def forward_flops(self, layout: Layout, is_prepared: bool = False) -> float:
+    def forward_flops(self, counts: TokenCounts, is_prepared: bool = False) -> float:
         """Floating point operations of the matrix products of one forward pass.
 
         `is_prepared`: without the part that [`prepare`] computes once.
         """
         total = 0.0
-        for blocks, lengths in self._runs(layout):
-            if is_prepared and blocks is self.context_refiner:
-                continue
-            total += len(blocks) * self._block_flops(blocks, lengths)
-        weight = self.x_embedder.weight.numel()
-        tokens = sum(layout.target_lengths) + len(layout.output_index)
-        if not is_prepared:
-            tokens += sum(layout.reference_lengths)
-            caption = self.time_caption_embed.caption_embedder[1].weight.numel()
-            total += 2 * caption * sum(layout.text_lengths)
-        return total + 2 * weight * tokens
+        for blocks, lengths in self._stacks(counts):
+            if not (is_prepared and blocks is self.context_refiner):
+                for block in blocks:
+                    total += 2.0 * block.matrix_weights() * sum(lengths) + self._attention_flops(lengths)
+        tokens = 2 * sum(counts.targets) + (0 if is_prepared else sum(counts.references))
+        return total + 2.0 * self.x_embedder.weight.numel() * tokens
 
-    def _block_flops(self, blocks: nn.ModuleList, lengths: Sequence[int]) -> float:
-        if not len(blocks):
-            return 0.0
-        attention = 4 * self.config.hidden_size * sum(n * n for n in lengths)
-        return 2.0 * blocks[0].matrix_weights() * sum(lengths) + attention
+    def _attention_flops(self, lengths: Sequence[int]) -> float:
+        return 4.0 * self.config.hidden_size * sum(n * n for n in lengths)
 
-    def flops(self, layout: Layout) -> float:
+    def flops(self, counts: TokenCounts) -> float:
         """Floating point operations of the matrix products in one forward and backward pass, without recomputation.
 
         Counts what gradients need: no weight gradients of frozen weights; those of adapters are too small to count.
         """
         total = 0.0
-        for blocks, lengths in self._runs(layout):
-            if len(blocks):
-                attention = 4 * self.config.hidden_size * sum(n * n for n in lengths)
-                matrices = 2.0 * blocks[0].matrix_weights() * sum(lengths)
-                trains = blocks[0].tuning()
-                passes = {"full": 3, "lora": 2, "frozen": 2}[trains]
-                total += len(blocks) * (matrices * passes + 3 * attention)
+        for blocks, lengths in self._stacks(counts):
+            for block in blocks:
+                passes = 3 if block.tuning() == "full" else 2
+                total += 2.0 * block.matrix_weights() * sum(lengths) * passes + 3 * self._attention_flops(lengths)
         return total
 
     def layer_activation_bytes(self, tokens: int, *, compute: int = 4, residual: int = 4, rank: int = 0) -> float:

@@ -140,6 +140,8 @@ class Backbone(ABC):
     recipe_class: ClassVar[type[TrainingRecipe]]
     component_classes: ClassVar[dict[str, type]]  # weighted components by name, for planning without weights
     trained_components: ClassVar[tuple[str, ...]]  # those whose weights or adapters can train
+    # Frozen components that encode rows in 16 bit where the run computes in 16 bit
+    encoder_components: ClassVar[tuple[str, ...]] = ()
     release_configs: ClassVar[dict[str, dict]]  # configurations of the released checkpoint, by component
 
     def __init__(self, pipeline, recipe: TrainingRecipe):

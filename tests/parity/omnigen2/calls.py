@@ -152,7 +152,9 @@ def _check_calls(recorder, case, check) -> None:
     has_references = case["refs"] is not None and any(entry is not None for entry in case["refs"])
     wanted = [[t, branch] for t, branch in case["calls"] if has_references or branch != "ref"]
     got = [
-        [time, branch] for time, targets, _ in recorder.passes for branch in _branches(max(map(targets.count, targets)))
+        [time, branch]
+        for time, targets, _ in recorder.passes
+        for branch in _branches(max(map(targets.count, targets)))
     ]
     check("calls", [branch for _, branch in got], [branch for _, branch in wanted])
     if len(got) == len(wanted):
@@ -186,5 +188,3 @@ def _check_alone(golden, case, arguments, prompts, copies, tensors, recorder, ch
             golden.pipe(**own, callback_on_step_end=alone.on_step_end)
         for step, (got, want) in enumerate(zip(alone.latents, recorder.latents, strict=True)):
             check(f"latents.{step}.{row}: alone", got[0], want[row], TRAJECTORY)
-
-

@@ -56,7 +56,13 @@ def _check_config(pipe, config, check) -> None:
         got = pipe.vae.config[name]
         check(f"vae.{name}", list(got) if isinstance(value, list) else got, value)
     text, mllm = pipe.mllm.config.text_config, config["mllm"]
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
         check(f"mllm.{name}", getattr(text, name), mllm[name])
     check("mllm.mrope", text.rope_parameters["mrope_section"], mllm["mrope"])
     check("mllm.theta", text.rope_parameters["rope_theta"], mllm["theta"])
