@@ -11,7 +11,7 @@ _PART = re.compile(r"(?:transformer\.|diffusion_model\.)?(.+)\.(lora_[AB])(?:\.\
 def read_original_adapter(
     state: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Weights named as in diffusers, and the configuration that they imply: alpha equals the rank.
+    """Weights and configuration named as in diffusers (`transformer.*`). The original's alpha equals the rank.
 
     Names may begin with `transformer.`, `diffusion_model.` or nothing, and may contain the adapter's name. A state with
     other names is returned as it is, with None.
@@ -29,5 +29,6 @@ def read_original_adapter(
         return state, None
     rank = max(ranks.values())
     others = {module: r for module, r in ranks.items() if r != rank}
-    patterns = {"rank_pattern": others, "alpha_pattern": others} if others else {}
-    return named, {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)} | patterns
+    settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
+    settings |= {"rank_pattern": others, "alpha_pattern": others} if others else {}
+    return named, {f"transformer.{name}": value for name, value in settings.items()}

@@ -69,6 +69,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         "..common.loading",
         "..common.lora",
         "..common.lora_files",
+        "..common.lora_formats",
         "..common.placement",
         "..common.publishing",
         "..common.step_cache",

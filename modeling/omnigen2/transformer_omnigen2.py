@@ -503,13 +503,20 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
+
+    def unload_lora(self) -> None:
+        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        super().unload_lora()
+        _restore_what_trained(self)
 
     def enable_cache(self, config) -> None:
         """As in diffusers, for its `FirstBlockCacheConfig`. Raises ValueError for another configuration."""
@@ -835,6 +842,19 @@ def _check_options(model: ConfigMixin) -> None:
             wanted = "a number above 0" if kind is numbers.Real else "a whole number above 0"
         if not fits:
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _note_what_trains(model: nn.Module) -> None:
+    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+    if not getattr(model, "peft_config", None):
+        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _restore_what_trained(model: nn.Module) -> None:
+    """Undo what adapters did to `requires_grad`, once they are gone."""
+    before = model.__dict__.pop("_trained_before_adapters", {})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def _exempting(config, names: list[str]):
