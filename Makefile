@@ -19,7 +19,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH := $(or $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS)),torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long venv lint types format parity bench tiny-base dist clean
+.PHONY: help quickstart test test-long venv lint types format parity docs bench tiny-base dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
@@ -52,6 +52,11 @@ format: $(STAMP) ## let ruff fix what it can
 parity: $(STAMP) ## compare with a golden directory: make parity GOLDEN=dir
 	@test -n "$(GOLDEN)" || { echo "error: say which golden directory: make parity GOLDEN=tests/parity/golden" >&2; exit 2; }
 	$(BIN)/python -m tests.parity $(GOLDEN)
+
+docs: $(STAMP) ## build the documentation site into build/site; broken links are errors
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[docs]'
+	$(BIN)/python .ci/link_rooms.py
+	$(BIN)/python .ci/build_docs.py
 
 bench: $(STAMP) ## measure speed and memory
 	$(BIN)/python -m benchmarks
