@@ -48,10 +48,11 @@ def serve(
         int, typer.Option(min=1, max=10_000, help="Most images that wait; further requests get status 429.")
     ] = 64,
     max_upload: Annotated[int, typer.Option(min=1, help="Most MiB of a request, its images included.")] = 64,
+    app: Annotated[bool, typer.Option("--app/--no-app", help="Serve the web app at /, or the API alone.")] = True,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Serve a model: an OpenAI-compatible API under /v1.
+    """Serve a model: a web app at / and an OpenAI-compatible API under /v1.
 
     Example: [bold]echo4o serve --model DIR[/bold]
     With two adapters, one at half strength: [bold]echo4o serve --model DIR --lora style=runs/a --lora runs/b:0.5[/bold]
@@ -64,7 +65,7 @@ def serve(
     Other commands of echo4o use it with --judge openai:echo4o --judge-url http://127.0.0.1:7860/v1. GET /health and /metrics
     describe its state. Ctrl-C ends the server and cancels its work.
     """
-    require_serving()
+    require_serving(app)
     key = read_key(api_key)
     adapters = [read_adapter(text) for text in lora or []]
     if len({adapter[0] for adapter in adapters}) < len(adapters):
@@ -92,16 +93,17 @@ def serve(
     if not local and key is None:
         say(f"warning: everybody who reaches {host} can use this server; set {KEY_VARIABLE} to require a key")
     engine = Engine(served)
-    server = build_server(engine, key=key, local=local, with_app=False)
+    server = build_server(engine, key=key, local=local, with_app=app)
     address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listening.getsockname()[1]}"
+    say(f"serving {model} as {name!r}" + (f"; the app is at {address}" if app else "") + "; Ctrl-C ends it")
     print(f"{address}/v1", flush=True)
-    say(f"serving {model} as {name!r}; Ctrl-C ends it")
     run(engine, listening, server)
 
 
-def require_serving() -> None:
-    """Raise ValueError if the libraries of the extra `app` are missing."""
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+def require_serving(app: bool) -> None:
+    """Raise ValueError if the libraries of the extra `app` are missing; only the app needs gradio."""
+    names = ["fastapi", "uvicorn", "python_multipart", *(["gradio"] if app else [])]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"echo4o serve needs {', '.join(missing)}: pip install 'echo4o[app]'")
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 from echo4o.serving.metrics import Metrics
 from echo4o.serving.served_model import Cancelled, ServedModel
@@ -128,7 +128,8 @@ class Engine:
 
     def _run_batch(self, batch: list[Task]) -> None:
         """Run tasks together. If the call fails, run them in smaller batches, so that only the faulty ones fail."""
-        run: Callable[[Any], list[Any]] = self.model.chat if isinstance(batch[0], ChatTask) else self.model.generate
+        is_chat = isinstance(batch[0], ChatTask)
+        run = cast(Callable[[list[Task]], list], self.model.chat if is_chat else self.model.generate)
         started = time.monotonic()
         try:
             results = run(batch)
@@ -148,7 +149,7 @@ class Engine:
             for task in batch:
                 task.future.set_exception(error)
             return
-        self.metrics.batch(len(batch), time.monotonic() - started, chat=isinstance(batch[0], ChatTask))
+        self.metrics.batch(len(batch), time.monotonic() - started, chat=is_chat)
         for task, result in zip(batch, results, strict=True):
             task.future.set_result(result)
 

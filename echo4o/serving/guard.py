@@ -1,6 +1,7 @@
 """What every request passes before it is read: host, origin, key, room in the queue, and the size of its body."""
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from echo4o.serving.errors import ApiError, error_response
 
 _OPEN_PATHS = ("/health",)
 _API = ("/v1/", "/metrics")
+_DRAIN_BYTES, _DRAIN_SECONDS = 2**20, 2.0  # of the body of a refused request
 
 
 class Guard:
@@ -47,8 +49,9 @@ class Guard:
             finally:
                 self._open -= counts
         except ApiError as error:
-            # The client may still be sending: it reads the answer, and the connection ends.
-            response = error_response(error, {"Connection": "close"})
+            # A client reads the answer when it has sent its body. Of a large one the rest is not awaited.
+            complete = await _drain(receive)
+            response = error_response(error, {} if complete else {"Connection": "close"})
             await response(scope, receive, _recorded(send, statuses))
         if scope["path"].startswith(_API):
             status = statuses[0] if statuses else 499
@@ -99,6 +102,19 @@ class Guard:
             return message
 
         return limited
+
+
+async def _drain(receive: Receive) -> bool:
+    """Read the rest of a small body; whether it is complete."""
+    read = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while read <= _DRAIN_BYTES:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    return False
 
 
 def too_large(limit: int) -> ApiError:

@@ -344,6 +344,10 @@ def _preview(pipe: Any, before: torch.Tensor, after: torch.Tensor, step: int) ->
     return Image.fromarray(values.cpu().numpy())
 
 
+def _as_list(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value] * count
+
+
 def before_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first of `stops`."""
     return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

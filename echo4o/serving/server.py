@@ -93,6 +93,10 @@ def build_server(engine: Engine, *, key: str | None = None, local: bool = True, 
         with_app: serve the app at `/`.
     """
     api = build_api(engine)
+    if with_app:
+        from echo4o.serving.app.page import mount_app
+
+        mount_app(api, engine, key)
     return Guard(api, engine, key, local)
 
 
