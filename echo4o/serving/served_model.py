@@ -131,9 +131,7 @@ class ServedModel:
             raise ValueError(f"adapter: {_short(unknown[0])} is not loaded; this server has {have}")
         if len(set(chosen)) < len(chosen):
             raise ValueError("adapter: names an adapter twice")
-        values = (
-            list(scales) if isinstance(scales, list | tuple) else [1.0 if scales is None else scales] * len(chosen)
-        )
+        values = _as_list(1.0 if scales is None else scales, len(chosen))
         if len(values) != len(chosen):
             raise ValueError(f"adapter_scale: {len(values)} scales for {len(chosen)} adapters")
         for value in values:

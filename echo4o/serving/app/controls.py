@@ -42,7 +42,7 @@ class Controls:
                 options[name] = given[name]
         height, width = _size(given)
         names = given.get("adapters")
-        scales = [float(given["adapter_scale"])] * len(names) if names else None
+        scales = [float(given.get("adapter_scale") or 0.0)] * len(names) if names else None
         return {
             "count": int(given.get("count") or 1),
             "seed": _seed(given.get("seed")),

@@ -55,8 +55,8 @@ class Handlers:
                 for generated in state.finished[len(finished) :]:
                     finished.append(self.history.add(token, generated, prompt, len(references)))
                 yield state, finished
-            if state.error:
-                raise gr.Error(state.error, print_exception=False)
+                if state.error:
+                    raise gr.Error(state.error, print_exception=False)
         finally:
             with self._lock:
                 self._running.pop(page, None)

@@ -4,6 +4,7 @@ import hmac
 from typing import Any
 
 import gradio as gr
+import gradio.themes
 from fastapi import FastAPI
 
 from echo4o.serving.app.controls import Controls, build_controls
@@ -13,8 +14,8 @@ from echo4o.serving.app.history import Entry, History
 from echo4o.serving.app.running import RunState
 from echo4o.serving.engine import Engine
 
-PRIVATE = {"api_visibility": "private"}  # programs use /v1
-QUIET = PRIVATE | {"show_progress": "hidden"}
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs use /v1
+QUIET: dict[str, Any] = PRIVATE | {"show_progress": "hidden"}
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
 .status { min-height: 1.6em; }
@@ -42,7 +43,7 @@ def mount_app(api: FastAPI, engine: Engine, key: str | None = None) -> FastAPI:
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
     )
 
