@@ -7,6 +7,7 @@ rate that this GPU shows in one large product. Products are counted as they run 
 import time
 from argparse import Namespace
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,13 +91,19 @@ def report(name: str, draw, flops: int, rate: float) -> None:
 
 
 def call(transformer, batch: int):
-    """Reads a prompt and draws `batch` pictures of it, to latents."""
+    """Encodes a prompt and generates `batch` latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    from echo4o.modeling.bagel.denoising_bagel import (
+        GuidanceBranch,
+        NoisyImage,
+        pack_branches,
+        predict_velocity,
+        take_step,
+    )
     from echo4o.modeling.bagel.guidance_bagel import Guidance
-    from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, sample
     from echo4o.modeling.bagel.segments_bagel import SpecialTokens, pack, text_segment
-    from echo4o.modeling.common.step_cache import whole_pass
+    from echo4o.modeling.common.step_cache import uncached_pass
 
     tokens = SpecialTokens(1, 2, 3, 4)
     guidance = Guidance(4.0, 1.0, (0.4, 1.0), "global")
@@ -106,21 +113,22 @@ def call(transformer, batch: int):
         return pack(rows, latent_positions=SIDE, patch_positions=70, starts=starts).to("cuda")
 
     @torch.no_grad()
-    def draw():
+    def generate():
         cache = transformer.new_cache()
         cache.reserve(len(text), scratch=SIDE * SIDE + 2)
-        with whole_pass(transformer):
+        with uncached_pass(transformer):
             transformer(None, None, packed([[text]], [0]), contexts=[cache.whole()])
-        branches = Branch(cache, len(text), len(text)), Branch(cache, 0, 0)
+        branches = GuidanceBranch(cache, len(text), len(text)), GuidanceBranch(cache, 0, 0)
         noise = [torch.randn(SIDE * SIDE, 64, device="cuda") for _ in range(batch)]
-        pictures = [Picture((SIDE, SIDE), guidance, *branches, None, x) for x in noise]
-        sample(
-            transformer,
-            FlowMatchEulerDiscreteScheduler(shift=3.0),
-            pictures,
-            UPDATES,
-            pack_at=lambda t: pack_rows(pictures, t, tokens, packed),
-            on_step_end=lambda step, timestep: False,
-        )
+        images = [NoisyImage(x, (SIDE, SIDE), guidance, *branches) for x in noise]
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, UPDATES + 1)[:-1], device="cuda")
+        packed_at = None
+        for step, timestep in enumerate(scheduler.timesteps):
+            t = float(scheduler.sigmas[step])
+            if packed_at != guidance.active(t):
+                packed_at = guidance.active(t)
+                branch_batch = pack_branches(transformer, images, t, tokens, packed)
+            take_step(scheduler, images, predict_velocity(transformer, images, t, branch_batch), timestep)
 
-    return draw
+    return generate

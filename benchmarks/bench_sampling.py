@@ -19,9 +19,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks.measure import in_turns, ratios, record, replay, spread, threads
 from benchmarks.plain_model import PlainBagel, PlainContext, noised
+from echo4o.modeling.bagel.denoising_bagel import GuidanceBranch, NoisyImage, pack_branches, predict_velocity
 from echo4o.modeling.bagel.guidance_bagel import Guidance
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, predict_velocity
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.quickstart.tiny_base import BASE, load_tokenizer, load_vae
@@ -118,12 +118,12 @@ class Case:
         guidance = (Guidance(1.0, 1.0, (0.0, 1.0), "global"), Guidance(4.0, 1.0, (0.0, 1.0), "global"), GUIDED)[
             rows - 1
         ]
-        whole = [Branch(cache, cache.length, cache.position) for cache in self.caches]
-        text_free = Branch(self.caches[0], 0, 0)
-        made = [Picture(self.grid, guidance, whole[0], text_free, whole[1], self.noise) for _ in range(self.pictures)]
-        packed = pack_rows(made, 0.5, self.pipe.special_tokens, self.pipe.pack)
-        packed = packed._replace(plan=self.pipe.transformer.plan(packed.sequence, packed.contexts))
-        return lambda: predict_velocity(self.pipe.transformer, made, 0.5, packed)
+        transformer = self.pipe.transformer
+        conditional, image_free = (GuidanceBranch.whole(cache) for cache in self.caches)
+        branches = (conditional, GuidanceBranch(self.caches[0], 0, 0), image_free)
+        images = [NoisyImage(self.noise, self.grid, guidance, *branches) for _ in range(self.pictures)]
+        batch = pack_branches(transformer, images, 0.5, self.pipe.special_tokens, self.pipe.pack)
+        return lambda: predict_velocity(transformer, images, 0.5, batch)
 
     def plain_update(self, rows: int):
         return lambda: self.plain.guided(self.contexts[:rows], self.segment, self.noise, 0.5, GUIDED)

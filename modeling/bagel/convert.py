@@ -35,7 +35,7 @@ from ..common.publishing import (
     require_standalone,
     write_sources,
 )
-from ..common.safetensors_stream import Output
+from ..common.safetensors_stream import TensorCopy
 from ..common.weights import (
     StoredTensor,
     component_tensors,
@@ -110,9 +110,11 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
     src, dst = Path(src), Path(dst)
     original = read_original(src)
     index, codes = _pipeline_index(original.configs), _component_codes()
-    files: dict[Path, list[Output]] = {}
+    files: dict[Path, list[TensorCopy]] = {}
     for component in ORIGINAL_FILES:
-        outputs = [Output(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component]
+        outputs = [
+            TensorCopy(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component
+        ]
         files |= component_files(dst / component, outputs, shard_bytes)
     write_weights(dst, files_fingerprint(original.tensors.values()), files)
 
@@ -146,11 +148,11 @@ def convert_to_original(src: Path, dst: Path) -> None:
     keys = all_keys(sizes_of(configs))
     stored = {c: component_tensors(src / c) for c in ORIGINAL_FILES}
     problems: list[str] = []
-    files: dict[Path, list[Output]] = {dst / name: [] for name in ORIGINAL_FILES.values()}
+    files: dict[Path, list[TensorCopy]] = {dst / name: [] for name in ORIGINAL_FILES.values()}
     for component, tensors in stored.items():
         own = [k for k in keys if k.component == component]
         problems += differences({k.name: k.shape for k in own}, tensors, f"{component}/")
-        outputs = [Output(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
+        outputs = [TensorCopy(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
         files[dst / ORIGINAL_FILES[component]] += outputs
     raise_problems(src, problems)
     write_weights(dst, files_fingerprint(t for tensors in stored.values() for t in tensors.values()), files)

@@ -1,36 +1,42 @@
-"""What a caller may ask of the pipeline, checked before any long work and turned into one form: a list of requests."""
+"""Checks the arguments of a call before any long computation, and brings them to one form."""
 
 import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..common.image_files import to_rgb
-from .guidance_bagel import Guidance
+from .guidance_bagel import Guidance, is_real
 from .image_processor_bagel import ImageLimits
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt in its general form: texts and RGB pictures in reading order, and what to draw after them."""
+class PromptInputs:
+    """The checked inputs of one prompt.
+
+    Args:
+        items: texts and RGB images in reading order.
+        height, width: pixels of the images to generate.
+        guidance: of the images to generate.
+    """
 
     items: list[str | Image.Image]
-    height: int = 0
-    width: int = 0
-    guidance: Guidance | None = None
-
-    @property
-    def pictures(self) -> list[Image.Image]:
-        return [item for item in self.items if not isinstance(item, str)]
+    height: int
+    width: int
+    guidance: Guidance
 
 
-def read_items(prompt, image, inputs, max_references: int) -> list[list[str | Image.Image]]:
-    """Bring `prompt` and `image`, or `inputs`, to one list of items per prompt: references first, then the text."""
+def read_prompts(prompt, image, inputs, max_references: int) -> list[list[str | Image.Image]]:
+    """Texts and RGB images of every prompt in reading order, from `prompt` and `image` or from `inputs`.
+
+    The references of a prompt precede its text. Raises ValueError for anything that is not text or an image.
+    """
     if prompt is None and inputs is None and image is not None:
         raise ValueError("`image` needs a `prompt` that says what to do with it.")
     if (prompt is None) == (inputs is None):
@@ -38,7 +44,7 @@ def read_items(prompt, image, inputs, max_references: int) -> list[list[str | Im
         raise ValueError(f"Give either `prompt` (with `image`) or `inputs`; got {given}.")
     if inputs is not None:
         if image is not None:
-            raise ValueError("`image` belongs to `prompt`; with `inputs`, put the pictures into the list.")
+            raise ValueError("`image` belongs to `prompt`; with `inputs`, put the images into the list.")
         conversations = _read_inputs(inputs)
     else:
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -51,7 +57,7 @@ def read_items(prompt, image, inputs, max_references: int) -> list[list[str | Im
 
 def _read_inputs(inputs) -> list[list]:
     if not isinstance(inputs, list) or not inputs:
-        raise ValueError(f"`inputs` must be a non-empty list of strings and pictures, got {inputs!r}.")
+        raise ValueError(f"`inputs` must be a non-empty list of strings and images, got {inputs!r}.")
     nested = [isinstance(item, list) for item in inputs]
     if any(nested) and not all(nested):
         raise ValueError("`inputs` mixes lists with items: give one interleaved list, or a list of such lists.")
@@ -69,7 +75,7 @@ def _read_references(image, prompts: int, single: bool) -> list[list]:
     if not isinstance(image, (list, tuple)) or len(image) != prompts:
         given = f"{len(image)} entries" if isinstance(image, (list, tuple)) else f"one {type(image).__name__}"
         raise ValueError(
-            f"`prompt` lists {prompts} prompts but `image` has {given}: give one picture, list of pictures or None "
+            f"`prompt` lists {prompts} prompts but `image` has {given}: give one image, list of images or None "
             "for each prompt."
         )
     groups = [[] if i is None else i if isinstance(i, (list, tuple)) else [i] for i in image]
@@ -77,11 +83,11 @@ def _read_references(image, prompts: int, single: bool) -> list[list]:
 
 
 def _check_references(images: Sequence, index: int) -> list[Image.Image]:
-    """A text here would be read as part of the prompt."""
+    """The reference images of one prompt. Raises ValueError for anything else."""
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(
-                f"`image` of prompt {index} holds a {type(image).__name__} ({image!r:.60}); give pictures, opened with "
+                f"`image` of prompt {index} holds a {type(image).__name__} ({image!r:.60}); give images, opened with "
                 "PIL.Image.open."
             )
     return list(images)
@@ -89,21 +95,21 @@ def _check_references(images: Sequence, index: int) -> list[Image.Image]:
 
 def _check_items(items: list, index: int, max_references: int) -> list[str | Image.Image]:
     if not items:
-        raise ValueError(f"Prompt {index} is empty: give at least one text or picture.")
-    checked, pictures = [], 0
+        raise ValueError(f"Prompt {index} is empty: give at least one text or image.")
+    checked, images = [], 0
     for item in items:
         if isinstance(item, str):
             if not item.strip():
-                raise ValueError(f"Prompt {index} has an empty text ({item!r}); say what to draw or leave it out.")
+                raise ValueError(f"Prompt {index} has an empty text ({item!r}); describe the image or leave it out.")
             checked.append(_check_text(item, index))
             continue
         if not isinstance(item, Image.Image):
-            raise ValueError(f"Prompt {index} has a {type(item).__name__}; texts are str and pictures PIL.Image.")
-        checked.append(to_rgb(item, f"picture {pictures} of prompt {index}"))
-        pictures += 1
-    if pictures > max_references:
+            raise ValueError(f"Prompt {index} has a {type(item).__name__}; texts are str and images PIL.Image.")
+        checked.append(to_rgb(item, f"image {images} of prompt {index}"))
+        images += 1
+    if images > max_references:
         raise ValueError(
-            f"Prompt {index} has {pictures} reference pictures; this checkpoint is configured for at most "
+            f"Prompt {index} has {images} reference images; this checkpoint is configured for at most "
             f"{max_references} (`max_references` in model_index.json)."
         )
     return checked
@@ -113,7 +119,7 @@ def _check_text(text: str, index: int) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"Prompt {index} is no valid Unicode text: {error}.") from error
+        raise ValueError(f"Prompt {index} is not valid Unicode text: {error}.") from error
     return text
 
 
@@ -123,7 +129,7 @@ def read_size(value, name: str, prompts: int, multiple: int, largest: int) -> li
     if len(values) != prompts:
         raise ValueError(f"`{name}` lists {len(values)} sizes for {prompts} prompts.")
     for v in values:
-        if v is not None and (not isinstance(v, numbers.Integral) or v < multiple or v % multiple or v > largest):
+        if v is not None and (not is_integer(v) or v < multiple or v % multiple or v > largest):
             raise ValueError(
                 f"{name}={v!r} is not possible: sizes are multiples of {multiple} from {multiple} to {largest} "
                 "(the end of the latent position table)."
@@ -135,50 +141,54 @@ GUIDANCE_OPTIONS = ("guidance_scale", "image_guidance_scale", "guidance_interval
 
 
 def read_guidance(options: dict, presets: dict, items: list, index: int) -> Guidance:
-    """Fill what the caller left open from the task's preset; refuse branches that cannot be built or have no effect.
+    """The guidance of one prompt: the call's arguments, completed by the preset of the task.
 
     Args:
-        options: the call's guidance arguments by name; None takes the preset's value.
+        options: guidance arguments by name; None: the preset's value.
         presets: of the checkpoint, by task ("text_to_image", "with_references").
+
+    Raises:
+        ValueError: image guidance without a reference image, or without text guidance, where it has no effect.
     """
-    has_pictures = any(not isinstance(item, str) for item in items)
-    preset = presets["with_references" if has_pictures else "text_to_image"]
-    chosen = (preset[name] if options[name] is None else options[name] for name in GUIDANCE_OPTIONS)
-    guidance = Guidance.checked(*chosen, options["guidance_renorm_min"])
+    has_images = any(not isinstance(item, str) for item in items)
+    preset = presets["with_references" if has_images else "text_to_image"]
+    chosen = [preset[name] if options[name] is None else options[name] for name in GUIDANCE_OPTIONS]
+    guidance = Guidance.checked(*chosen, renorm_min=options["guidance_renorm_min"])
     if options["image_guidance_scale"] is not None and guidance.image_scale > 1:
-        if not has_pictures:
+        if not has_images:
             raise ValueError(
-                f"image_guidance_scale={guidance.image_scale} needs a reference picture, and prompt {index} has none: "
+                f"image_guidance_scale={guidance.image_scale} needs a reference image, and prompt {index} has none: "
                 "the image-free branch cannot be built. Leave it out or set it to 1."
             )
         if guidance.scale <= 1:
             raise ValueError(
                 f"image_guidance_scale={guidance.image_scale} has no effect with guidance_scale={guidance.scale}: "
-                "BAGEL guides by pictures only on top of text guidance (above 1)."
+                "BAGEL applies image guidance only on top of text guidance (above 1)."
             )
     return guidance
 
 
-def read_requests(
-    conversations: list[list], height, width, options: dict, *, presets: dict, limits: ImageLimits, largest: int
-) -> list[Request]:
-    """Size and guidance of every prompt. Without a size: that of the last reference, else the largest square."""
-    heights = read_size(height, "height", len(conversations), limits.stride, largest)
-    widths = read_size(width, "width", len(conversations), limits.stride, largest)
-    requests = []
-    for index, (items, h, w) in enumerate(zip(conversations, heights, widths, strict=True)):
-        pictures = [item for item in items if not isinstance(item, str)]
-        default_w, default_h = limits.size(*pictures[-1].size) if pictures else (limits.max_size, limits.max_size)
+def read_prompt_inputs(
+    prompts: list[list], height, width, options: dict, *, presets: dict, limits: ImageLimits, largest: int
+) -> list[PromptInputs]:
+    """Complete every prompt by size and guidance. The default size is that of the last reference image, or else the
+    largest square."""
+    heights = read_size(height, "height", len(prompts), limits.stride, largest)
+    widths = read_size(width, "width", len(prompts), limits.stride, largest)
+    checked = []
+    for index, (items, h, w) in enumerate(zip(prompts, heights, widths, strict=True)):
+        images = [item for item in items if not isinstance(item, str)]
+        default_w, default_h = limits.size(*images[-1].size) if images else (limits.max_size, limits.max_size)
         guidance = read_guidance(options, presets, items, index)
-        requests.append(Request(items, h or default_h, w or default_w, guidance))
-    return requests
+        checked.append(PromptInputs(items, h or default_h, w or default_w, guidance))
+    return checked
 
 
-def read_generators(generator, pictures: int) -> list[torch.Generator | None]:
-    """One generator per picture; a single one serves all pictures in turn."""
-    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * pictures
-    if len(generators) != pictures:
-        raise ValueError(f"`generator` lists {len(generators)} generators for {pictures} pictures: give one for each.")
+def read_generators(generator, images: int) -> list[torch.Generator | None]:
+    """One generator per image; a single generator is used for all images in turn."""
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * images
+    if len(generators) != images:
+        raise ValueError(f"`generator` lists {len(generators)} generators for {images} images: give one for each.")
     for g in generators:
         if g is not None and not isinstance(g, torch.Generator):
             raise ValueError(f"`generator` holds a {type(g).__name__}; give torch.Generator objects.")
@@ -186,7 +196,10 @@ def read_generators(generator, pictures: int) -> list[torch.Generator | None]:
 
 
 def read_latents(latents, shapes: list[tuple[int, int, int]]) -> list[torch.Tensor] | None:
-    """Initial noise as one (C, H/8, W/8) tensor per picture, checked against what will be drawn."""
+    """Initial noise as one (C, H/8, W/8) tensor per image; None without `latents`.
+
+    Raises ValueError unless the shapes are `shapes` and all values are finite.
+    """
     if latents is None:
         return None
     if not isinstance(latents, (torch.Tensor, list, tuple)) or any(not isinstance(x, torch.Tensor) for x in latents):
@@ -195,24 +208,29 @@ def read_latents(latents, shapes: list[tuple[int, int, int]]) -> list[torch.Tens
         )
     given = list(latents)
     if len(given) != len(shapes):
-        raise ValueError(f"`latents` holds {len(given)} noises for {len(shapes)} pictures.")
+        raise ValueError(f"`latents` holds {len(given)} tensors for {len(shapes)} images.")
     for index, (noise, shape) in enumerate(zip(given, shapes, strict=True)):
         if tuple(noise.shape) != shape:
-            raise ValueError(f"`latents` of picture {index} has shape {tuple(noise.shape)}; it must be {shape}.")
+            raise ValueError(f"`latents` of image {index} has shape {tuple(noise.shape)}; it must be {shape}.")
         if not torch.isfinite(noise).all():
-            raise ValueError(f"`latents` of picture {index} holds values that are not finite.")
+            raise ValueError(f"`latents` of image {index} holds values that are not finite.")
     return given
 
 
 def check_settings(*, do_sample: bool, temperature: float, output_type: str = "pil", **counts: int) -> None:
-    """Checks that need neither prompt nor checkpoint; every one of `counts` is a whole number of at least 1."""
+    """Check the arguments that depend neither on the prompt nor on the checkpoint; `counts` are integers from 1."""
     for name, value in counts.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        if not is_integer(value) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    usable = isinstance(temperature, numbers.Real) and math.isfinite(temperature) and temperature >= 1e-3
+    usable = is_real(temperature) and math.isfinite(temperature) and temperature >= 1e-3
     if do_sample and not usable:
         raise ValueError(
             f"temperature={temperature!r} must be at least 0.001 to sample; for greedy text use do_sample=False."
         )
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}.")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, of Python or numpy."""
+    return isinstance(value, numbers.Integral)

@@ -1,11 +1,11 @@
-"""The pipeline's options: what a checkpoint configures in model_index.json, their defaults and their checks."""
+"""Defaults and checks of the pipeline's options in model_index.json."""
 
 import copy
 
 from .guidance_bagel import Guidance
 from .image_processor_bagel import ImageLimits
 
-# The original inferencer's guidance by task, and the system prompts that the release was trained with.
+# Guidance by task, as in the original inferencer, and the system prompts of the release's training.
 PRESETS = {
     "text_to_image": {
         "guidance_scale": 4.0,
@@ -40,14 +40,14 @@ def read_options(
     vae_table: tuple[int, int],
     vision_table: tuple[int, int],
 ) -> dict:
-    """Options as they are registered: defaults filled in, everything checked, nothing shared between pipelines.
+    """The options to register: checked copies, completed by defaults.
 
     Args:
-        vae_table, vision_table: (entries per side, pixels per entry) of the two position tables. The default limits
-            are the whole table and the share of it that the release takes as its minimum (512 of 1024, 224 of 980).
+        vae_table, vision_table: (entries per side, pixels per entry) of the two position tables. By default the
+            largest image fills the table, and the smallest has the share of the release (512 of 1024, 224 of 980).
 
     Raises:
-        ValueError: naming the option, what it holds and what is allowed.
+        ValueError: names the option, its value and the allowed values.
     """
     latents, stride = vae_table
     patches, patch = vision_table
@@ -68,7 +68,7 @@ def read_options(
     _check_keys("think_prompts", think_prompts, THINK_PROMPTS)
     for name, text in think_prompts.items():
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"think_prompts[{name!r}] is {text!r}; it must be a text.")
+            raise ValueError(f"think_prompts[{name!r}] is {text!r}; it must be a non-empty string.")
     if not isinstance(max_references, int) or isinstance(max_references, bool) or max_references < 0:
         raise ValueError(f"max_references={max_references!r} must be a whole number of at least 0.")
     options = {"presets": presets, "think_prompts": think_prompts, "max_references": max_references, **limits}
@@ -95,5 +95,5 @@ def _check_limits(name: str, value: dict, entries: int, stride: int) -> None:
 
 
 def image_limits(value: dict, stride: int) -> ImageLimits:
-    """Registered limits with the stride of their table."""
+    """The limits of an option, for a position table with `stride` pixels per entry."""
     return ImageLimits(**value, stride=stride)

@@ -18,7 +18,7 @@ _NORM_GROUPS = 32  # of the VAE's group norms, in the original as in diffusers
 _ABSENT: Any = object()
 
 
-class Told:
+class ConfigReader:
     """What one JSON file says, checked entry by entry; whatever it says wrongly becomes a line of `problems`.
 
     An entry may be left out when a default is given; then it must not be null either.
@@ -54,12 +54,12 @@ class Told:
 
         return self._read(key, _ABSENT, [1], fits, "a list of whole numbers")
 
-    def part(self, key: str) -> "Told":
+    def part(self, key: str) -> "ConfigReader":
         """An object inside; nothing, when it is absent or null."""
         value = self.content.get(key)
         if not isinstance(value, dict | None):
             self.problems.append(f"{self.file} says {key} is {value!r}, which is no object")
-        return Told(value if isinstance(value, dict) else {}, f"{self.file} ({key})", self.problems)
+        return ConfigReader(value if isinstance(value, dict) else {}, f"{self.file} ({key})", self.problems)
 
     def _read(self, key: str, default: Any, spare: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
         value = self.content.get(key, default)
@@ -105,7 +105,7 @@ def original_sizes(
     is 0, which a listing shows as `?`.
     """
     problems: list[str] = []
-    llm, vit, config = _told(llm, vit, config, problems)
+    llm, vit, config = _readers(llm, vit, config, problems)
 
     def side(fallback: int | None, *names: str) -> int:
         """The side of a square table, one row for each position."""
@@ -147,9 +147,11 @@ def original_sizes(
     return sizes, problems
 
 
-def _told(llm: dict, vit: dict, config: dict, problems: list[str]) -> tuple[Told, Told, Told]:
+def _readers(
+    llm: dict, vit: dict, config: dict, problems: list[str]
+) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
     files = (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config))
-    return tuple(Told(content, file, problems) for file, content in files)
+    return tuple(ConfigReader(content, file, problems) for file, content in files)
 
 
 def _check_sizes(s: Sizes, vit_heads: int, problems: list[str]) -> None:
@@ -175,7 +177,7 @@ def _dim(tensors: Mapping[str, StoredTensor], axis: int, *names: str) -> int:
     return next((tensors[n].shape[axis] for n in names if n in tensors and len(tensors[n].shape) > axis), 0)
 
 
-def _vae_channels(vae: Told, ae: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+def _vae_channels(vae: ConfigReader, ae: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     if "ch" in vae and "ch_mult" in vae:
         return tuple(vae.whole("ch") * m for m in vae.widths("ch_mult"))
     name = "encoder.down.{}.block.0.conv1.weight"
@@ -196,7 +198,7 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems
     """
     from transformers.activations import ACT2FN
 
-    llm, vit, config = _told(llm, vit, config, [] if problems is None else problems)
+    llm, vit, config = _readers(llm, vit, config, [] if problems is None else problems)
     vae = config.part("vae_config")
     llm.choice("hidden_act", ("silu",), "silu")
     parameters, scaling = llm.part("rope_parameters"), llm.part("rope_scaling")
@@ -258,7 +260,9 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems
 def sizes_of(configs: Configs) -> Sizes:
     """The sizes that our components' configurations state; ValueError listing entries that are lacking or wrong."""
     problems: list[str] = []
-    llm, vit, vae = (Told(configs[c], f"{c}/config.json", problems) for c in ("transformer", "vision_model", "vae"))
+    llm, vit, vae = (
+        ConfigReader(configs[c], f"{c}/config.json", problems) for c in ("transformer", "vision_model", "vae")
+    )
     sizes = Sizes(
         hidden=llm.whole("hidden_size"),
         intermediate=llm.whole("intermediate_size"),

@@ -1,14 +1,14 @@
-"""A sample is a list of segments; a batch is many samples packed into two streams.
+"""Describes BAGEL's input: a sample is a list of segments, and a batch is many samples packed into two streams.
 
-Everything that reads or trains BAGEL starts here: training, prefill, drawing and decoding all describe their input as
-lists of [`Segment`] and call [`pack`]. Nothing in this file holds weights.
+Training, prefill, denoising and text generation describe their input as lists of [`Segment`] and call [`pack`]. This
+file holds no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ NO_LABEL = -100  # torch's cross_entropy ignores it
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Vocabulary ids that open and close a text or an image segment."""
+    """Vocabulary ids of the tokens before and after the content of a segment."""
 
     text_start: int  # <|im_start|>
     text_end: int  # <|im_end|>
@@ -26,7 +26,7 @@ class SpecialTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> SpecialTokens:
-        """Look the four tokens up. Raises ValueError naming those that the tokenizer lacks."""
+        """Look up the four tokens. Raises ValueError naming those that the tokenizer lacks."""
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         ids = tokenizer.convert_tokens_to_ids(list(names))
         missing = [n for n, i in zip(names, ids) if i is None or tokenizer.convert_ids_to_tokens(i) != n]
@@ -37,28 +37,28 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Segment:
-    """One item of a sample, in one of four kinds (tests/parity/golden/README.md, "Conventions").
+    """A text or an image of a sample, of one of four kinds (tests/parity/golden/README.md, "Conventions").
 
-    | kind    | attention inside | seen by later segments | expert of its content | rotary positions            |
-    |---------|------------------|------------------------|-----------------------|-----------------------------|
-    | `text`  | causal           | yes                    | und                   | one per token               |
-    | `vit`   | full             | yes                    | und                   | all share one, next is +1   |
-    | `vae`   | full             | yes                    | gen                   | all share one, next is +1   |
-    | `noise` | full             | no                     | gen                   | all share one, next is +0   |
+    | kind    | attention inside | later segments attend to it | expert of its content | rotary positions          |
+    |---------|------------------|-----------------------------|-----------------------|---------------------------|
+    | `text`  | causal           | yes                         | und                   | one per token             |
+    | `vit`   | full             | yes                         | und                   | all share one, next is +1 |
+    | `vae`   | full             | yes                         | gen                   | all share one, next is +1 |
+    | `noise` | full             | no                          | gen                   | all share one, next is +0 |
 
     An image's start and end tokens belong to its segment and always use the understanding expert.
     """
 
     kind: str
-    ids: tuple[int, ...]  # vocabulary tokens: the text with its markers, or an image's (start, end)
+    ids: tuple[int, ...]  # vocabulary ids: of the text with its start and end tokens, or of an image's (start, end)
     grid: tuple[int, int] = (0, 0)  # image: (rows, columns) of ViT patches or latent tokens
     data: torch.Tensor | None = None  # vit: patches (rows*columns, p*p*3); vae, noise: latent tokens (rows*columns, C)
     labels: tuple[int, ...] | None = None  # next-token labels of `ids`, NO_LABEL where there is none
     label_weights: tuple[float, ...] | None = None
     dropped: bool = False  # left out by condition dropout; a dropped image still advances the position, text does not
-    joined: bool = False  # attends as one with the segment before it (frames of one clip)
-    advance: int | None = None  # how far the next segment's position is; None: the rule of the kind
-    hidden: bool | None = None  # no other segment may attend to it; None: only `noise` is hidden
+    joined: bool = False  # attends with the segment before it as if both were one (frames of a video)
+    advance: int | None = None  # distance to the next segment's rotary position; None: by the kind
+    hidden: bool | None = None  # other segments do not attend to it; None: only `noise` is hidden
 
     @property
     def size(self) -> int:
@@ -67,7 +67,7 @@ class Segment:
 
     @property
     def step(self) -> int:
-        """How far this segment moves the next one's rotary position."""
+        """Distance from this segment's rotary position to the next one's."""
         if self.advance is not None:
             return self.advance
         return {"text": 0 if self.dropped else len(self.ids), "vit": 1, "vae": 1, "noise": 0}[self.kind]
@@ -79,10 +79,12 @@ class Segment:
 def text_segment(
     ids: Sequence[int], tokens: SpecialTokens, *, loss: bool = False, end_label: int | None = None
 ) -> Segment:
-    """Text between its markers. With `loss`, every token up to the last predicts the next one.
+    """Text between its start and end token.
 
-    `end_label` gives the end marker a label of its own (what should follow this segment). The weights are the
-    original's square-root rule: each of n labels weighs 1/sqrt(n); an end label weighs 1.
+    Args:
+        loss: every token but the last one has the next token as its label. Each of the n labels has the weight
+            1/sqrt(n), as in the original training code.
+        end_label: label of the end token, with the weight 1: the token that should follow the segment.
     """
     content = (tokens.text_start, *ids, tokens.text_end)
     if not loss and end_label is None:
@@ -101,7 +103,7 @@ def image_segment(
     end_label: int | None = None,
     **options,
 ) -> Segment:
-    """A picture of `grid` = (rows, columns) tokens: kind `vit`, `vae` (clean, t = 0) or `noise`."""
+    """An image of `grid` = (rows, columns) tokens, of the kind `vit`, `vae` (clean, t = 0) or `noise`."""
     assert kind in ("vit", "vae", "noise"), kind
     assert data is None or data.shape[0] == grid[0] * grid[1], (tuple(data.shape), grid)
     labels = None if end_label is None else (NO_LABEL, end_label)
@@ -111,23 +113,23 @@ def image_segment(
 
 
 def drop(segment: Segment) -> Segment:
-    """The segment as condition dropout leaves it: no tokens, but an image's position is still spent."""
+    """The segment after condition dropout: it has no tokens, but an image still advances the rotary position."""
     return replace(segment, dropped=True)
 
 
 def end_position(segments: Sequence[Segment], start: int = 0) -> int:
-    """Rotary position of whatever follows `segments`, when the first of them begins at `start`."""
+    """Rotary position of the segment after `segments`, of which the first has the position `start`."""
     return start + sum(segment.step for segment in segments)
 
 
 def grid_position_ids(grid: tuple[int, int], per_side: int, interpolate: bool = False) -> torch.Tensor:
-    """Indices of a picture's tokens in a position table of `per_side` x `per_side` entries, row by row: (rows*columns,).
+    """Indices of an image's tokens in a position table of `per_side` x `per_side` entries, row by row: (rows*columns,).
 
-    `interpolate` spreads the picture over the whole table instead of using its upper left part.
-    Raises ValueError when a side of the picture is longer than the table's.
+    `interpolate` spreads the image over the whole table instead of using its upper left part.
+    Raises ValueError if a side of the image is longer than the table's.
     """
     if max(grid) > per_side:
-        raise ValueError(f"A picture of {grid[0]} x {grid[1]} tokens exceeds the {per_side} x {per_side} positions.")
+        raise ValueError(f"An image of {grid[0]} x {grid[1]} tokens exceeds the {per_side} x {per_side} positions.")
 
     def side(n: int) -> torch.Tensor:
         if not interpolate:
@@ -154,8 +156,23 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int) -> torch
     return blocks.permute(4, 0, 2, 1, 3).reshape(-1, rows * patch, columns * patch)
 
 
+class KVCache(Protocol):
+    """The key and value cache of the transformer (`BagelKVCache`), as the pipeline uses it."""
+
+    num_layers: int
+    length: int  # tokens of context
+    position: int  # rotary position of the next segment
+
+    def first(self, length: int) -> Any: ...
+    def whole(self) -> Any: ...
+    def reserve(self, capacity: int, scratch: int = 0) -> None: ...
+    def copy_from(self, start: int) -> list[torch.Tensor]: ...
+    def extend(self, states: list[torch.Tensor], position: int) -> None: ...
+    def truncate(self, length: int, position: int) -> None: ...
+
+
 class Span(NamedTuple):
-    """Where one segment's tokens stand in the two streams."""
+    """The places of one segment's tokens in the two streams."""
 
     und: slice
     gen: slice
@@ -165,13 +182,13 @@ class Span(NamedTuple):
 
 @dataclass
 class PackedSequence:
-    """Samples packed into an `und` stream of U tokens and a `gen` stream of G tokens. Nothing is padded.
+    """Samples packed into an `und` stream of U tokens and a `gen` stream of G tokens, without padding.
 
-    Each stream keeps the tokens of a sample contiguous. What may attend to what follows from the stored segment and
-    position of each token, never from its place in an array.
+    The tokens of a sample are contiguous in each stream. Attention masks are derived from the segment and the position
+    of each token, never from its place in a stream.
     """
 
-    input_ids: torch.Tensor  # (U,) vocabulary ids; 0 where a ViT token stands
+    input_ids: torch.Tensor  # (U,) vocabulary ids; 0 for ViT tokens
     vision_index: torch.Tensor  # (V,) places of the ViT tokens in the und stream
     und_segment: torch.Tensor  # (U,) index of the token's segment in the whole batch
     und_position: torch.Tensor  # (U,) rotary position
@@ -187,7 +204,7 @@ class PackedSequence:
     label_weights: torch.Tensor  # (U,)
     patches: torch.Tensor | None  # (V, p*p*3) pixels of all ViT segments
     latents: torch.Tensor | None  # (G, C) clean latent tokens of all VAE segments
-    patch_lengths: list[int]  # patches of each ViT picture
+    patch_lengths: list[int]  # number of patches of each ViT image
     spans: list[list[Span]]  # per sample, in order
 
     def to(self, device: torch.device | str) -> PackedSequence:
@@ -207,8 +224,8 @@ def pack(
 
     Args:
         samples: one list of segments per sample (or per row of an inference batch).
-        latent_positions, patch_positions: sides of the latent's and the ViT's position tables.
-        starts: rotary position at which each sample begins (0 for whole samples; where the cache ends otherwise).
+        latent_positions, patch_positions: entries per side of the latent's and the ViT's position tables.
+        starts: rotary position of each sample's first token; None: 0. In inference, the position after its context.
     """
     und: dict[str, list] = {k: [] for k in ("ids", "vision", "segment", "position", "labels", "weights")}
     gen: dict[str, list] = {k: [] for k in ("segment", "position", "noised", "table")}

@@ -1,15 +1,16 @@
-"""Text from BAGEL, token by token, for a batch of contexts of any lengths."""
+"""Generates text token by token, for a batch of contexts of any lengths."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..common.step_cache import whole_pass
-from .segments_bagel import Segment, SpecialTokens, pack
+from ..common.step_cache import uncached_pass
+from .segments_bagel import KVCache, Segment, SpecialTokens, pack
 
 
-def choose(logits: torch.Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:
-    """Next token from (vocabulary,) logits: the largest, or a draw from softmax(logits / temperature)."""
+def choose_token(logits: torch.Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:
+    """Next token from (vocabulary,) logits: the likeliest, or one sampled from softmax(logits / temperature)."""
     if not do_sample:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
@@ -19,8 +20,8 @@ def choose(logits: torch.Tensor, do_sample: bool, temperature: float, generator:
 
 
 def generate_text(
-    transformer,
-    caches: Sequence,
+    transformer: Any,
+    caches: Sequence[KVCache],
     tokens: SpecialTokens,
     *,
     max_new_tokens: int,
@@ -28,28 +29,28 @@ def generate_text(
     temperature: float = 0.3,
     generators: Sequence[torch.Generator | None] | None = None,
     device: torch.device | str = "cpu",
-    progress=None,
+    progress: Any = None,
 ) -> list[list[int]]:
-    """Continue every cache with a text of at most `max_new_tokens` tokens, without its markers.
+    """Generate at most `max_new_tokens` tokens after every cache; returns them without start and end token.
 
-    Rows that have ended leave the batch. The caches come back as they were: what was said is not kept in them,
-    because BAGEL reads its own text again as a closed segment (tests/parity/golden/README.md, surprise 7).
+    Texts that have ended leave the batch. The caches are restored: BAGEL reads its own text again as a complete segment
+    (tests/parity/golden/README.md, surprise 7).
     """
     generators = generators or [None] * len(caches)
     ends = [(cache.length, cache.position) for cache in caches]
-    said: list[list[int]] = [[] for _ in caches]
-    fed = [tokens.text_start] * len(caches)
+    generated: list[list[int]] = [[] for _ in caches]
+    last = [tokens.text_start] * len(caches)
     running = list(range(len(caches)))
     for cache in caches:
         cache.reserve(cache.length + max_new_tokens)
     for _ in range(max_new_tokens):
         sequence = pack(
-            [[Segment("text", (fed[row],))] for row in running],
+            [[Segment("text", (last[row],))] for row in running],
             latent_positions=1,
             patch_positions=1,
             starts=[caches[row].position for row in running],
         ).to(device)
-        with whole_pass(transformer):
+        with uncached_pass(transformer):
             logits = transformer(
                 None,
                 None,
@@ -59,14 +60,14 @@ def generate_text(
             ).logits
         for row, row_logits in zip(running, logits, strict=True):
             caches[row].position += 1
-            fed[row] = choose(row_logits, do_sample, temperature, generators[row])
-            if fed[row] != tokens.text_end:
-                said[row].append(fed[row])
-        running = [row for row in running if fed[row] != tokens.text_end]
+            last[row] = choose_token(row_logits, do_sample, temperature, generators[row])
+            if last[row] != tokens.text_end:
+                generated[row].append(last[row])
+        running = [row for row in running if last[row] != tokens.text_end]
         if progress is not None:
             progress.update()
         if not running:
             break
     for cache, end in zip(caches, ends, strict=True):
         cache.truncate(*end)
-    return said
+    return generated

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .safetensors_stream import Output, is_written, split_shards, write_file
+from .safetensors_stream import TensorCopy, is_written, split_shards, write_file
 from .weights import StoredTensor, read_json, shortened
 
 SHARD_BYTES = 2_000_000_000
@@ -21,7 +21,9 @@ _MARKER = ".conversion.json"
 _LARGE = 256_000_000  # bytes; a progress bar is shown from here on
 
 
-def component_files(folder: Path, outputs: list[Output], shard_bytes: int = SHARD_BYTES) -> dict[Path, list[Output]]:
+def component_files(
+    folder: Path, outputs: list[TensorCopy], shard_bytes: int = SHARD_BYTES
+) -> dict[Path, list[TensorCopy]]:
     """The weight files of a component, named as diffusers names them, and the tensors of each."""
     shards = split_shards(outputs, shard_bytes)
     if len(shards) == 1:
@@ -29,7 +31,7 @@ def component_files(folder: Path, outputs: list[Output], shard_bytes: int = SHAR
     return {folder / f"{_WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def write_weights(dst: Path, fingerprint: str, files: Mapping[Path, list[Output]]) -> None:
+def write_weights(dst: Path, fingerprint: str, files: Mapping[Path, list[TensorCopy]]) -> None:
     """Write the weight files, and an index for each folder with shards. Files that are complete already are kept.
 
     Leaves a marker in `dst` with the fingerprint of the source, by which an interrupted conversion resumes; the caller
@@ -64,7 +66,7 @@ def write_weights(dst: Path, fingerprint: str, files: Mapping[Path, list[Output]
             _write_index(folder, shards)
 
 
-def _write_index(folder: Path, shards: Mapping[Path, list[Output]]) -> None:
+def _write_index(folder: Path, shards: Mapping[Path, list[TensorCopy]]) -> None:
     total = sum(o.source.nbytes for outputs in shards.values() for o in outputs)
     weight_map = {o.name: path.name for path, outputs in shards.items() for o in outputs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}

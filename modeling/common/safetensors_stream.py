@@ -28,7 +28,7 @@ _NONFINITE = {
 
 
 @dataclass(frozen=True)
-class Output:
+class TensorCopy:
     """One tensor of a file to be written: the bytes of `source` under a new name and shape of equal size."""
 
     name: str
@@ -36,7 +36,7 @@ class Output:
     source: StoredTensor
 
 
-def write_file(path: Path, outputs: Iterable[Output], progress: Callable[[int], object] = lambda n: None) -> None:
+def write_file(path: Path, outputs: Iterable[TensorCopy], progress: Callable[[int], object] = lambda n: None) -> None:
     """Write a safetensors file under a temporary name and rename it when it is complete.
 
     `progress` is told the number of bytes after each chunk. Raises ValueError at the first tensor with NaN or
@@ -55,7 +55,7 @@ def write_file(path: Path, outputs: Iterable[Output], progress: Callable[[int], 
         partial.unlink(missing_ok=True)
 
 
-def is_written(path: Path, outputs: Iterable[Output]) -> bool:
+def is_written(path: Path, outputs: Iterable[TensorCopy]) -> bool:
     """Whether `path` is a complete file with exactly these names, dtypes and shapes."""
     if not path.is_file():
         return False
@@ -66,9 +66,9 @@ def is_written(path: Path, outputs: Iterable[Output]) -> bool:
     return found == {(o.name, o.source.dtype, o.shape) for o in outputs}
 
 
-def split_shards(outputs: Iterable[Output], max_bytes: int) -> list[list[Output]]:
+def split_shards(outputs: Iterable[TensorCopy], max_bytes: int) -> list[list[TensorCopy]]:
     """Consecutive groups of at most `max_bytes` of data each; a larger tensor gets a group of its own."""
-    shards: list[list[Output]] = [[]]
+    shards: list[list[TensorCopy]] = [[]]
     size = 0
     for output in outputs:
         if shards[-1] and size + output.source.nbytes > max_bytes:
@@ -79,12 +79,12 @@ def split_shards(outputs: Iterable[Output], max_bytes: int) -> list[list[Output]
     return shards
 
 
-def _file_order(output: Output) -> tuple[int, str]:
+def _file_order(output: TensorCopy) -> tuple[int, str]:
     # As the safetensors library does: wide dtypes first keeps every tensor aligned to its own width.
     return -DTYPES[output.source.dtype].itemsize, output.name
 
 
-def _header(outputs: list[Output]) -> bytes:
+def _header(outputs: list[TensorCopy]) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for output in outputs:
@@ -100,7 +100,7 @@ def _header(outputs: list[Output]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _chunks(outputs: list[Output]) -> Iterator[bytes]:
+def _chunks(outputs: list[TensorCopy]) -> Iterator[bytes]:
     file = stream = None
     try:
         for output in outputs:

@@ -1,27 +1,29 @@
-"""Which passes diffusers' step caches (TaylorSeer, FirstBlockCache) may shorten: updates of a picture, nothing else.
+"""Contexts for diffusers' step caches (TaylorSeer, FirstBlockCache), which skip layers in some denoising updates.
 
-A cache guesses from the updates just before, over the same rows. So every call and every change of the guidance branches
-starts afresh, and what reads a prompt or says a word always runs in full.
+A step cache extrapolates from the preceding updates over the same rows. It is therefore reset at the start of every
+call and whenever the guidance branches change, and it is off while prompts are encoded and text is generated.
 """
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 
-def update_context(transformer):
-    """Context of an update."""
+def cached_update(transformer: Any) -> AbstractContextManager:
+    """Context of a denoising update, in which the step cache may skip layers."""
     return transformer.cache_context("update") if transformer.is_cache_enabled else nullcontext()
 
 
 @contextmanager
-def whole_pass(transformer):
-    """Context of a pass that runs in full: what the cache knew before is forgotten, and so is this pass."""
-    forget_updates(transformer)
+def uncached_pass(transformer: Any) -> Iterator[None]:
+    """Context of a forward pass that runs in full. The step cache is reset before and after it."""
+    reset_step_cache(transformer)
     with transformer.cache_context("whole") if transformer.is_cache_enabled else nullcontext():
         yield
-    forget_updates(transformer)
+    reset_step_cache(transformer)
 
 
-def forget_updates(transformer) -> None:
-    """Drop what a cache holds: it is of other rows, of rows as they were before a gap, or of a call that was stopped."""
+def reset_step_cache(transformer: Any) -> None:
+    """Clear the step cache: it is stale after the rows changed, an update was skipped, or a call was interrupted."""
     if transformer.is_cache_enabled:
         transformer._reset_stateful_cache()

@@ -216,7 +216,7 @@ def test_memory_stays_at_a_few_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 1 << 18)
     save_file({"a": torch.randn(8 << 20), "b": torch.randn(8 << 20)}, tmp_path / "in.safetensors")
     header = read_header(tmp_path / "in.safetensors")
-    outputs = [safetensors_stream.Output(name.upper(), (8, 1 << 20), t) for name, t in header.items()]
+    outputs = [safetensors_stream.TensorCopy(name.upper(), (8, 1 << 20), t) for name, t in header.items()]
     tracemalloc.start()
     safetensors_stream.write_file(tmp_path / "out.safetensors", outputs)
     peak = tracemalloc.get_traced_memory()[1]
@@ -487,7 +487,7 @@ def test_way_back_stays_in_the_folder(tmp_path):
 
 
 def test_way_back_refuses_what_it_cannot_map(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no pipeline folder"):
+    with pytest.raises(FileNotFoundError, match="not a pipeline folder"):
         convert_to_original(CHECKPOINT, tmp_path / "dst")
     there = tmp_path / "there"
     convert_to_diffusers(CHECKPOINT, there)

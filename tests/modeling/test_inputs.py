@@ -30,7 +30,7 @@ REFUSED = {
     "paths as references": ({"prompt": ["a", "b"], "image": [None, "b.png"]}, "prompt 1 holds a str"),
     "image alone": ({"image": PICTURE}, "`image` needs a `prompt`"),
     "picture without pixels": ({"prompt": "a", "image": Image.new("RGB", (0, 5))}, "0 x 5 pixels"),
-    "picture that was closed": ({"prompt": "a", "image": closed_picture()}, "picture 0 of prompt 0 does not decode"),
+    "picture that was closed": ({"prompt": "a", "image": closed_picture()}, "image 0 of prompt 0 does not decode"),
     "32 bits of grey": ({"prompt": "a", "image": Image.new("I", (40, 40))}, "mode 'I', whose range is unknown"),
     "half a character": ({"prompt": "a \ud800 b"}, "Prompt 0 is no valid Unicode"),
     "interval as a number": (
@@ -42,7 +42,7 @@ REFUSED = {
     "latents as a number": ({"prompt": "a", "latents": 3.0}, "`latents` is a float"),
     "latents that are not finite": (
         {"prompt": "a", "height": 32, "width": 32, "latents": torch.full((1, 16, 4, 4), torch.nan)},
-        "picture 0 holds values that are not finite",
+        "image 0 holds values that are not finite",
     ),
     "callback as a word": ({"prompt": "a", "callback_on_step_end": "x"}, "callback_on_step_end is a str"),
     "nothing": ({}, "Give either `prompt`.*neither"),
@@ -57,8 +57,8 @@ REFUSED = {
     "path as picture": ({"inputs": ["a", b"x.png"]}, "Prompt 0 has a bytes"),
     "fewer references than prompts": ({"prompt": ["a", "b"], "image": [[PICTURE]]}, "2 prompts but `image` has 1"),
     "one picture for two prompts": ({"prompt": ["a", "b"], "image": PICTURE}, "2 prompts but `image` has one Image"),
-    "too many references": ({"prompt": "a", "image": [PICTURE] * 5}, "5 reference pictures.*at most 4"),
-    "picture that does not decode": ({"prompt": "a", "image": broken_picture()}, "picture 0 of prompt 0 does not"),
+    "too many references": ({"prompt": "a", "image": [PICTURE] * 5}, "5 reference images.*at most 4"),
+    "picture that does not decode": ({"prompt": "a", "image": broken_picture()}, "image 0 of prompt 0 does not"),
     "odd height": ({"prompt": "a", "height": 100}, "height=100.*multiples of 16 from 16 to 256"),
     "beyond the table": ({"prompt": "a", "width": 272}, "width=272.*to 256"),
     "float size": ({"prompt": "a", "width": 64.0}, "width=64.0"),
@@ -78,7 +78,7 @@ REFUSED = {
     "no think tokens": ({"prompt": "a", "think": True, "max_think_tokens": 0}, "max_think_tokens=0"),
     "cold sampling": ({"prompt": "a", "think": True, "do_sample": True, "temperature": 0.0}, "temperature=0.0"),
     "output type": ({"prompt": "a", "output_type": "jpeg"}, "'jpeg' must be one of pil, np, pt, latent"),
-    "generators": ({"prompt": "a", "generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+    "generators": ({"prompt": "a", "generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
     "seed as generator": ({"prompt": "a", "generator": 3}, "holds a int"),
     "latents of another size": (
         {"prompt": "a", "height": 64, "width": 64, "latents": torch.zeros(1, 16, 4, 4)},
@@ -86,7 +86,7 @@ REFUSED = {
     ),
     "latents for another batch": (
         {"prompt": "a", "height": 64, "width": 64, "latents": torch.zeros(2, 16, 8, 8)},
-        "2 noises for 1 pictures",
+        "2 tensors for 1 images",
     ),
     "callback tensors": (
         {"prompt": "a", "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},

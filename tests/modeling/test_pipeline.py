@@ -141,14 +141,14 @@ def test_tuple_output(pipe):
 def test_order_of_draws_is_condition_latents_then_noise_then_text(pipe, pictures):
     """A sampled plan changes the picture through the plan alone, never through the noise."""
     shapes = []
-    draw = type(pipe).draw_noise
-    pipe.draw_noise = lambda shape, generator: (shapes.append(shape), draw(pipe, shape, generator))[1]
-    generate = pipe._think
-    pipe._think = lambda *a, **k: (shapes.append("text"), generate(*a, **k))[1]
+    draw = type(pipe).sample_noise
+    pipe.sample_noise = lambda shape, generator: (shapes.append(shape), draw(pipe, shape, generator))[1]
+    generate = pipe._generate_texts
+    pipe._generate_texts = lambda *a, **k: (shapes.append("text"), generate(*a, **k))[1]
     try:
         pipe(
             "a", image=[pictures["img_a"], pictures["img_d"]], think=True, max_think_tokens=2, do_sample=True, **STEPS
         )
     finally:
-        del pipe.draw_noise, pipe._think
+        del pipe.sample_noise, pipe._generate_texts
     assert shapes == [(16, 4, 8), (16, 4, 4), (16, 4, 4), "text"]

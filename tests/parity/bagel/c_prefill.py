@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from echo4o.modeling.bagel.denoising_bagel import GuidanceBranch, NoisyImage, pack_branches, predict_velocity
 from echo4o.modeling.bagel.guidance_bagel import Guidance
-from echo4o.modeling.bagel.sampling_bagel import Branch, Picture, pack_rows, predict_velocity
 from echo4o.modeling.bagel.segments_bagel import Segment, unpatchify
 from echo4o.modeling.common.image_files import to_rgb
 from echo4o.modeling.common.images import to_pixels
@@ -65,7 +65,7 @@ def _segment(pipe, golden, item, tensors, check) -> Segment:
     resized = pipe.vae_limits.resize(picture)
     check("vae_pixels", to_pixels(resized)[None], tensors["vae_pixels"], SINGLE)
     noise = tensors["vae_noise"]
-    pipe.draw_noise = lambda shape, generator: noise.reshape(shape)
+    pipe.sample_noise = lambda shape, generator: noise.reshape(shape)
     segment = pipe.latent_segment(resized, None)
     latent = unpatchify(segment.data, segment.grid, pipe.transformer.config.latent_patch_size)
     check("vae_latent", latent[None], tensors["vae_latent"], SINGLE)
@@ -117,19 +117,19 @@ def _check_flow(pipe, chain: Chain, flow, tensors, check) -> None:
     grid = (height // pipe.latent_stride, width // pipe.latent_stride)
     for cache in (chain.cache, chain.texts):
         cache.reserve(cache.length, scratch=grid[0] * grid[1] + 2)
-    condition = Branch(chain.cache, chain.cache.length, chain.cache.position)
-    text_free = Branch(chain.cache, *chain.text_free)
-    image_free = Branch(chain.texts, chain.texts.length, chain.texts.position)
-    for branch, prefix in ((condition, ""), (text_free, "cfg_text_"), (image_free, "cfg_img_")):
+    conditional = GuidanceBranch.whole(chain.cache)
+    text_free = GuidanceBranch(chain.cache, *chain.text_free)
+    image_free = GuidanceBranch.whole(chain.texts)
+    for branch, prefix in ((conditional, ""), (text_free, "cfg_text_"), (image_free, "cfg_img_")):
         check(f"{prefix}kv_len", branch.length, flow[f"{prefix}kv_len"])
         check(f"{prefix}rope_position", branch.position, flow[f"{prefix}rope_position"])
 
-    def velocity(guidance: Guidance, *branches: Branch | None) -> tuple[torch.Tensor, object]:
-        picture = Picture(grid, guidance, *branches, tokens=tensors["x_t"])
-        rows = pack_rows([picture], flow["t"], pipe.special_tokens, pipe.pack)
-        return predict_velocity(pipe.transformer, [picture], flow["t"], rows)[0], rows.sequence
+    def velocity(guidance: Guidance, *branches: GuidanceBranch | None) -> tuple[torch.Tensor, object]:
+        images = [NoisyImage(tensors["x_t"], grid, guidance, *branches)]
+        batch = pack_branches(pipe.transformer, images, flow["t"], pipe.special_tokens, pipe.pack)
+        return predict_velocity(pipe.transformer, images, flow["t"], batch)[0], batch.sequence
 
-    v, sequence = velocity(OFF, condition, text_free, None)
+    v, sequence = velocity(OFF, conditional, text_free, None)
     check("position_ids", segments_and_positions(sequence)[1], tensors["position_ids"])
     check("vae_position_ids", sequence.latent_position_ids, tensors["vae_position_ids"])
     check("v_cond", v, tensors["v_cond"], SINGLE)
@@ -144,4 +144,4 @@ def _check_flow(pipe, chain: Chain, flow, tensors, check) -> None:
                 renorm=combo["cfg_renorm_type"],
                 renorm_min=combo["cfg_renorm_min"],
             )
-            check(name, velocity(guidance, condition, text_free, image_free)[0], tensors[name], SINGLE)
+            check(name, velocity(guidance, conditional, text_free, image_free)[0], tensors[name], SINGLE)

@@ -80,7 +80,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         pipe = self.pipe
-        pipe.draw_noise = lambda shape, generator: self.noises.pop(0).reshape(shape)
+        pipe.sample_noise = lambda shape, generator: self.noises.pop(0).reshape(shape)
         pipe.prefill = self._around_prefill(pipe.prefill)
         pipe.encode_latent = self._keep(pipe.encode_latent, lambda out, *args: self.condition_latents.append(out))
         pipe.decode_latent = self._keep(pipe.decode_latent, lambda out, latent: self.decoded.append((latent, out)))
@@ -91,7 +91,7 @@ class Recorder:
     def __exit__(self, *error) -> None:
         for hook in self._hooks:
             hook.remove()
-        for name in ("draw_noise", "prefill", "encode_latent", "decode_latent"):
+        for name in ("sample_noise", "prefill", "encode_latent", "decode_latent"):
             delattr(self.pipe, name)
         del self.pipe.scheduler.step
 
