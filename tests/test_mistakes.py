@@ -23,9 +23,9 @@ MISTAKES = {
     "convert": [
         ("nowhere new", "nowhere"),
         ("text.txt new", "text.txt"),
-        ("empty new", "empty is no original BAGEL checkpoint"),
+        ("empty new", "empty is not an original BAGEL checkpoint"),
         ("damaged new", "damaged"),
-        ("model new --to original", "model is no BAGEL pipeline folder"),
+        ("model new --to original", "model is not a BAGEL pipeline folder"),
     ],
     "generate": [
         ("'' -m model", "the prompt is empty"),

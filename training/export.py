@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
 from echo4o.common.files import replacing_folder
+from echo4o.modeling.common import lora_files
+from echo4o.modeling.common.lora_files import DIFFUSERS_FILE
 from echo4o.modeling.common.weights import component_tensors
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class
@@ -27,7 +29,6 @@ from echo4o.training.model import ADAPTER, base_folder, cast, lora_config
 from echo4o.training.recipe import LoraTuning, RecipeError
 from echo4o.training.recipe_files import load_recipe, read_recipe
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 SHARD_BYTES = 5_000_000_000
 
 
@@ -63,17 +64,9 @@ def write_adapter(
     check_keys("The adapter", (n for n in transformer.state_dict() if "lora_" in n), own)
     layers = get_peft_model_state_dict(transformer, state_dict=own, adapter_name=ADAPTER)
     layers = {f"transformer.{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in layers.items()}
-    settings = {f"transformer.{k}": v for k, v in _plain(lora_config(tune, type(transformer)).to_dict()).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     with replacing_folder(folder) as work:
-        save_file(layers, work / LORA_FILE, metadata=metadata)
+        lora_files.write_adapter(work / DIFFUSERS_FILE, layers, lora_config(tune, type(transformer)).to_dict())
     return folder
-
-
-def _plain(config: dict) -> dict:
-    """A PEFT configuration as JSON values: sets become lists, enumerations their values; other objects are dropped."""
-    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
-    return {k: v for k, v in plain.items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))}
 
 
 # --- pipeline folders ----------------------------------------------------------------------------------------------
@@ -206,7 +199,7 @@ def _empty_tensor(stored: Any) -> torch.Tensor:
 def load_adapter(pipeline, adapter: Path) -> None:
     """Load an adapter with its alpha into a pipeline."""
     pipeline.transformer.load_lora_adapter(
-        str(adapter), prefix="transformer", weight_name=LORA_FILE, use_safetensors=True, adapter_name=ADAPTER
+        str(adapter), prefix="transformer", weight_name=DIFFUSERS_FILE, use_safetensors=True, adapter_name=ADAPTER
     )
 
 

@@ -1,9 +1,8 @@
-"""Original BAGEL / Echo-4o checkpoints to diffusers folders and back, bit for bit.
+"""Converts BAGEL and Echo-4o checkpoints from the original layout to pipeline folders and back, bit for bit.
 
-Neither direction fills a model or decodes a tensor: the headers of the source say what is there, one table
-(original_keys.py) says what it is called on the other side, and bytes are copied chunk by chunk into new files. Memory
-stays at a few chunks for a checkpoint of any size. Names, shapes and configurations are checked before anything is
-written.
+Both directions copy the bytes of tensors chunk by chunk under the names of the other layout (original_keys.py), without
+building a model, so that memory does not grow with the checkpoint. Names, shapes and configurations are checked before
+anything is written.
 """
 
 import importlib
@@ -58,7 +57,7 @@ from .original_configs import (
 from .original_keys import Key, all_keys, differences
 from .pipeline_echo4o import Echo4oPipeline
 
-# Component -> (file stem, class) of the components that are published with their own file.
+# Component -> (file stem, class) of the components whose source file is published with them.
 OWN_CODE = {
     "transformer": ("transformer_bagel", "BagelTransformer2DModel"),
     "vision_model": ("vision_bagel", "BagelVisionModel"),
@@ -80,42 +79,43 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-KEPT_FOLDER = "original"  # the JSON files of the original, kept as they were, for the way back
-_DESCRIBED = "components.json"  # beside them: the component configurations that they describe
+KEPT_FOLDER = "original"  # holds the original JSON files, for the conversion back
+_DESCRIBED = "components.json"  # in this folder: the component configurations that the JSON files describe
 
 
 @dataclass(frozen=True)
 class Original:
-    """A checked original checkpoint: its keys, where each tensor lies, and what our components are built with."""
+    """A checked original checkpoint: its keys, its stored tensors, and the configurations of our components."""
 
     folder: Path
     keys: list[Key]
-    tensors: dict[str, StoredTensor]  # by the original's name; the names of both weight files differ
+    tensors: dict[str, StoredTensor]  # by original name; no name is in both weight files
     configs: Configs
 
 
 def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the original checkpoint in `src` as a pipeline folder into `dst`.
+    """Convert an original checkpoint to a pipeline folder. Every tensor keeps its dtype and its bits.
 
-    `src` holds ema.safetensors (or shards with an index), ae.safetensors, llm_config.json, vit_config.json, perhaps
-    config.json, and the tokenizer's files. `dst` must be new, empty, or left by an interrupted conversion of the same
-    `src`. Weight files hold at most `shard_bytes` bytes of tensors each. Every tensor keeps its dtype and its bits.
+    Args:
+        src: folder with ema.safetensors (or shards with an index), ae.safetensors, llm_config.json, vit_config.json,
+            the tokenizer's files and optionally config.json.
+        dst: folder to write: new, empty, or left by an interrupted conversion of the same `src`.
+        shard_bytes: largest number of tensor bytes per weight file.
 
     Raises:
-        FileNotFoundError: `src` is no such checkpoint.
-        FileExistsError: `dst` holds something else.
-        ValueError: pickled, damaged or non-finite weights, or tensors that do not fit; one error lists them all.
-        OSError: there is not enough room at `dst`.
+        FileNotFoundError: `src` is not an original checkpoint.
+        FileExistsError: `dst` contains something else.
+        ValueError: weights are pickled, damaged or non-finite, or tensors do not fit; one error lists all problems.
+        OSError: there is not enough space at `dst`.
     """
     src, dst = Path(src), Path(dst)
     original = read_original(src)
     index, codes = _pipeline_index(original.configs), _component_codes()
     files: dict[Path, list[TensorCopy]] = {}
     for component in ORIGINAL_FILES:
-        outputs = [
-            TensorCopy(k.name, k.shape, original.tensors[k.original]) for k in original.keys if k[0] == component
-        ]
-        files |= component_files(dst / component, outputs, shard_bytes)
+        own = [key for key in original.keys if key.component == component]
+        copies = [TensorCopy(key.name, key.shape, original.tensors[key.original]) for key in own]
+        files |= component_files(dst / component, copies, shard_bytes)
     write_weights(dst, files_fingerprint(original.tensors.values()), files)
 
     for component, config in original.configs.items():
@@ -132,18 +132,18 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
 
 
 def convert_to_original(src: Path, dst: Path) -> None:
-    """Write the pipeline folder in `src` in the original's layout into `dst`; the way back of convert_to_diffusers.
+    """Convert a pipeline folder to the original layout; the inverse of convert_to_diffusers.
 
-    Works on converted folders and on folders written by `save_pretrained`. The JSON files and the tokenizer's files
-    are those of the original where the folder still has them and they agree with its components; else they are made
-    from the components' configurations. Raises as convert_to_diffusers.
+    Converts folders that were converted before and folders written by `save_pretrained`. JSON and tokenizer files are
+    copied from the folder if it still has the original ones and they describe its components. Otherwise they are made
+    from the components' configurations. Raises the same errors as convert_to_diffusers.
     """
     src, dst = Path(src), Path(dst)
     if not (src / INDEX_NAME).is_file():
-        raise FileNotFoundError(f"{src} is no pipeline folder: it has no {INDEX_NAME}.")
-    lost = [f"{c}/config.json" for c in ORIGINAL_FILES if not (src / c / "config.json").is_file()]
-    if lost:
-        raise FileNotFoundError(f"{src} is no BAGEL pipeline folder: it lacks {', '.join(lost)}.")
+        raise FileNotFoundError(f"{src} is not a pipeline folder: it has no {INDEX_NAME}.")
+    missing = [f"{c}/config.json" for c in ORIGINAL_FILES if not (src / c / "config.json").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{src} is not a BAGEL pipeline folder: it lacks {', '.join(missing)}.")
     configs = {c: read_json(src / c / "config.json") for c in ORIGINAL_FILES}
     keys = all_keys(sizes_of(configs))
     stored = {c: component_tensors(src / c) for c in ORIGINAL_FILES}
@@ -152,8 +152,8 @@ def convert_to_original(src: Path, dst: Path) -> None:
     for component, tensors in stored.items():
         own = [k for k in keys if k.component == component]
         problems += differences({k.name: k.shape for k in own}, tensors, f"{component}/")
-        outputs = [TensorCopy(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
-        files[dst / ORIGINAL_FILES[component]] += outputs
+        copies = [TensorCopy(k.original, k.original_shape, tensors[k.name]) for k in own if k.name in tensors]
+        files[dst / ORIGINAL_FILES[component]] += copies
     raise_problems(src, problems)
     write_weights(dst, files_fingerprint(t for tensors in stored.values() for t in tensors.values()), files)
 
@@ -166,11 +166,14 @@ def convert_to_original(src: Path, dst: Path) -> None:
 def components_from_original(
     directory: Path, dtype: torch.dtype | None = None, skip: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Transformer, vision model, VAE, scheduler and tokenizer of an original checkpoint, by component name.
+    """Load transformer, vision model, VAE, scheduler and tokenizer of an original checkpoint, by component name.
 
-    Weights are mapped from the files into models built without memory of their own, tensor by tensor. `dtype`
-    defaults to the one that most of a component is stored in. Components named in `skip` are left out. Raises as
-    convert_to_diffusers.
+    Args:
+        directory: folder in the original layout.
+        dtype: of the weights; None: the dtype that most bytes of each component are stored in.
+        skip: components that are not loaded.
+
+    Raises the same errors as convert_to_diffusers.
     """
     original = read_original(Path(directory))
     skip = set(skip)
@@ -179,7 +182,7 @@ def components_from_original(
         if component not in skip:
             built[component] = _build(component, original, dtype)
     if "scheduler" not in skip:
-        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         built["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config())
     if "tokenizer" not in skip:
@@ -190,9 +193,9 @@ def components_from_original(
 
 
 def read_original(folder: Path) -> Original:
-    """Read the headers and JSON files of an original checkpoint and check them against each other.
+    """Read and check the headers and JSON files of an original checkpoint, without reading tensors.
 
-    Raises as convert_to_diffusers; no tensor is read.
+    Raises the same errors as convert_to_diffusers.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
@@ -200,9 +203,9 @@ def read_original(folder: Path) -> Original:
     llm, vit, config = read_original_jsons(folder)
     if not (folder / "ae.safetensors").is_file():
         refuse_pickles(folder, "ae.*")
-        raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks ae.safetensors.")
+        raise FileNotFoundError(f"{folder} is not an original BAGEL checkpoint: it lacks ae.safetensors.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks the tokenizer's files.")
+        raise FileNotFoundError(f"{folder} is not an original BAGEL checkpoint: it lacks the tokenizer's files.")
     ae = read_header(folder / "ae.safetensors")
     sizes, problems = original_sizes(llm, vit, config, ema, ae)
     configs = component_configs(llm, vit, config, sizes, problems)
@@ -211,24 +214,24 @@ def read_original(folder: Path) -> Original:
         expected = {k.original: k.original_shape for k in keys if ORIGINAL_FILES[k.component] == where}
         problems += differences(expected, tensors, where)
     raise_problems(folder, problems)
-    raise_problems(folder, _what_cannot_be_built(configs))
+    raise_problems(folder, _invalid_components(configs))
     return Original(folder, keys, {**ema, **ae}, configs)
 
 
-def _what_cannot_be_built(configs: Configs) -> list[str]:
-    """One line for each component whose class refuses its arguments; nothing is allocated."""
+def _invalid_components(configs: Configs) -> list[str]:
+    """One line per component whose class does not accept its arguments; no weights are allocated."""
     lines = []
     for component, arguments in configs.items():
         try:
             with torch.device("meta"):
                 _model_class(component)(**arguments)
-        except Exception as error:  # whatever a class makes of arguments that it does not like
+        except Exception as error:  # classes raise errors of any type for invalid arguments
             lines.append(f"{component} cannot be built: {type(error).__name__}: {error}")
     return lines
 
 
 def _original_weights(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of ema.safetensors, or of the shards that the folder's only index names."""
+    """The tensors of ema.safetensors, or of the shards of the folder's index."""
     if (folder / "ema.safetensors").is_file():
         return read_header(folder / "ema.safetensors")
     indexes = sorted(folder.glob("*.safetensors.index.json"))
@@ -238,55 +241,59 @@ def _original_weights(folder: Path) -> dict[str, StoredTensor]:
         if not any(f.name != "ae.safetensors" for f in folder.glob("*.safetensors")):
             refuse_pickles(folder)
         raise FileNotFoundError(
-            f"{folder} is no original BAGEL checkpoint: it has neither ema.safetensors nor a *.safetensors.index.json."
+            f"{folder} is not an original BAGEL checkpoint: it has neither ema.safetensors nor a *.safetensors.index.json."
         )
     return indexed_tensors(indexes[0])
 
 
-# --- our folder ----------------------------------------------------------------------------------------------------
+# --- parts of the folders --------------------------------------------------------------------------------------------
 
 
 def _class_entry(component: str) -> dict[str, str]:
-    import diffusers
+    from diffusers import __version__
 
-    return {"_class_name": CLASS_NAMES[component], "_diffusers_version": diffusers.__version__}
+    return {"_class_name": CLASS_NAMES[component], "_diffusers_version": __version__}
 
 
 def _scheduler_config() -> dict[str, Any]:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     return json.loads(FlowMatchEulerDiscreteScheduler(shift=3.0).to_json_string())
 
 
 @dataclass
-class _StandIn:
+class _ConfigOnly:
+    """A component without weights: the pipeline reads only the configuration to determine its limits."""
+
     config: SimpleNamespace
 
 
 def _pipeline_index(configs: Configs) -> dict[str, Any]:
-    """model_index.json, with the pipeline's presets and limits written out so that they can be seen and changed."""
-    # The pipeline derives limits from its components' configurations and from nothing else of them.
-    stand_ins = {name: _StandIn(SimpleNamespace(**config)) for name, config in configs.items()}
-    settings = dict(Echo4oPipeline(**stand_ins, scheduler=None, tokenizer=None).config)
-    components = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
+    """model_index.json with all presets and limits, so that users can see and change them."""
+    components: dict[str, Any] = {name: _ConfigOnly(SimpleNamespace(**config)) for name, config in configs.items()}
+    settings = dict(Echo4oPipeline(**components, scheduler=None, tokenizer=None).config)
+    classes = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
     parameters = inspect.signature(Echo4oPipeline.__init__).parameters
-    presets = {name: settings[name] for name in parameters if name in settings and name not in components}
+    options = {name: settings[name] for name in parameters if name in settings and name not in classes}
     version = _class_entry("vae")["_diffusers_version"]
     index = {"_class_name": ["pipeline", Echo4oPipeline.__name__], "_diffusers_version": version}
-    return index | components | presets
+    return index | classes | options
 
 
 def _component_codes() -> dict[str, ComponentCode]:
-    """The source files of the components that no library provides."""
-    codes = {component: class_code(_model_class(component)) for component in OWN_CODE}
-    for code in codes.values():
+    """The source files of the components whose classes no library provides."""
+    codes = {}
+    for component in OWN_CODE:
+        code = class_code(_model_class(component))
+        assert code is not None
         require_standalone(code.text, f"{code.stem}.py")
+        codes[component] = code
     return codes
 
 
 def _write_original_jsons(src: Path, dst: Path, configs: Configs, dtype: torch.dtype | None) -> None:
     kept = src / KEPT_FOLDER
-    # Components changed since would make the kept files lie about them.
+    # The files may describe an earlier state of the components.
     if (kept / _DESCRIBED).is_file() and read_json(kept / _DESCRIBED) == _plain_configs(configs):
         copy_files(kept, dst, JSON_FILES)
         return
@@ -302,7 +309,7 @@ def _plain_configs(configs: Configs) -> Configs:
 
 
 def _write_vocabulary(dst: Path) -> None:
-    """vocab.json and merges.txt, which the original's tokenizer class reads, from tokenizer.json."""
+    """Write vocab.json and merges.txt, which the original's tokenizer class reads, from tokenizer.json."""
     if (dst / "vocab.json").is_file() or not (dst / "tokenizer.json").is_file():
         return
     model = read_json(dst / "tokenizer.json")["model"]

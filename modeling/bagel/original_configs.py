@@ -1,4 +1,4 @@
-"""The original's JSON files and ours: sizes and configurations read from one, written for the other."""
+"""Reads and writes the JSON files of the original layout: model sizes, and the configurations of the components."""
 
 import math
 from collections.abc import Callable, Container, Mapping
@@ -12,16 +12,21 @@ LATENT_SCALING, LATENT_SHIFT = 0.3611, 0.1159  # FLUX's VAE, which the release u
 JSON_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json")
 
 Configs = dict[str, dict[str, Any]]  # component -> arguments of its class
-_MOST = 1 << 24  # no size of a model is beyond it
+_MOST = 1 << 24  # larger sizes are taken for errors
 _MOST_LAYERS = 1000
 _NORM_GROUPS = 32  # of the VAE's group norms, in the original as in diffusers
 _ABSENT: Any = object()
 
 
 class ConfigReader:
-    """What one JSON file says, checked entry by entry; whatever it says wrongly becomes a line of `problems`.
+    """Reads checked entries of a JSON object. Every invalid entry adds a line to `problems`.
 
-    An entry may be left out when a default is given; then it must not be null either.
+    An entry with a default may be absent, but not null.
+
+    Args:
+        content: the object.
+        file: its name in messages.
+        problems: list that the lines are appended to.
     """
 
     def __init__(self, content: Mapping[str, Any], file: str, problems: list[str]):
@@ -30,9 +35,11 @@ class ConfigReader:
     def __contains__(self, key: str) -> bool:
         return key in self.content
 
-    def whole(self, key: str, default: Any = _ABSENT, most: int = _MOST) -> int:
-        """A whole number from 1 to `most`."""
-        return self._read(key, default, 1, lambda v: type(v) is int and 1 <= v <= most, f"a whole number to {most}")
+    def integer(self, key: str, default: Any = _ABSENT, most: int = _MOST) -> int:
+        """An integer from 1 to `most`."""
+        return self._read(
+            key, default, 1, lambda v: type(v) is int and 1 <= v <= most, f"a whole number from 1 to {most}"
+        )
 
     def positive(self, key: str, default: Any = _ABSENT) -> float:
         """A finite number above 0."""
@@ -46,19 +53,19 @@ class ConfigReader:
         """One of the known names."""
         return self._read(key, default, "", lambda v: isinstance(v, str) and v in known, "known here")
 
-    def widths(self, key: str) -> list[int]:
-        """A list of whole numbers, one or more."""
+    def integers(self, key: str) -> list[int]:
+        """A list of 1 to 20 positive integers."""
 
         def fits(value: Any) -> bool:
             return isinstance(value, list) and 0 < len(value) <= 20 and all(type(v) is int and v > 0 for v in value)
 
-        return self._read(key, _ABSENT, [1], fits, "a list of whole numbers")
+        return self._read(key, _ABSENT, [1], fits, "a list of positive whole numbers")
 
-    def part(self, key: str) -> "ConfigReader":
-        """An object inside; nothing, when it is absent or null."""
+    def section(self, key: str) -> "ConfigReader":
+        """A reader of an object inside this one; an absent or null entry counts as an empty object."""
         value = self.content.get(key)
         if not isinstance(value, dict | None):
-            self.problems.append(f"{self.file} says {key} is {value!r}, which is no object")
+            self.problems.append(f"{self.file} says {key} is {value!r}, which is not an object")
         return ConfigReader(value if isinstance(value, dict) else {}, f"{self.file} ({key})", self.problems)
 
     def _read(self, key: str, default: Any, spare: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
@@ -77,9 +84,11 @@ def _is_number(value: Any) -> bool:
 
 
 def read_original_jsons(folder: Path) -> tuple[dict, dict, dict]:
-    """llm_config, vit_config and config of a folder; config may be empty, the others may come out of it.
+    """Read llm_config, vit_config and config of a folder.
 
-    Raises FileNotFoundError naming what is lacking, ValueError for what is no JSON object.
+    config.json may be absent; llm_config and vit_config may be sections of it instead of files.
+
+    Raises FileNotFoundError for missing files and ValueError for files that are not JSON objects.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = {}
@@ -88,98 +97,114 @@ def read_original_jsons(folder: Path) -> tuple[dict, dict, dict]:
         found[name] = read_json(file) if file.is_file() else config.get(name)
     lost = [f"{name}.json" for name, value in found.items() if not value]
     if lost:
-        raise FileNotFoundError(f"{folder} is no original BAGEL checkpoint: it lacks {', '.join(lost)}.")
+        raise FileNotFoundError(f"{folder} is not an original BAGEL checkpoint: it lacks {', '.join(lost)}.")
     for name, value in found.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{folder / 'config.json'} says {name} is {value!r}, which is no object.")
+            raise ValueError(f"{folder / 'config.json'} says {name} is {value!r}, which is not an object.")
     return found["llm_config"], found["vit_config"], config
 
 
 def original_sizes(
     llm: dict, vit: dict, config: dict, ema: Mapping[str, StoredTensor], ae: Mapping[str, StoredTensor]
 ) -> tuple[Sizes, list[str]]:
-    """The sizes of an original checkpoint, and one line for each thing that cannot be told or does not fit.
+    """The sizes of an original checkpoint, and one line per problem.
 
-    The JSON files tell the language model's and the tower's sizes, so that a single wrong tensor stands out. Table
-    sides come from the tables, because what the release's config.json says could not be checked. What neither tells
-    is 0, which a listing shows as `?`.
+    The sizes of the language model and the vision tower come from the JSON files, so that a single wrong tensor is
+    found. The sides of the position tables come from the tables, because the entries of the release's config.json
+    disagree with them. A size that is known from neither is 0, which listings show as `?`.
     """
     problems: list[str] = []
-    llm, vit, config = _readers(llm, vit, config, problems)
+    readers = _readers(llm, vit, config, problems)
+    return _sizes(*readers, ema, ae, problems), problems
+
+
+def _sizes(
+    llm: ConfigReader,
+    vit: ConfigReader,
+    config: ConfigReader,
+    ema: Mapping[str, StoredTensor],
+    ae: Mapping[str, StoredTensor],
+    problems: list[str],
+) -> Sizes:
 
     def side(fallback: int | None, *names: str) -> int:
-        """The side of a square table, one row for each position."""
+        """The side of a square position table, which has one row per position."""
         rows = _dim(ema, 0, *names)
         if math.isqrt(rows) ** 2 != rows:
-            problems.append(f"{names[0]} has {rows} rows, which is no square number")
+            problems.append(f"{names[0]} has {rows} rows, which is not a square number")
         return math.isqrt(rows) or fallback or 0
 
-    vae = config.part("vae_config")
-    channels = vae.whole("z_channels", _dim(ae, 1, "decoder.conv_in.weight"))
+    vae = config.section("vae_config")
+    channels = vae.integer("z_channels", _dim(ae, 1, "decoder.conv_in.weight"))
     patch_values = _dim(ema, 1, "vae2llm.weight") or _dim(ema, 0, "llm2vae.weight")
-    heads = llm.whole("num_attention_heads")
+    heads = llm.integer("num_attention_heads")
     sizes = Sizes(
-        hidden=llm.whole("hidden_size"),
-        intermediate=llm.whole("intermediate_size"),
-        layers=llm.whole("num_hidden_layers", most=_MOST_LAYERS),
+        hidden=llm.integer("hidden_size"),
+        intermediate=llm.integer("intermediate_size"),
+        layers=llm.integer("num_hidden_layers", most=_MOST_LAYERS),
         heads=heads,
-        kv_heads=llm.whole("num_key_value_heads", heads),
-        vocabulary=llm.whole("vocab_size"),
+        kv_heads=llm.integer("num_key_value_heads", heads),
+        vocabulary=llm.integer("vocab_size"),
         latent_channels=channels,
-        latent_patch=config.whole("latent_patch_size", math.isqrt(patch_values // max(1, channels))),
-        latent_side=side(config.whole("max_latent_size", 0), "latent_pos_embed.pos_embed"),
-        vit_hidden=vit.whole("hidden_size"),
-        vit_intermediate=vit.whole("intermediate_size"),
+        latent_patch=config.integer("latent_patch_size", math.isqrt(patch_values // max(1, channels))),
+        latent_side=side(config.integer("max_latent_size", 0), "latent_pos_embed.pos_embed"),
+        vit_hidden=vit.integer("hidden_size"),
+        vit_intermediate=vit.integer("intermediate_size"),
         # The original builds one layer fewer than vit_config.json counts, and stores what it builds.
-        vit_layers=vit.whole("num_hidden_layers", most=_MOST_LAYERS) - 1,
-        vit_patch_values=vit.whole("patch_size") ** 2 * vit.whole("num_channels", 3),
+        vit_layers=vit.integer("num_hidden_layers", most=_MOST_LAYERS) - 1,
+        vit_patch_values=vit.integer("patch_size") ** 2 * vit.integer("num_channels", 3),
         vit_side=side(
-            config.whole("vit_max_num_patch_per_side", 0),
+            config.integer("vit_max_num_patch_per_side", 0),
             "vit_model.vision_model.embeddings.position_embedding.weight",
             "vit_pos_embed.pos_embed",
         ),
         vae_channels=_vae_channels(vae, ae),
-        vae_blocks=vae.whole("num_res_blocks", _count(ae, "encoder.down.0.block.{}.conv1.weight"), _MOST_LAYERS),
+        vae_blocks=vae.integer("num_res_blocks", _count(ae, "encoder.down.0.block.{}.conv1.weight"), _MOST_LAYERS),
     )
-    vit_heads = vit.whole("num_attention_heads")
+    vit_heads = vit.integer("num_attention_heads")
     if not problems:
         _check_sizes(sizes, vit_heads, problems)
-    return sizes, problems
+    return sizes
 
 
 def _readers(
     llm: dict, vit: dict, config: dict, problems: list[str]
 ) -> tuple[ConfigReader, ConfigReader, ConfigReader]:
-    files = (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config))
-    return tuple(ConfigReader(content, file, problems) for file, content in files)
+    return (
+        ConfigReader(llm, "llm_config.json", problems),
+        ConfigReader(vit, "vit_config.json", problems),
+        ConfigReader(config, "config.json", problems),
+    )
 
 
 def _check_sizes(s: Sizes, vit_heads: int, problems: list[str]) -> None:
-    """Sizes that fit each other, as the original's classes need it and ours."""
+    """Add a line per size that does not fit the others, as the original's classes and ours need it."""
     if s.hidden % s.heads:
-        problems.append(f"hidden_size {s.hidden} is no multiple of num_attention_heads {s.heads}")
+        problems.append(f"hidden_size {s.hidden} is not a multiple of num_attention_heads {s.heads}")
     elif s.hidden // s.heads % 2:
         problems.append(f"a head is {s.hidden // s.heads} wide, and rotary positions need an even number")
     if s.heads % s.kv_heads:
-        problems.append(f"num_attention_heads {s.heads} is no multiple of num_key_value_heads {s.kv_heads}")
+        problems.append(f"num_attention_heads {s.heads} is not a multiple of num_key_value_heads {s.kv_heads}")
     if s.hidden % 4:
-        problems.append(f"hidden_size {s.hidden} is no multiple of 4, which its position tables need")
+        problems.append(f"hidden_size {s.hidden} is not a multiple of 4, as its position tables need")
     if s.vit_hidden % vit_heads:
-        problems.append(f"the ViT's hidden_size {s.vit_hidden} is no multiple of its {vit_heads} num_attention_heads")
+        problems.append(
+            f"the ViT's hidden_size {s.vit_hidden} is not a multiple of its {vit_heads} num_attention_heads"
+        )
     if s.vae_channels != (1,) and any(c % _NORM_GROUPS for c in s.vae_channels):
         problems.append(
-            f"the VAE's widths {list(s.vae_channels)} are no multiples of {_NORM_GROUPS}, as its norms need"
+            f"the VAE's widths {list(s.vae_channels)} are not multiples of {_NORM_GROUPS}, as its norms need"
         )
 
 
 def _dim(tensors: Mapping[str, StoredTensor], axis: int, *names: str) -> int:
-    """One dimension of the first of these tensors that is there; 0 without any."""
+    """One dimension of the first of these tensors that exists; 0 if none does."""
     return next((tensors[n].shape[axis] for n in names if n in tensors and len(tensors[n].shape) > axis), 0)
 
 
 def _vae_channels(vae: ConfigReader, ae: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     if "ch" in vae and "ch_mult" in vae:
-        return tuple(vae.whole("ch") * m for m in vae.widths("ch_mult"))
+        return tuple(vae.integer("ch") * m for m in vae.integers("ch_mult"))
     name = "encoder.down.{}.block.0.conv1.weight"
     return tuple(ae[name.format(i)].shape[0] for i in range(_count(ae, name))) or (1,)
 
@@ -192,21 +217,21 @@ def _count(tensors: Mapping[str, StoredTensor], name: str) -> int:
 
 
 def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems: list[str] | None = None) -> Configs:
-    """The arguments of our components' classes. Absent entries take the defaults of the original's own classes.
+    """The arguments of our components' classes. Absent entries have the defaults of the original's classes.
 
-    What cannot be used, or would make another model than ours, becomes a line of `problems`.
+    Every entry that is invalid or describes another architecture adds a line to `problems`.
     """
     from transformers.activations import ACT2FN
 
-    llm, vit, config = _readers(llm, vit, config, [] if problems is None else problems)
-    vae = config.part("vae_config")
-    llm.choice("hidden_act", ("silu",), "silu")
-    parameters, scaling = llm.part("rope_parameters"), llm.part("rope_scaling")
+    llm_in, vit_in, config_in = _readers(llm, vit, config, [] if problems is None else problems)
+    vae = config_in.section("vae_config")
+    llm_in.choice("hidden_act", ("silu",), "silu")
+    parameters, scaling = llm_in.section("rope_parameters"), llm_in.section("rope_scaling")
     for part, key in ((parameters, "rope_type"), (scaling, "rope_type"), (scaling, "type")):
         part.choice(key, ("default",), "default")
     if scaling.content and not {"type", "rope_type"} & set(scaling.content):
-        scaling.problems.append(f"{scaling.file} has {scaling.content!r}, which is another model")
-    rope = llm.positive("rope_theta", None) or parameters.positive("rope_theta", 10000.0)
+        scaling.problems.append(f"{scaling.file} has {scaling.content!r}, which is another architecture")
+    rope = llm_in.positive("rope_theta", None) or parameters.positive("rope_theta", 10000.0)
     transformer = {
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.intermediate,
@@ -214,7 +239,7 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
         "vocab_size": sizes.vocabulary,
-        "rms_norm_eps": llm.positive("rms_norm_eps", 1e-6),
+        "rms_norm_eps": llm_in.positive("rms_norm_eps", 1e-6),
         "rope_theta": rope,
         "latent_channels": sizes.latent_channels,
         "latent_patch_size": sizes.latent_patch,
@@ -224,13 +249,13 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems
         "hidden_size": sizes.vit_hidden,
         "intermediate_size": sizes.vit_intermediate,
         "num_layers": sizes.vit_layers,
-        "num_attention_heads": vit.whole("num_attention_heads"),
-        "patch_size": vit.whole("patch_size"),
-        "num_channels": vit.whole("num_channels", 3),
-        "hidden_act": vit.choice("hidden_act", ACT2FN, "gelu_pytorch_tanh"),
-        "layer_norm_eps": vit.positive("layer_norm_eps", 1e-6),
+        "num_attention_heads": vit_in.integer("num_attention_heads"),
+        "patch_size": vit_in.integer("patch_size"),
+        "num_channels": vit_in.integer("num_channels", 3),
+        "hidden_act": vit_in.choice("hidden_act", ACT2FN, "gelu_pytorch_tanh"),
+        "layer_norm_eps": vit_in.positive("layer_norm_eps", 1e-6),
         "max_patches_per_side": sizes.vit_side,
-        "connector_act": config.choice("connector_act", ACT2FN, "gelu_pytorch_tanh"),
+        "connector_act": config_in.choice("connector_act", ACT2FN, "gelu_pytorch_tanh"),
         "output_size": sizes.hidden,
     }
     levels = len(sizes.vae_channels)
@@ -258,46 +283,49 @@ def component_configs(llm: dict, vit: dict, config: dict, sizes: Sizes, problems
 
 
 def sizes_of(configs: Configs) -> Sizes:
-    """The sizes that our components' configurations state; ValueError listing entries that are lacking or wrong."""
+    """The sizes in our components' configurations. Raises ValueError listing missing and invalid entries."""
     problems: list[str] = []
     llm, vit, vae = (
         ConfigReader(configs[c], f"{c}/config.json", problems) for c in ("transformer", "vision_model", "vae")
     )
     sizes = Sizes(
-        hidden=llm.whole("hidden_size"),
-        intermediate=llm.whole("intermediate_size"),
-        layers=llm.whole("num_layers", most=_MOST_LAYERS),
-        heads=llm.whole("num_attention_heads"),
-        kv_heads=llm.whole("num_key_value_heads"),
-        vocabulary=llm.whole("vocab_size"),
-        latent_channels=llm.whole("latent_channels"),
-        latent_patch=llm.whole("latent_patch_size"),
-        latent_side=llm.whole("max_latent_size"),
-        vit_hidden=vit.whole("hidden_size"),
-        vit_intermediate=vit.whole("intermediate_size"),
-        vit_layers=vit.whole("num_layers", most=_MOST_LAYERS) if vit.content.get("num_layers") != 0 else 0,
-        vit_patch_values=vit.whole("patch_size") ** 2 * vit.whole("num_channels"),
-        vit_side=vit.whole("max_patches_per_side"),
-        vae_channels=tuple(vae.widths("block_out_channels")),
-        vae_blocks=vae.whole("layers_per_block", most=_MOST_LAYERS),
+        hidden=llm.integer("hidden_size"),
+        intermediate=llm.integer("intermediate_size"),
+        layers=llm.integer("num_layers", most=_MOST_LAYERS),
+        heads=llm.integer("num_attention_heads"),
+        kv_heads=llm.integer("num_key_value_heads"),
+        vocabulary=llm.integer("vocab_size"),
+        latent_channels=llm.integer("latent_channels"),
+        latent_patch=llm.integer("latent_patch_size"),
+        latent_side=llm.integer("max_latent_size"),
+        vit_hidden=vit.integer("hidden_size"),
+        vit_intermediate=vit.integer("intermediate_size"),
+        vit_layers=vit.integer("num_layers", most=_MOST_LAYERS) if vit.content.get("num_layers") != 0 else 0,
+        vit_patch_values=vit.integer("patch_size") ** 2 * vit.integer("num_channels"),
+        vit_side=vit.integer("max_patches_per_side"),
+        vae_channels=tuple(vae.integers("block_out_channels")),
+        vae_blocks=vae.integer("layers_per_block", most=_MOST_LAYERS),
     )
-    vit_heads = vit.whole("num_attention_heads")
+    vit_heads = vit.integer("num_attention_heads")
     if not problems:
         _check_sizes(sizes, vit_heads, problems)
-    llm.positive("rms_norm_eps"), llm.positive("rope_theta")
-    vit.positive("layer_norm_eps"), vae.positive("scaling_factor"), vae.number("shift_factor")
+    for reader, key in ((llm, "rms_norm_eps"), (llm, "rope_theta"), (vit, "layer_norm_eps"), (vae, "scaling_factor")):
+        reader.positive(key)
+    vae.number("shift_factor")
     for key in ("hidden_act", "connector_act"):
         if not isinstance(vit.content.get(key), str):
             problems.append(f"{vit.file} does not say {key}")
     if problems:
-        raise ValueError("The checkpoint's sizes cannot be told:\n  " + "\n  ".join(problems))
+        raise ValueError("The checkpoint's sizes cannot be read:\n  " + "\n  ".join(problems))
     return sizes
 
 
 def original_jsons(configs: Configs, dtype: str, token_ids: Mapping[str, int]) -> Configs:
-    """File name -> content of the original's JSON files, for components that carry none along.
+    """File name -> content of the original's JSON files, made from the components' configurations.
 
-    `dtype` is the name torch gives it ("bfloat16"); `token_ids` holds the tokenizer's special tokens.
+    Args:
+        dtype: name of the weights' dtype in torch ("bfloat16").
+        token_ids: special tokens of the tokenizer -> their ids.
     """
     llm_in, vit_in, vae_in = configs["transformer"], configs["vision_model"], configs["vae"]
     special = {"bos_token_id": token_ids.get("<|endoftext|>"), "eos_token_id": token_ids.get("<|im_end|>")}

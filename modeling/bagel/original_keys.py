@@ -1,6 +1,6 @@
-"""The names of BAGEL's tensors: ours and the original's, side by side, with the shapes that the sizes imply.
+"""Names and shapes of BAGEL's tensors in our layout and in the original one.
 
-One table, written out by formula, serves both directions of the conversion and every check of names and shapes.
+Both directions of the conversion and all checks of names and shapes use this table.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from ..common.weights import StoredTensor
 
-FREQUENCIES = 256  # width of the sinusoid that the timestep enters as
+FREQUENCIES = 256  # width of the timestep's sinusoidal embedding
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides every shape of a checkpoint."""
+    """The sizes that determine the shapes of all tensors of a checkpoint."""
 
     hidden: int
     intermediate: int
@@ -35,7 +35,7 @@ class Sizes:
 
 
 class Key(NamedTuple):
-    """One tensor: its component and name with us, its name in the original, its shape in each."""
+    """A tensor's component, its name and shape in our layout, and its name and shape in the original one."""
 
     component: str
     name: str
@@ -50,7 +50,7 @@ def all_keys(sizes: Sizes) -> list[Key]:
 
 
 def transformer_keys(s: Sizes) -> Iterator[Key]:
-    """The tensors of `transformer/`; originals lie in ema.safetensors."""
+    """The tensors of `transformer/`; in the original, of ema.safetensors."""
 
     def key(name: str, original: str, *shape: int) -> Key:
         return Key("transformer", name, original, shape, shape)

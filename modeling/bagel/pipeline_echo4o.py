@@ -103,6 +103,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         max_references: int = 4,
     ):
         super().__init__()
+        self.scheduler: Any
         self.register_modules(
             transformer=transformer, vision_model=vision_model, vae=vae, scheduler=scheduler, tokenizer=tokenizer
         )
@@ -209,7 +210,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         )
         check_scheduler(self.scheduler)
         prompts = read_prompt_inputs(
-            read_prompts(prompt, image, inputs, self.config.max_references),
+            read_prompts(prompt, image, inputs, self.config["max_references"]),
             height,
             width,
             {
@@ -219,7 +220,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                 "guidance_renorm": guidance_renorm,
                 "guidance_renorm_min": guidance_renorm_min,
             },
-            presets=self.config.presets,
+            presets=self.config["presets"],
             limits=self.vae_limits,
             largest=self.transformer.config.max_latent_size * self.latent_stride,
         )
@@ -250,7 +251,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
         active, batch = None, None
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self._progress(num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 t = float(self.scheduler.sigmas[step])
                 previous, active = active, [image.guidance.active(t) for image in images]
@@ -309,11 +310,11 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             ValueError: an argument is invalid; raised before any computation.
         """
         check_settings(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature)
-        prompts = read_prompts(prompt, image, None, self.config.max_references)
+        prompts = read_prompts(prompt, image, None, self.config["max_references"])
         generators = read_generators(generator, len(prompts))
         rows = []
         for items in prompts:
-            segments = [self.text_segment(self.config.think_prompts["text"])] if think else []
+            segments = [self.text_segment(self.config["think_prompts"]["text"])] if think else []
             for item in items:
                 if isinstance(item, str):
                     segments.append(self.text_segment(item))
@@ -355,7 +356,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         """
         segments: list[Segment] = []
         if plan_length:
-            segments.append(self.text_segment(self.config.think_prompts["image"]))
+            segments.append(self.text_segment(self.config["think_prompts"]["image"]))
         for item in prompt.items:
             if isinstance(item, str):
                 segments.append(self.text_segment(item))
@@ -380,7 +381,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         generators: list[torch.Generator | None],
     ) -> list[str]:
         """Generate a text of at most `max_new_tokens` tokens after every cache; the caches do not change."""
-        with self.progress_bar(total=max_new_tokens) as progress:
+        with self._progress(max_new_tokens) as progress:
             token_ids = generate_text(
                 self.transformer,
                 caches,
@@ -393,6 +394,11 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                 progress=progress,
             )
         return [self.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[0] for ids in token_ids]
+
+    def _progress(self, total: int) -> Any:
+        """A progress bar of diffusers, whose decorator hides its signature from type checkers."""
+        progress_bar: Any = self.progress_bar
+        return progress_bar(total=total)
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H/8, W/8) of an image's latent."""

@@ -5,7 +5,7 @@ keys and values of contexts. common/prefill_cache.py describes the keys of its e
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,17 +29,19 @@ from .segments_bagel import (
     text_segment,
 )
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
-class PromptEncodingMixin:
+
+class PromptEncodingMixin(_Pipeline):
     """The prompt encoding of a pipeline. Put it before `DiffusionPipeline`."""
 
-    # Attributes of the pipeline.
     transformer: Any
     vision_model: Any
     vae: Any
     tokenizer: Any
-    config: Any
-    _execution_device: Any
 
     prefill_cache: PrefillCache | None = None
 
@@ -58,12 +60,12 @@ class PromptEncodingMixin:
     @property
     def vae_limits(self) -> ImageLimits:
         """Size limits of images for the VAE, and of generated images."""
-        return image_limits(self.config.vae_image_limits, self.latent_stride)
+        return image_limits(self.config["vae_image_limits"], self.latent_stride)
 
     @property
     def vision_limits(self) -> ImageLimits:
         """Size limits of images for the vision model."""
-        return image_limits(self.config.vision_image_limits, self.vision_model.config.patch_size)
+        return image_limits(self.config["vision_image_limits"], self.vision_model.config.patch_size)
 
     @property
     def special_tokens(self) -> SpecialTokens:

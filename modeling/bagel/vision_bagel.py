@@ -1,7 +1,7 @@
-"""BAGEL's eyes: SigLIP over packed patches, a connector to the language model's width, and a position table.
+"""BAGEL's vision model: SigLIP over packed patches, a connector to the language model's width, and a position table.
 
-Pictures of different sizes run side by side without padding: layers that work token by token see all patches at once,
-attention runs picture by picture.
+Images of different sizes are packed without padding. Token-wise layers run once over the patches of all images;
+attention runs per image.
 """
 
 import copy
@@ -12,13 +12,14 @@ import numbers
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
@@ -33,9 +34,9 @@ class BagelVisionOutput(BaseOutput):
     """Features of V patches.
 
     Args:
-        embeds: (V, output_size) what the language model reads: connector output plus position.
+        embeds: (V, output_size) input of the language model: connector output plus position embedding.
         last_hidden_state: (V, hidden_size) SigLIP's output after its last norm.
-        connected: (V, output_size) connector output before the position is added.
+        connected: (V, output_size) connector output without position embedding.
     """
 
     embeds: torch.Tensor
@@ -44,14 +45,14 @@ class BagelVisionOutput(BaseOutput):
 
 
 class PackedSiglipAttention(SiglipAttention):
-    """SigLIP's attention with every picture attending to itself alone."""
+    """SigLIP's attention over packed images, of which each attends to itself only."""
 
     def forward(self, hidden_states, attention_mask=None, *, lengths: list[int], **kwargs):
-        """(1, V, hidden) -> (1, V, hidden); `lengths` are the patches of each picture, in order."""
+        """(1, V, hidden) -> (1, V, hidden); `lengths`: number of patches of each image."""
         projected = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
         heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)  # (1, heads, V, head_dim)
-        pictures = zip(*(x.split(lengths, dim=2) for x in heads), strict=True)
-        attended = [nn.functional.scaled_dot_product_attention(q, k, v) for q, k, v in pictures]
+        images = zip(*(x.split(lengths, dim=2) for x in heads), strict=True)
+        attended = [nn.functional.scaled_dot_product_attention(q, k, v) for q, k, v in images]
         return self.out_proj(torch.cat(attended, dim=2).transpose(1, 2).flatten(2)), None
 
 
@@ -69,17 +70,21 @@ class BagelConnector(nn.Module):
 
 
 class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """SigLIP (without its pooling head), connector and position table. The defaults are the release's sizes.
+    """SigLIP without its pooling head, connector and position table. The defaults are the sizes of the release.
 
     Args:
-        num_layers: layers kept; the release drops the last of SigLIP so400m's 27.
-        max_patches_per_side: side of the two position tables (SigLIP's own and the language model's).
+        num_layers: number of layers; the release omits the last of the 27 layers of SigLIP so400m.
+        max_patches_per_side: entries per side of the two position tables (SigLIP's own and the language model's).
         output_size: the language model's hidden size.
     """
 
+    config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
+
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any
     _no_split_modules = ["SiglipEncoderLayer"]
     _repeated_blocks = ["SiglipEncoderLayer"]
+    # Quantizing the patch embedding or the connector changes results.
     _keep_in_full_precision = ["patch_embed", "connector"]
     _skip_layerwise_casting_patterns = ["norm", "pos_embed", "position_embedding", *_keep_in_full_precision]
     _trainable_parts = {"vision": ""}
@@ -121,46 +126,45 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise, like
-        the transformer beside it."""
+        """As in diffusers, but weights keep their stored dtype unless `dtype` is given."""
         dtype = _read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
         kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+    def load_lora_adapter(self, *args, **kwargs):
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
         _note_what_trains(self)
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+        super().load_lora_adapter(*args, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
         _note_what_trains(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
     def unload_lora(self) -> None:
-        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        """As in diffusers, but parameters require gradients again as before the first adapter."""
         super().unload_lora()
         _restore_what_trained(self)
 
     def forward(
         self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], return_dict: bool = True
     ) -> BagelVisionOutput | tuple:
-        """Encode packed pictures.
+        """Encode packed images.
 
         Args:
             patches: (V, patch_size**2 * 3) pixels in [-1, 1], each patch flattened as (row, column, channel).
-            position_ids: (V,) indices in the position tables.
-            lengths: number of patches of each picture; their sum is V.
+            position_ids: (V,) indices into the position tables.
+            lengths: number of patches of each image; their sum is V.
             return_dict: False returns the output as a tuple, `embeds` first.
         """
         assert sum(lengths) == patches.shape[0], (lengths, tuple(patches.shape))
         dtype = self.position_embedding.weight.dtype
         x = self.patch_embed(patches.to(dtype)) + self.position_embedding(position_ids)
-        x = x[None]  # (1, V, hidden): SigLIP's layers want a batch
+        x = x[None]  # (1, V, hidden): SigLIP's layers expect a batch dimension
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(lambda x, layer=layer: layer(x, None, lengths=lengths), x)
@@ -195,7 +199,11 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return 2 * width * residual + (inputs + 5) * width * compute + 2 * self.config.intermediate_size * compute
 
     def activation_bytes(self, patches: int, compute: int, residual: int, checkpointing: bool = False) -> float:
-        """Bytes kept between forward and backward pass when the model trains; with checkpointing, all but one layer."""
+        """Bytes kept between the forward and backward pass if the model trains.
+
+        With `checkpointing`, only the layers' inputs are counted: a layer that is computed again adds
+        `layer_activation_bytes`.
+        """
         config, width, out = self.config, self.config.hidden_size, self.config.output_size
         layer = width * residual if checkpointing else self.layer_activation_bytes(compute, residual)
         kept = config.num_layers * layer + width * residual + (width + 2 * out) * compute
@@ -203,14 +211,16 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    """Raise ValueError for an option in config.json that has another type than its default or is not positive."""
+    config: Any = model.config
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value, default = model.config.get(name), parameter.default
+        value, default = config.get(name), parameter.default
         if default is parameter.empty:
             continue
         kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
-        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
-            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+        is_valid = isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, str) or value > 0)
+        if not is_valid:
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a string"}[type(default)]
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
 
 
@@ -228,7 +238,7 @@ def _restore_what_trained(model: nn.Module) -> None:
 
 
 def _exempting(config, names: list[str]):
-    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    """A copy of a quantization configuration that excludes the modules `names`, unless it excludes others."""
     config = copy.copy(config)
     for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if getattr(config, option, names) is None:
@@ -236,17 +246,17 @@ def _exempting(config, names: list[str]):
     return config
 
 
-def _read_dtype(dtype) -> torch.dtype | None:
-    """The dtype that a caller asks for, by itself or by name; None, the stored one, for None and "auto"."""
+def _read_dtype(dtype: Any) -> Any:
+    """A dtype from a dtype or its name; None and "auto" mean the stored dtype and give None."""
     if isinstance(dtype, str):
         return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
     return dtype
 
 
 def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
-    """The safetensors files that diffusers loads a model from, fetched if `name` is a repository of the Hub.
+    """The safetensors files that diffusers loads a model from; those of a Hub repository are downloaded.
 
-    Empty where diffusers finds no such files; it then says so itself.
+    Empty if there are none: diffusers then raises the error.
     """
 
     def find(file: str) -> Path | None:
@@ -270,9 +280,9 @@ def _stored_files(name, subfolder: str | None = None, variant: str | None = None
 
 
 def _stored_dtype(name, **options) -> torch.dtype | None:
-    """The floating dtype that most bytes of a model's files are stored in; None if they hold no floating tensors.
+    """The floating dtype of most bytes of a model's files; None if they have no floating tensors.
 
-    Integers (quantized weights) do not count. Float8 holds weights but cannot compute: it counts as bfloat16.
+    Integers (quantized weights) do not count. Float8 weights give bfloat16, because float8 is not used to compute.
 
     Args:
         name: a folder or a repository of the Hub.
@@ -281,7 +291,7 @@ def _stored_dtype(name, **options) -> torch.dtype | None:
     floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
     known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
-    sizes: Counter = Counter()
+    sizes: Counter[torch.dtype] = Counter()
     for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():

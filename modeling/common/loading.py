@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -67,7 +67,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         float32 unless `dtype` says otherwise.
 
         Raises:
-            FileNotFoundError: the folder is no pipeline, or lacks weights.
+            FileNotFoundError: the folder is not a pipeline, or lacks weights.
             ValueError: wrong class, damaged, pickled, missing, unexpected or non-finite weights, absent device or
                 unknown dtype.
         """
@@ -117,12 +117,12 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
                 "from_original needs the echo4o package, and this class was loaded through trust_remote_code. "
                 "Install echo4o, or load a converted folder (`echo4o convert SRC DST`)."
             )
-        dtype = read_dtype(dtype)
-        if isinstance(dtype, dict):
+        weights_dtype = read_dtype(dtype)
+        if isinstance(weights_dtype, dict):
             raise ValueError("from_original takes one dtype for all components.")
         check_device(device)
         cls._check_options(overrides)
-        components = cls.conversion().components_from_original(directory, dtype=dtype, skip=tuple(overrides))
+        components = cls.conversion().components_from_original(directory, dtype=weights_dtype, skip=tuple(overrides))
         pipe = cls(**{**components, **overrides})
         return pipe if device is None else pipe.to(device)
 
@@ -131,6 +131,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         """The module with `convert_to_diffusers(src, dst)`, `convert_to_original(src, dst)` and
         `components_from_original(directory, dtype, skip)`; needs the package."""
         # By name: diffusers copies whatever a published file imports relatively, wherever the import stands.
+        assert cls._conversion_module is not None
         return importlib.import_module(cls._conversion_module, cls._package())
 
     @classmethod
@@ -190,7 +191,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
                 )
             raise FileNotFoundError(f"{folder} is not a pipeline folder: it has no {INDEX_NAME}.")
         read_json(folder / INDEX_NAME)
-        config = cls.load_config(folder)
+        config = dict(cls.load_config(folder))
         components = [k for k, v in config.items() if _is_component(v) and k not in passed]
         required = {n for n, p in cls._parameters().items() if p.default is p.empty}
         if unnamed := sorted(required - passed - set(components)):
@@ -202,9 +203,9 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         return {c: component_tensors(folder / c, variant) for c in weighted}
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in diffusers; with the package, `model_index.json` is made to name the package's classes."""
-        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
+        """As in diffusers; with the package, the classes named in `model_index.json` become the package's."""
+        loaded: Any = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         package = cls._package()
         if package is None:
             return loaded
@@ -227,7 +228,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         no pipeline and huggingface_hub's errors (RepositoryNotFoundError, ...) as they are.
         """
         if cls._package() is None:
-            return super().download(pretrained_model_name, **kwargs)
+            return str(super().download(pretrained_model_name, **kwargs))
         options = {k: kwargs[k] for k in HUB_OPTIONS if kwargs.get(k) is not None}
         index = read_json(download_index(pretrained_model_name, **options))
         wanted = [k for k, v in index.items() if not k.startswith("_") and _is_component(v) and k not in kwargs]
@@ -327,17 +328,21 @@ def _package_module(package: str, library: str) -> str:
 
 
 def read_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype | None] | None:
-    """A floating torch.dtype from itself or its name; None, the stored one, from None or "auto"; dicts by entry.
+    """A floating torch.dtype, from a dtype or its name. None and "auto" mean the stored dtype and give None.
 
-    Raises ValueError for anything else.
+    A dict of such values gives a dict. Raises ValueError for anything else.
     """
     if isinstance(value, dict):
-        return {name: read_dtype(of) for name, of in value.items()}
+        return {name: _read_one_dtype(entry) for name, entry in value.items()}
+    return _read_one_dtype(value)
+
+
+def _read_one_dtype(value: Any) -> torch.dtype | None:
     if value is None or (isinstance(value, str) and value == "auto"):
         return None
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={value!r} is no floating dtype: use torch.bfloat16 or 'bfloat16', and so on.")
+        raise ValueError(f"dtype={value!r} is not a floating dtype: use torch.bfloat16 or 'bfloat16', and so on.")
     return dtype
 
 

@@ -1,7 +1,7 @@
-"""LoRA on a pipeline's transformer: `load_lora_weights`, `save_lora_adapter`, `set_adapters`, `fuse_lora`, ...
+"""LoRA adapters of a pipeline's transformer: `load_lora_weights`, `save_lora_adapter`, `set_adapters`, `fuse_lora`, ...
 
-diffusers and PEFT do the work. The methods here raise errors where those would fail silently: pickles, adapters that
-fit in part or not at all, a lost alpha, a fused scale that stays, and another adapter that is switched on when the
+The methods call diffusers and PEFT and add checks. They raise errors for pickles, adapters that do not fit the model
+completely, and a missing alpha; they restore the scale after unfusing, and they do not activate other adapters when the
 active one is deleted.
 """
 
@@ -10,21 +10,29 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
-from .lora_files import DIFFUSERS_FILE, check_adapter, find_adapter, lora_config, matrix_names, read_adapter
+from .lora_files import (
+    DIFFUSERS_FILE,
+    check_adapter,
+    find_adapter,
+    lora_config,
+    matrix_names,
+    read_adapter,
+    write_adapter,
+)
 from .lora_formats import convert_adapter
 
 _PREFIX = "transformer."
 
 
 def scales_lora(call):
-    """Decorator of a pipeline's method: its `attention_kwargs={"scale": s}` holds for the adapters during the call."""
+    """Decorator of a pipeline's method: applies its argument `attention_kwargs={"scale": s}` during the call."""
 
     @functools.wraps(call)
     def scaled(self, *args, **kwargs):
@@ -39,24 +47,31 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
+    transformer: Any
 
     @property
     def lora_targets(self) -> dict[str, str]:
-        """What adapters can be put into: name -> regular expression for `LoraConfig(target_modules=...)`."""
+        """Groups of modules for adapters: name -> regular expression for `LoraConfig(target_modules=...)`."""
         return dict(self._model._lora_targets)
 
     # --- reading and writing ---
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs):
-        """Adapter weights, named `transformer.*`, from a file, a folder, a Hub repository, or as given in a dict.
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs
+    ) -> Any:
+        """Adapter weights, named `transformer.*`, of a file, a folder or a Hub repository, or a given dict of them.
 
-        `return_lora_metadata` adds the adapter's configuration, whose names have the same prefix (None: there is none). `weight_name`, `subfolder`,
-        `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in diffusers.
+        Args:
+            return_lora_metadata: also return the adapter's configuration, whose names have the same prefix, or None if
+                there is none.
+            kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download` and
+                `local_files_only`, as in diffusers.
+
         Raises ValueError for pickled or damaged weights and for a PEFT folder without its configuration.
         """
         if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("use_safetensors=False asks for pickled weights, which are not loaded.")
+            raise ValueError("use_safetensors=False means pickled weights, which are not loaded.")
         source = pretrained_model_name_or_path_or_dict
         state, settings = (
             (dict(source), None) if isinstance(source, dict) else read_adapter(find_adapter(source, **kwargs))
@@ -74,26 +89,26 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         low_cpu_mem_usage: bool = True,
         **kwargs,
     ) -> None:
-        """Put an adapter into the transformer and make it the active one.
+        """Load an adapter into the transformer and activate it.
 
         Args:
-            pretrained_model_name_or_path_or_dict: as for `lora_state_dict`: what `save_lora_adapter`, the recipes or
-                PEFT's `save_pretrained` wrote, or weights named `transformer.*`. Files of kohya and ComfyUI, and of
-                PEFT on the original model, load if every name has one meaning and every alpha is known.
-            adapter_name: for `set_adapters`; None takes the first free `default_N`.
-            hotswap: replace the weights of the adapter of that name in place (no recompilation).
-            config: a `LoraConfig` or its options, for weights that come without.
+            pretrained_model_name_or_path_or_dict: an adapter written by `save_lora_adapter`, a training recipe or
+                PEFT's `save_pretrained`, as in `lora_state_dict`; or a dict of weights named `transformer.*`. Files of
+                kohya and ComfyUI, and of PEFT on the original model, load if every name has one meaning and every
+                alpha is known.
+            adapter_name: name for `set_adapters`; None: the first unused name of the form `default_N`.
+            hotswap: replace the weights of the loaded adapter of this name in place, without recompilation.
+            config: a `LoraConfig` or a dict of its options, for weights without configuration.
 
         Raises:
-            ValueError: anything that would load in part, without effect or with an unknown alpha; the pipeline is
-                as it was.
+            ValueError: the adapter would load in part, without effect or with an unknown alpha. The pipeline does not
+                change.
         """
         loaded = getattr(self.transformer, "peft_config", {})
-        name = self._name_of_new(adapter_name, loaded, hotswap)
+        name = self._new_name(adapter_name, loaded, hotswap)
         self._require_unfused("load an adapter")
-        state, settings = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
+        source: Any = pretrained_model_name_or_path_or_dict
+        state, settings = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         if settings is not None:
             settings = {name.removeprefix(_PREFIX): value for name, value in settings.items()}
         state, settings = convert_adapter(
@@ -102,17 +117,19 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         settings = config if config is not None else settings
         if settings is None:
             raise ValueError(
-                "The adapter comes without its configuration, so that its alpha is unknown: give it with "
+                "The adapter has no configuration, so that its alpha is unknown: pass "
                 "config=LoraConfig(r=..., lora_alpha=..., target_modules=...)."
             )
         settings = lora_config(settings)
         if foreign := [n for n in state if not n.startswith(_PREFIX)]:
-            raise ValueError(f"The adapter does not belong to this model: {foreign[0]!r} is none of {_PREFIX}*.")
+            raise ValueError(
+                f"The adapter does not belong to this model: {foreign[0]!r} does not begin with {_PREFIX!r}."
+            )
         tensors = {n.removeprefix(_PREFIX): t for n, t in state.items()}
         check_adapter(self.transformer, tensors, settings)
-        self._require_unguessed(tensors)
+        self._require_uncached(tensors)
         self.transformer.load_lora_adapter(
-            dict(sorted(state.items())),  # diffusers judges the format by the first name
+            dict(sorted(state.items())),  # diffusers detects the format by the first name
             metadata={f"{_PREFIX}{n}": v for n, v in settings.to_dict().items()},
             adapter_name=name,
             hotswap=hotswap,
@@ -123,21 +140,22 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
             self._renew_after_hotswap(name, settings)
 
     @staticmethod
-    def _name_of_new(name: str | None, loaded: dict, hotswap: bool) -> str:
+    def _new_name(name: str | None, loaded: dict, hotswap: bool) -> str:
+        """The name to load an adapter under. Raises ValueError for an invalid name."""
         if hotswap:
-            if name not in loaded:
+            if name is None or name not in loaded:
                 raise ValueError(f"hotswap=True replaces an adapter; {name!r} is none of {sorted(loaded)}.")
             return name
         if name is None:
             return next(n for i in range(len(loaded) + 1) if (n := f"default_{i}") not in loaded)
         if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"adapter_name={name!r} must be a word without a dot.")
+            raise ValueError(f"adapter_name={name!r} must be a non-empty string without a dot.")
         if name in loaded:
-            raise ValueError(f"The adapter name {name!r} is in use: take another, or hotswap=True to replace it.")
+            raise ValueError(f"The adapter name {name!r} is in use: use another one, or hotswap=True to replace it.")
         return name
 
     def _renew_after_hotswap(self, name: str, config) -> None:
-        """PEFT swaps weights and scaling alone; later set_adapters and saving read rank and alpha from these."""
+        """Update rank and alpha, which set_adapters and saving read: PEFT replaces only weights and scaling."""
         from peft.utils.other import get_pattern_key
 
         self.transformer.peft_config[name] = config
@@ -152,9 +170,9 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
     def save_lora_adapter(
         self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str = DIFFUSERS_FILE
     ) -> Path:
-        """Write an adapter, with its configuration in the file's header, and return the file.
+        """Write an adapter, with its configuration in the header of the file, and return the file's path.
 
-        `adapter_name` may be left out while there is only one. Raises ValueError for an unknown or ambiguous name.
+        `adapter_name` is optional if one adapter is loaded. Raises ValueError for an unknown or ambiguous name.
         """
         from peft.utils import get_peft_model_state_dict
 
@@ -162,11 +180,11 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         loaded = sorted(getattr(transformer, "peft_config", {}))
         if adapter_name is None and len(loaded) == 1:
             adapter_name = loaded[0]
-        if adapter_name not in loaded:
+        if adapter_name is None or adapter_name not in loaded:
             raise ValueError(f"adapter_name={adapter_name!r} must be one of the loaded adapters: {loaded}.")
         state = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
         ranks = {key: layer.r[adapter_name] for key, layer in self._lora_layers() if adapter_name in layer.r}
-        for name, tensor in state.items():  # ranks grow to the largest one under enable_lora_hotswap
+        for name, tensor in state.items():  # enable_lora_hotswap pads all ranks to the largest one
             if tensor.is_meta:
                 raise ValueError("The adapter's weights are offloaded; call remove_all_hooks() and save again.")
             if name.endswith("lora_A.weight"):
@@ -185,45 +203,45 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
     def save_lora_weights(
         cls,
         save_directory: str | os.PathLike,
-        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        transformer_lora_layers: Mapping[str, Any] | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
         save_function=None,
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict | None = None,
     ) -> None:
-        """As in diffusers, for weights at hand; `save_lora_adapter` saves a loaded adapter by its name.
+        """Write given weights as in diffusers. To save a loaded adapter by its name, use `save_lora_adapter`.
 
-        Raises ValueError without weights or configuration, and for pickles; NotADirectoryError for a file's path.
+        Raises ValueError without weights or configuration, and for pickles; NotADirectoryError if the path is a file.
         """
         if not transformer_lora_layers or not transformer_lora_adapter_metadata:
             raise ValueError(
-                "Give transformer_lora_layers and transformer_lora_adapter_metadata (the LoraConfig as a dict): an "
+                "Pass transformer_lora_layers and transformer_lora_adapter_metadata (the LoraConfig as a dict): an "
                 "adapter without its alpha cannot be loaded."
             )
         if not safe_serialization:
-            raise ValueError("safe_serialization=False asks for pickled weights, which are not written.")
+            raise ValueError("safe_serialization=False means pickled weights, which are not written.")
         if Path(save_directory).is_file():
             raise NotADirectoryError(f"{save_directory} is a file; adapters are saved into a folder.")
-        plain = {n: sorted(v) if isinstance(v, set) else v for n, v in transformer_lora_adapter_metadata.items()}
-        super().save_lora_weights(
-            save_directory,
-            transformer_lora_layers=transformer_lora_layers,
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            save_function=save_function,
-            transformer_lora_adapter_metadata=plain,
-        )
+        if not is_main_process:
+            return
+        tensors = {f"{_PREFIX}{name}": tensor for name, tensor in transformer_lora_layers.items()}
+        file = Path(save_directory, weight_name or DIFFUSERS_FILE)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if save_function is not None:
+            save_function(tensors, str(file))
+        else:
+            write_adapter(file, tensors, transformer_lora_adapter_metadata)
 
     # --- using ---
 
     @property
-    def _model(self) -> torch.nn.Module:
-        """The transformer itself: diffusers' methods of the pipeline pass over one in torch.compile's wrapper."""
+    def _model(self) -> Any:
+        """The transformer without torch.compile's wrapper, which diffusers' methods of the pipeline skip."""
         return getattr(self.transformer, "_orig_mod", self.transformer)
 
     def _lora_layers(self) -> Iterator[tuple[str, Any]]:
-        """Name and module of the layers that hold adapters."""
+        """Names and modules of the layers with adapters."""
         if not getattr(self.transformer, "peft_config", None):
             return
         from peft.tuners.lora import LoraLayer
@@ -235,23 +253,24 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
     def _require_adapters(self, names) -> None:
         loaded = sorted(getattr(self.transformer, "peft_config", {}))
         if not loaded:
-            raise ValueError("No adapter is loaded; load_lora_weights comes first.")
+            raise ValueError("No adapter is loaded; call load_lora_weights first.")
         if unknown := sorted(set(names) - set(loaded)):
             raise ValueError(f"There is no adapter {', '.join(map(repr, unknown))}; loaded are {', '.join(loaded)}.")
 
     def _require_unfused(self, what: str) -> None:
+        """Raise ValueError if an adapter is fused; `what` is the action in the message."""
         if any(layer.merged_adapters for _, layer in self._lora_layers()):
             raise ValueError(
-                f"An adapter is fused into the weights; to {what}, call unfuse_lora() first, or unload_lora_weights() "
-                "to keep its effect for good."
+                f"An adapter is fused into the weights; to {what}, first call unfuse_lora(), or unload_lora_weights() "
+                "to keep its effect permanently."
             )
 
-    def _require_unguessed(self, names) -> None:
-        """An adapter of a module that a step cache has hooked, as proj_out, would be put around the hook or lose it."""
+    def _require_uncached(self, names) -> None:
+        """Raise ValueError if adapters would wrap or replace a module that a step cache has hooked (proj_out)."""
         outside = [name for name in names if not name.startswith("layers.")]
         if outside and self._model.is_cache_enabled:
             raise ValueError(
-                f"The adapter acts outside the layers ({outside[0]}), where a step cache may be at work: call "
+                f"The adapter changes {outside[0]}, which a step cache may use: call "
                 "pipe.transformer.disable_cache() first, and enable_cache again afterwards."
             )
 
@@ -261,38 +280,40 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         return {"transformer": loaded} if loaded else {}
 
     def get_active_adapters(self) -> list[str]:
-        """Names of the adapters that act unless `disable_lora` was called."""
+        """Names of the active adapters, including those that `disable_lora` turned off."""
         return next((list(layer.active_adapters) for _, layer in self._lora_layers()), [])
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights=None) -> None:
-        """Make these adapters the active ones.
+        """Activate these adapters.
 
-        `adapter_weights`: one for all, or a list with one for each; 1.0 where left out. A weight may be a dict by
-        component, as in diffusers: {"transformer": 0.5}. Raises ValueError for other components.
+        `adapter_weights`: one weight for all or a list; None means 1.0. A weight may be a dict by component, as in
+        diffusers: {"transformer": 0.5}. Raises ValueError for other components.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
         self._require_adapters(names)
         self._require_unfused("choose adapters")
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"adapter_names={names} must name each adapter once, and one at least (or disable_lora).")
+            raise ValueError(
+                f"adapter_names={names} must contain at least one adapter, and each one once. To use none, call disable_lora."
+            )
         if len(weights) != len(names):
-            raise ValueError(f"adapter_weights={adapter_weights!r} must be as many as the adapters: {len(names)}.")
+            raise ValueError(f"adapter_weights={adapter_weights!r} must have one weight per adapter: {len(names)}.")
         weights = [_of_component(weight, self.transformer_name) for weight in weights]
         weights = [1.0 if weight is None else _finite(weight, "adapter_weights") for weight in weights]
         self._model.set_adapters(names, weights)
 
     def enable_lora(self) -> None:
-        """Let the active adapters act again after `disable_lora`."""
+        """Turn the active adapters on again after `disable_lora`."""
         self._model.enable_lora()
 
     def disable_lora(self) -> None:
-        """Draw as without adapters, until `enable_lora`. Raises ValueError while an adapter is fused."""
-        self._require_unfused("switch it off")
+        """Turn all adapters off until `enable_lora`. Raises ValueError if an adapter is fused."""
+        self._require_unfused("turn it off")
         self._model.disable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Remove adapters; those that were active beside them stay active, and no other one is switched on."""
+        """Remove adapters. Other adapters stay active or inactive."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._require_adapters(names)
         self._require_unfused("delete an adapter")
@@ -302,8 +323,8 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
             layer.set_adapter(active)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. What is fused stays in the weights for good."""
-        self._require_unguessed(name for name, _ in self._lora_layers())
+        """Remove all adapters. Fused adapters remain in the weights permanently."""
+        self._require_uncached(name for name, _ in self._lora_layers())
         self._model.unload_lora()
         self._model.__dict__.pop("_scaling_before_fuse", None)
         self._merged_adapters = set()
@@ -314,24 +335,26 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
+        **kwargs,
     ) -> None:
-        """Add the active adapters (or `adapter_names`), times `lora_scale`, to the weights: no cost per call any more.
+        """Add the active adapters (or `adapter_names`), times `lora_scale`, to the weights, to save time per call.
 
-        Raises ValueError when adapters are fused already or switched off, and when one stays active beside them:
-        layers with fused weights compute no others.
+        Raises ValueError if adapters are already fused or turned off, or if another one would stay active: layers with
+        fused weights ignore it.
         """
+        _require_no_options(kwargs)
         chosen = self.get_active_adapters() if adapter_names is None else list(adapter_names)
         if components not in (None, ["transformer"]):
-            raise ValueError(f"components={components!r} must be ['transformer']: nothing else takes adapters.")
+            raise ValueError(f"components={components!r} must be ['transformer']: no other component has adapters.")
         self._require_adapters(chosen)
         self._require_unfused("fuse again")
         if beside := sorted(set(self.get_active_adapters()) - set(chosen)):
             raise ValueError(
-                f"{', '.join(beside)} would have no effect beside fused adapters: fuse all, or set_adapters."
+                f"{', '.join(beside)} would have no effect beside fused adapters: fuse all, or call set_adapters."
             )
         layers = [layer for _, layer in self._lora_layers()]
         if any(layer.disable_adapters for layer in layers):
-            raise ValueError("The adapters are switched off, and would be taken out again: call enable_lora() first.")
+            raise ValueError("The adapters are turned off: call enable_lora() first.")
         if any(layer.lora_bias.get(name) and layer.base_layer.bias is None for layer in layers for name in chosen):
             raise ValueError("An adapter with lora_bias=True cannot be fused: some layers have no bias to add it to.")
         scale = _finite(lora_scale, "lora_scale")
@@ -347,8 +370,9 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
             raise
         self._merged_adapters = set(chosen)
 
-    def unfuse_lora(self, components: list[str] | None = None) -> None:
-        """Take fused adapters out of the weights again; they stay loaded and active. Exact to rounding."""
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs) -> None:
+        """Subtract fused adapters from the weights, exact up to rounding. They stay loaded and active."""
+        _require_no_options(kwargs)
         self._model.unfuse_lora()
         before = self._model.__dict__.pop("_scaling_before_fuse", ())
         for (_, layer), scaling in zip(self._lora_layers(), before):
@@ -357,9 +381,9 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
 
     @contextlib.contextmanager
     def lora_scaled(self, attention_kwargs: dict | None) -> Iterator[None]:
-        """diffusers' `attention_kwargs={"scale": s}`: the active adapters' weights times `s`, until the block ends.
+        """Context that multiplies the weights of the active adapters by `attention_kwargs["scale"]`, as in diffusers.
 
-        Raises ValueError for anything else in it, and where there is nothing to scale.
+        Raises ValueError for any other key, and if no adapter is loaded or one is fused.
         """
         scale = 1.0 if attention_kwargs is None else _read_scale(attention_kwargs)
         if scale == 1.0:
@@ -381,19 +405,22 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
 
 
 def _of_component(weight, component: str):
-    """The weight of a component in diffusers' form {component: weight}; other forms as they are."""
+    """The component's entry of a weight given as a dict; other weights do not change."""
     if not isinstance(weight, dict):
         return weight
     if set(weight) != {component}:
-        raise ValueError(f"adapter_weights has {weight!r}: only {component!r} takes adapters, with one number.")
+        raise ValueError(f"adapter_weights has {weight!r}: only {component!r} has adapters, with one weight.")
     return weight[component]
+
+
+def _require_no_options(options: dict) -> None:
+    if options:
+        raise TypeError(f"unexpected arguments: {', '.join(options)}")
 
 
 def _read_scale(options: dict) -> float:
     if not isinstance(options, dict) or set(options) - {"scale"}:
-        raise ValueError(
-            f'attention_kwargs={options!r} is not possible: it takes {{"scale": number}} and nothing else.'
-        )
+        raise ValueError(f'attention_kwargs={options!r} must be {{"scale": number}}.')
     return _finite(options.get("scale", 1.0), "the scale of attention_kwargs")
 
 

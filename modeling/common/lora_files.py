@@ -1,6 +1,7 @@
-"""Adapters as they lie on disk or on the Hub: found, read and compared with the model before anything is injected.
+"""Finds, reads, checks and writes files of LoRA adapters.
 
-diffusers and PEFT load what fits and warn about the rest. Here an adapter fits as a whole, or loading it is an error.
+diffusers and PEFT load the weights that fit and warn about the rest. Here an adapter that does not fit completely is an
+error.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .weights import PICKLE_SUFFIXES, nonfinite_names, read_header, read_json, refuse_pickles, shortened
 
@@ -22,27 +24,27 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' entry in the header of a safetensors file
 _PEFT_PREFIX = "base_model.model."
-# Values of `init_lora_weights` that subtract something from the base weights.
+# Values of `init_lora_weights` that change the base weights.
 _CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
 
-# --- finding -------------------------------------------------------------------------------------------------------
+# --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def find_adapter(
     source: str | os.PathLike, weight_name: str | None = None, subfolder: str | None = None, **hub
 ) -> Path:
-    """The adapter's safetensors file, fetched from the Hub if need be; PEFT's configuration then lies beside it.
+    """The adapter's safetensors file. From the Hub, PEFT's configuration is downloaded to the same folder.
 
     Args:
         source: a file, a folder, or the name of a Hub repository.
-        hub: what `hf_hub_download` takes (revision, token, cache_dir, force_download, local_files_only).
+        hub: options of `hf_hub_download` (revision, token, cache_dir, force_download, local_files_only).
 
     Raises:
         ValueError: pickled weights, or several files to choose from.
-        FileNotFoundError: nothing there; huggingface_hub's errors as they are.
+        FileNotFoundError: there is no adapter. Errors of huggingface_hub are passed on.
     """
     if weight_name is not None and Path(weight_name).suffix != ".safetensors":
         raise ValueError(f"weight_name={weight_name!r}: only .safetensors files are loaded; pickles can run code.")
@@ -54,10 +56,10 @@ def find_adapter(
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name)
     if isinstance(source, os.PathLike) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise FileNotFoundError(f"There is no adapter {str(source)!r} (a Hub repository is called owner/name).")
+        raise FileNotFoundError(f"There is no adapter {str(source)!r} (names of Hub repositories are owner/name).")
     file = _on_hub(source, weight_name, {"subfolder": subfolder, **hub})
     if file.name != DIFFUSERS_FILE:
-        with contextlib.suppress(EntryNotFoundError):  # told by read_adapter, if it is needed
+        with contextlib.suppress(EntryNotFoundError):  # read_adapter raises if it is needed
             hf_hub_download(source, PEFT_CONFIG, subfolder=subfolder, **hub)
     return file
 
@@ -74,13 +76,13 @@ def _on_hub(repo: str, weight_name: str | None, hub: dict) -> Path:
     for name in (weight_name,) if weight_name else (DIFFUSERS_FILE, PEFT_FILE):
         try:
             return Path(hf_hub_download(repo, name, **hub))
-        except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+        except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError
             unreachable = error
         except EntryNotFoundError:
             continue
     if unreachable is not None:
         raise LocalEntryNotFoundError(
-            f"The adapter {repo!r} is not in the local cache, and the Hub cannot be reached (or was not to be asked)."
+            f"The adapter {repo!r} is not in the local cache, and the Hub cannot be reached (or is disabled)."
         ) from unreachable
     options = {name: hub[name] for name in ("revision", "token") if hub.get(name) is not None}
     prefix = f"{hub['subfolder']}/" if hub["subfolder"] else ""
@@ -104,13 +106,14 @@ def _choose(names: list[str], weight_name: str | None, where: str) -> str:
     return (known or names)[0]
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading and writing ---------------------------------------------------------------------------------------------
 
 
 def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Weights named `transformer.*` and the configuration (None when the file has none), from either format.
+    """Read the weights, named `transformer.*`, and the configuration; None if the file has none.
 
-    Raises ValueError for a damaged file and for one that PEFT wrote whose configuration is missing.
+    Reads the formats of diffusers and PEFT. Raises ValueError for damaged files and for PEFT's files without
+    configuration.
     """
     read_header(file)
     with safe_open(file, "pt") as stored:
@@ -119,7 +122,7 @@ def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
     if any(name.startswith(_PEFT_PREFIX) for name in state):
         config_file = file.parent / PEFT_CONFIG
         if not config_file.is_file():
-            raise ValueError(f"{file} was written by PEFT and lies without {PEFT_CONFIG}: its alpha is unknown.")
+            raise ValueError(f"{file} was written by PEFT, but {PEFT_CONFIG} is missing: its alpha is unknown.")
         state = {f"transformer.{name.removeprefix(_PEFT_PREFIX)}": tensor for name, tensor in state.items()}
         return state, read_json(config_file)
     raw = header.get(METADATA_KEY)
@@ -132,10 +135,25 @@ def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
         raise ValueError(f"{file} has an unreadable {METADATA_KEY!r} in its header: {error}.") from error
 
 
-def lora_config(settings):
-    """A `LoraConfig` from itself or its options as stored. Raises ValueError for anything else that PEFT knows.
+def write_adapter(file: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    """Write an adapter in the format of diffusers, with its configuration in the header of the file.
 
-    Options that this PEFT does not know are dropped where they are off, and refused where they mean something.
+    Args:
+        tensors: named `transformer.*`.
+        settings: of `LoraConfig.to_dict()`. Sets are stored as lists, enumerations as their values; options without a
+            JSON form are dropped.
+    """
+    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in settings.items()}
+    is_json = (str, int, float, bool, list, dict, type(None))
+    stored = {f"transformer.{k}": v for k, v in plain.items() if isinstance(v, is_json)}
+    save_file(tensors, file, metadata={"format": "pt", METADATA_KEY: json.dumps(stored, sort_keys=True)})
+
+
+def lora_config(settings):
+    """A `LoraConfig` from a `LoraConfig` or from its options as stored.
+
+    Options that the installed PEFT does not know are dropped if they are off. Raises ValueError if they are on, and for
+    configurations of other methods than LoRA.
     """
     from peft import LoraConfig
 
@@ -143,10 +161,10 @@ def lora_config(settings):
         settings = settings.to_dict()
     if not isinstance(settings, dict) or str(settings.get("peft_type", "LORA")) not in ("LORA", "PeftType.LORA"):
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
-        raise ValueError(f"The adapter's configuration is of the kind {kind}; only LORA is loaded.")
+        raise ValueError(f"The adapter's configuration has the type {kind}; only LORA is supported.")
     known = LoraConfig.__dataclass_fields__
     if foreign := [name for name, value in settings.items() if name not in known and value]:
-        raise ValueError(f"This PEFT does not know the adapter's options {', '.join(foreign)}: update peft.")
+        raise ValueError(f"The installed PEFT does not know the adapter's options {', '.join(foreign)}: update peft.")
     initialization = settings.get("init_lora_weights", True)
     if isinstance(initialization, str) and initialization.lower().startswith(_CHANGES_BASE_WEIGHTS):
         raise ValueError(
@@ -155,26 +173,34 @@ def lora_config(settings):
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     try:
-        # Stored weights replace every initial value, so that none has to be computed.
-        known_settings = {name: value for name, value in settings.items() if name in known}
-        return LoraConfig(**(known_settings | {"init_lora_weights": True}))
+        # Loading replaces all initial values: the default initialization avoids computing them.
+        known_settings: dict[str, Any] = {name: value for name, value in settings.items() if name in known}
+        known_settings["init_lora_weights"] = True
+        return LoraConfig(**known_settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The adapter's configuration cannot be used: {error}") from error
 
 
-# --- comparing -----------------------------------------------------------------------------------------------------
+# --- checking --------------------------------------------------------------------------------------------------------
 
 
 def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], config) -> None:
-    """Raise ValueError unless `state`, named as in the transformer, is all that `config` describes and fits the model."""
+    """Raise ValueError unless the adapter is complete and fits the model.
+
+    Args:
+        state: the adapter's weights, named as in the transformer.
+        config: its `LoraConfig`.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if not state:
-        raise ValueError("The adapter is empty: it holds no weights.")
+        raise ValueError("The adapter has no weights.")
     layers = _linear_layers(transformer)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     if any(layer.weight.dtype in _FP8 for layer in layers.values()):
-        raise ValueError("Load adapters before enable_layerwise_casting: their own weights must not become 8 bit.")
+        raise ValueError(
+            "Load adapters before enable_layerwise_casting, so that their own weights are not cast to 8 bits."
+        )
     unknown = []
     for name, tensor in state.items():
         match = _PART.fullmatch(name)
@@ -184,14 +210,14 @@ def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], 
             parts.setdefault(match[1], {})[match[2]] = tensor
     if unknown:
         raise ValueError(
-            f"The adapter does not belong to this model, which has no place for {shortened(unknown, ', ', 3)}."
+            f"The adapter does not belong to this model, which has no layers for {shortened(unknown, ', ', 3)}."
         )
     wanted = {name for name in layers if check_target_module_exists(config, name)}
     if absent := sorted(wanted - set(parts)):
         raise ValueError(f"The adapter is incomplete: it lacks weights of {shortened(absent, ', ', 3)}.")
     if extra := sorted(set(parts) - wanted):
         raise ValueError(
-            f"The adapter holds weights of {shortened(extra, ', ', 3)}, which its configuration does not adapt "
+            f"The adapter has weights of {shortened(extra, ', ', 3)}, which its configuration does not name "
             f"(target_modules={config.target_modules!r})."
         )
     problems = [p for name, tensors in parts.items() for p in _misfits(name, tensors, layers[name], config)]
@@ -201,18 +227,18 @@ def check_adapter(transformer: torch.nn.Module, state: dict[str, torch.Tensor], 
 
 
 def matrix_names(transformer: torch.nn.Module) -> list[str]:
-    """Names of the modules that can take an adapter."""
+    """Names of the modules that can have an adapter."""
     return list(_linear_layers(transformer))
 
 
-def _linear_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The transformer's matrices by name, those under adapters as well."""
+def _linear_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The transformer's linear layers by name, including those with adapters."""
     layers = {}
     for name, module in transformer.named_modules():
-        module = getattr(module, "base_layer", module)
-        inside = ".base_layer" in name or ".lora_" in name
-        if isinstance(module, torch.nn.Linear) and not inside:
-            layers[name.removeprefix("_orig_mod.").replace("._orig_mod", "")] = module
+        layer = getattr(module, "base_layer", module)
+        is_inside_adapter = ".base_layer" in name or ".lora_" in name
+        if isinstance(layer, torch.nn.Linear) and not is_inside_adapter:
+            layers[name.removeprefix("_orig_mod.").replace("._orig_mod", "")] = layer
     return layers
 
 

@@ -1,51 +1,57 @@
-"""Where a pipeline's weights lie and where they compute."""
+"""Reports on which devices a pipeline's weights are stored and compute."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One component's weights.
+class ComponentPlacement:
+    """The devices of one component's weights.
 
     Args:
-        lies: bytes by the place where they lie now ("cuda:0", "cpu", "disk"), largest first.
+        stored: bytes by storage ("cuda:0", "cpu", "disk"), largest first.
         dtypes: bytes by dtype, largest first.
-        runs_on: the device that computes with them.
-        how: "" for weights that stay where they compute, or the way in which they come there.
+        runs_on: the device that computes with the weights.
+        offload: how the weights are moved to that device ("model offload", ...); "" if they stay on it.
     """
 
     name: str
-    lies: dict[str, int]
+    stored: dict[str, int]
     dtypes: dict[str, int]
     runs_on: str
-    how: str
+    offload: str
 
     @property
     def nbytes(self) -> int:
-        return sum(self.lies.values())
+        return sum(self.stored.values())
 
     def __str__(self) -> str:
-        lies = " + ".join(f"{amount(size)} on {place}" for place, size in self.lies.items())
-        comes = f", computes on {self.runs_on} ({self.how})" if self.how else ""
-        return f"{self.name} {lies} ({'+'.join(self.dtypes)}){comes}"
+        stored = " + ".join(f"{amount(size)} on {place}" for place, size in self.stored.items())
+        computes = f", computes on {self.runs_on} ({self.offload})" if self.offload else ""
+        return f"{self.name} {stored} ({'+'.join(self.dtypes)}){computes}"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every component is. Printed, it is one line per component; `line` is all in one."""
+    """The devices of all components. Printing it gives one line per component; `line` is a single line."""
 
-    components: tuple[Placed, ...]
+    components: tuple[ComponentPlacement, ...]
 
-    def __getitem__(self, name: str) -> Placed:
-        return next(placed for placed in self.components if placed.name == name)
+    def __getitem__(self, name: str) -> ComponentPlacement:
+        return next(component for component in self.components if component.name == name)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.components))
@@ -55,12 +61,12 @@ class Placement:
         return "; ".join(map(str, self.components))
 
 
-class PlacementMixin:
-    """Put before `DiffusionPipeline`."""
+class PlacementMixin(_Pipeline):
+    """Adds `placement()` and safe offloading to disk. Put it before `DiffusionPipeline`."""
 
     def placement(self) -> Placement:
-        """Where the weights of every component lie and compute; nothing is moved."""
-        return Placement(tuple(_placed(name, module) for name, module in modules_by_name(self).items()))
+        """The devices on which the weights of every component are stored and compute. Moves nothing."""
+        return Placement(tuple(_component_placement(name, module) for name, module in modules_by_name(self).items()))
 
     def register_modules(self, **kwargs):
         super().register_modules(**kwargs)
@@ -75,9 +81,9 @@ class PlacementMixin:
         exclude_modules: str | list[str] | None = None,
         **kwargs,
     ) -> None:
-        """As in diffusers; `offload_to_disk_path` must be new or empty, and every component gets a folder inside.
+        """As in diffusers, but `offload_to_disk_path` must be new or empty, and each component uses a folder in it.
 
-        diffusers names its files by layers alone: components would read each other's, and any that lie there.
+        diffusers names the files by layers alone, so that components would read each other's files.
         """
         onload_device = torch.device(onload_device)
         exclude = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
@@ -91,7 +97,8 @@ class PlacementMixin:
             if name in exclude:
                 module.to(onload_device)
             else:
-                module.enable_group_offload(onload_device, *args, offload_to_disk_path=str(root / name), **kwargs)
+                typed: Any = module  # nn.Module declares no methods of diffusers
+                typed.enable_group_offload(onload_device, *args, offload_to_disk_path=str(root / name), **kwargs)
 
 
 def modules_by_name(pipeline) -> dict[str, torch.nn.Module]:
@@ -100,7 +107,7 @@ def modules_by_name(pipeline) -> dict[str, torch.nn.Module]:
 
 
 def warn_of_device_map(name: str, device_map: dict | None) -> None:
-    """Warn of what a device map has put where it is slow: on disk, or on the CPU although there is more."""
+    """Warn of parts that a device map placed on disk, or on the CPU beside a faster device."""
     places = {part: str(place) for part, place in device_map.items()} if isinstance(device_map, dict) else {}
     faster = set(places.values()) - {"cpu", "disk"}
     slow = {part: place for part, place in places.items() if place == "disk" or (place == "cpu" and faster)}
@@ -108,44 +115,47 @@ def warn_of_device_map(name: str, device_map: dict | None) -> None:
         parts = ", ".join(f"{part} on {place}" if part else place for part, place in list(slow.items())[:5])
         more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
         logger.warning(
-            f"The device map leaves parts of {name} where they are slow: {parts}{more}. `echo4o info MODEL --plan "
-            "--gpu SIZE` says which options fit without."
+            f"The device map places parts of {name} where they are slow: {parts}{more}. `echo4o info MODEL --plan "
+            "--gpu SIZE` lists options that fit on the GPU."
         )
 
 
 def amount(size: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def _placed(name: str, module: torch.nn.Module) -> Placed:
-    on_disk, runs_on, how = _group_offload(module) or _accelerate_hook(module) or (False, None, "")
-    lies, dtypes = Counter(), Counter()
+def _component_placement(name: str, module: torch.nn.Module) -> ComponentPlacement:
+    on_disk, runs_on, offload = _group_offload(module) or _accelerate_hook(module) or (False, None, "")
+    stored: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
     for owner in module.modules():
         for key, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is None:
                 continue
             for part in _plain_tensors(tensor):
                 place = "disk" if on_disk else _stored_place(owner, key) if part.is_meta else str(part.device)
-                lies[place] += part.nbytes
+                stored[place] += part.nbytes
                 dtypes[str(part.dtype).removeprefix("torch.")] += part.nbytes
-    largest = next(iter(lies), "cpu") if len(lies) < 2 else lies.most_common(1)[0][0]
-    return Placed(name, dict(lies.most_common()), dict(dtypes.most_common()), str(runs_on or largest), how)
+    largest = stored.most_common(1)[0][0] if stored else "cpu"
+    by_size = dict(stored.most_common()), dict(dtypes.most_common())
+    return ComponentPlacement(name, *by_size, str(runs_on or largest), offload)
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold a tensor's bytes; those of quantized weights keep several."""
+def _plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that store a tensor; a quantized weight has several."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
         return
     yield tensor
-    if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes' 4 bit
+    if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes with 4 bits
         yield state.absmax
 
 
 def _group_offload(module: torch.nn.Module) -> tuple[bool, torch.device, str] | None:
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         hook = part._diffusers_hook.get_hook("group_offloading") if hasattr(part, "_diffusers_hook") else None
         if hook is not None:
             settings = hook.config
@@ -156,19 +166,19 @@ def _group_offload(module: torch.nn.Module) -> tuple[bool, torch.device, str] | 
 
 
 def _accelerate_hook(module: torch.nn.Module) -> tuple[bool, torch.device, str] | None:
-    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
     hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
     devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
     if not devices:
         return None
     if type(hooks[0]).__name__ == "CpuOffload":
         return False, devices[0], "model offload"
-    parts = getattr(module, "hf_device_map", None) or {}
+    parts: dict = getattr(module, "hf_device_map", None) or {}
     return False, devices[0], "device map" if len(set(parts.values())) > 1 else "sequential offload"
 
 
 def _stored_place(owner: torch.nn.Module, key: str) -> str:
-    """Where accelerate keeps a tensor that is on the meta device until its module runs."""
+    """Where accelerate stores a tensor that is on the meta device until its module runs."""
     hook = getattr(owner, "_hf_hook", None)
     for inner in getattr(hook, "hooks", (hook,)):
         weights = getattr(inner, "weights_map", None)

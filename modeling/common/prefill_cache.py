@@ -1,25 +1,25 @@
-"""Keeps what encoders and prompts were computed to, for later calls.
+"""Keeps the outputs of encoders and the keys and values of prompts for later calls.
 
-Entries are keyed by a hash of the input and a fingerprint of the weights, so that a later call either finds exactly
-what it would compute, or computes it.
+Entries are keyed by a hash of the input and a fingerprint of the weights.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
-SAMPLES = 16  # values of every weight that its fingerprint holds
+SAMPLES = 16  # number of values of every weight that are part of the fingerprint
 
 
 class PrefillCache:
-    """Keeps tensors by key, up to a number of bytes; the least recently used ones make room for new ones.
+    """Keeps tensors by key, up to a number of bytes. The least recently used entries are dropped first.
 
     Args:
-        max_bytes: most bytes of all tensors together, on the device that computed them.
+        max_bytes: largest number of bytes of all tensors together. They stay on the device that computed them.
     """
 
     def __init__(self, max_bytes: int):
@@ -35,7 +35,10 @@ class PrefillCache:
         return f"PrefillCache({len(self)} entries, {used}, {self.hits} hits, {self.misses} misses)"
 
     def recall(self, key: bytes, compute: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """The tensors kept under `key`, or those that `compute` returns, which are kept if they fit. Do not write to them."""
+        """The tensors of `key`. Without an entry, `compute` is called and its tensors are kept if they fit.
+
+        Do not modify the tensors in place.
+        """
         if key in self._entries:
             self.hits += 1
             self._entries.move_to_end(key)
@@ -87,8 +90,9 @@ def fingerprint(device: torch.device, *models: torch.nn.Module) -> bytes:
     if torch.is_autocast_enabled(device.type):
         parts.append(str(torch.get_autocast_dtype(device.type)))
     for model in models:
+        config: Any = model.config
         switches = {k: v for k, v in vars(model).items() if isinstance(v, (bool, int, float, str))}
-        parts += [repr(dict(model.config)), repr(switches)]
+        parts += [repr(dict(config)), repr(switches)]
         samples: dict[torch.device, list[torch.Tensor]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta:

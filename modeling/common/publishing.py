@@ -16,12 +16,17 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .placement import modules_by_name
 from .weights import read_json
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
 INDEX_NAME = "model_index.json"
 PIPELINE_FILE = "pipeline.py"  # the only name that diffusers looks for without `custom_pipeline=`
@@ -100,11 +105,11 @@ def require_standalone(text: str, owner: Any) -> None:
 
 
 class ComponentCode(NamedTuple):
-    """The source file of a component whose class no library provides; stem and text are None without a file."""
+    """The source file of a component whose class no library provides; stem and text are empty without a file."""
 
     cls: type
-    stem: str | None
-    text: str | None
+    stem: str
+    text: str
 
 
 def write_sources(folder: Path, pipeline: dict[str, str], components: dict[str, ComponentCode]) -> None:
@@ -123,7 +128,7 @@ def class_code(cls: type) -> ComponentCode | None:
     if cls.__module__.split(".")[0] in LIBRARIES:
         return None
     file = _module_file(cls)
-    return ComponentCode(cls, file.stem, file.read_text("utf-8")) if file else ComponentCode(cls, None, None)
+    return ComponentCode(cls, file.stem, file.read_text("utf-8")) if file else ComponentCode(cls, "", "")
 
 
 def _module_file(cls: type) -> Path | None:
@@ -134,7 +139,7 @@ def _module_file(cls: type) -> Path | None:
 # --- the mixin -----------------------------------------------------------------------------------------------------
 
 
-class PublishingMixin:
+class PublishingMixin(_Pipeline):
     """Saves a pipeline with its code. Use it through `PortablePipelineMixin` (loading.py).
 
     A class that defines `_published_modules` is the one that is published; classes derived from it are saved as it.
@@ -169,7 +174,7 @@ class PublishingMixin:
         known = self.__dict__.get("_component_codes", {})
         self.__dict__["_component_codes"] = known | {name: code for name, code in codes.items() if code}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args, **kwargs):
         """Save a folder that loads with the package and, through `trust_remote_code=True`, without it.
 
         As `DiffusionPipeline.save_pretrained` (`push_to_hub`, `max_shard_size`, `variant`, ...); the source files
@@ -196,12 +201,12 @@ class PublishingMixin:
                     "save a pipeline on which it was not called."
                 )
         self._codes_to_publish()
-        return super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+        return super().save_pretrained(str(save_directory), True, *args, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike):
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Write model_index.json and the source files; the last step of save_pretrained before an upload."""
         codes = self._codes_to_publish()
-        super().save_config(save_directory)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         write_sources(folder, self._published_sources, codes)
         for component in self.components:
@@ -226,7 +231,7 @@ class PublishingMixin:
                 code = _component_code(module)
             if code is None:
                 continue
-            if code.text is None:
+            if not code.text:
                 raise ValueError(f"The class {code.cls} of the component {name!r} has no source file to publish.")
             require_standalone(code.text, f"The file of {code.cls}")
             codes[name] = code

@@ -282,13 +282,13 @@ def test_lacking_files_are_named(tmp_path, lost):
     if lost.endswith(".json"):
         (src / "config.json").unlink()  # which holds copies of both
     message = refused(src, tmp_path, FileNotFoundError)
-    assert "is no original BAGEL checkpoint" in message and lost in message
+    assert "is not an original BAGEL checkpoint" in message and lost in message
 
 
 def test_no_checkpoint_at_all(tmp_path):
     assert "There is no folder" in refused(tmp_path / "nowhere", tmp_path, FileNotFoundError)
     (tmp_path / "empty").mkdir()
-    assert "is no original BAGEL checkpoint" in refused(tmp_path / "empty", tmp_path, FileNotFoundError)
+    assert "is not an original BAGEL checkpoint" in refused(tmp_path / "empty", tmp_path, FileNotFoundError)
     src = copy_checkpoint(tmp_path / "src")
     for name in ("tokenizer.json", "vocab.json"):
         (src / name).unlink()
@@ -411,7 +411,7 @@ def test_lost_tables_are_listed_like_other_tensors(tmp_path):
     message = refused(copy_checkpoint(tmp_path / "src", spoil), tmp_path, ValueError)
     assert "missing from ema.safetensors: vae2llm.weight [64, 64]" in message
     assert "missing from ema.safetensors: vit_pos_embed.pos_embed [256, 64]" in message
-    assert "latent_pos_embed.pos_embed has 255 rows, which is no square number" in message
+    assert "latent_pos_embed.pos_embed has 255 rows, which is not a square number" in message
 
     src = copy_checkpoint(
         tmp_path / "lost", lambda t: {n: v for n, v in t.items() if n != "latent_pos_embed.pos_embed"}
@@ -440,7 +440,7 @@ def test_lost_tables_are_listed_like_other_tensors(tmp_path):
         ("llm_config.json", "num_hidden_layers", 1, "unexpected in ema.safetensors: language_model.model.layers.1."),
         ("llm_config.json", "vocab_size", 300, "language_model.lm_head.weight is [336, 64], expected [300, 64]"),
         ("llm_config.json", "hidden_size", None, "llm_config.json does not say hidden_size"),
-        ("llm_config.json", "num_attention_heads", 5, "hidden_size 64 is no multiple of num_attention_heads 5"),
+        ("llm_config.json", "num_attention_heads", 5, "hidden_size 64 is not a multiple of num_attention_heads 5"),
     ],
 )
 def test_json_files_that_contradict_the_tensors(tmp_path, file, key, value, expected):

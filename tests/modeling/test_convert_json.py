@@ -21,29 +21,33 @@ VAE |= {"num_res_blocks": 1}
         ("llm", {"rope_theta": float("inf")}, "rope_theta is inf"),
         ("llm", {"rms_norm_eps": None}, "rms_norm_eps is None"),
         ("llm", {"rms_norm_eps": True}, "rms_norm_eps is True"),
-        ("llm", {"hidden_size": "64"}, "hidden_size is '64', which is not a whole number to"),
+        ("llm", {"hidden_size": "64"}, "hidden_size is '64', which is not a whole number from 1 to"),
         ("llm", {"hidden_size": 64.0}, "hidden_size is 64.0"),
-        ("llm", {"hidden_size": 66, "num_attention_heads": 3}, "hidden_size 66 is no multiple of 4"),
+        ("llm", {"hidden_size": 66, "num_attention_heads": 3}, "hidden_size 66 is not a multiple of 4"),
         ("llm", {"hidden_size": 60}, "a head is 15 wide, and rotary positions need an even number"),
         ("llm", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("llm", {"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
-        ("llm", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-        ("llm", {"num_hidden_layers": 100_000}, "num_hidden_layers is 100000, which is not a whole number to 1000"),
+        ("llm", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            "llm",
+            {"num_hidden_layers": 100_000},
+            "num_hidden_layers is 100000, which is not a whole number from 1 to 1000",
+        ),
         ("llm", {"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not known here"),
         ("llm", {"rope_scaling": {"type": "yarn", "factor": 4}}, "llm_config.json (rope_scaling) says type is 'yarn'"),
         ("llm", {"rope_scaling": {"rope_type": "linear"}}, "rope_type is 'linear'"),
-        ("llm", {"rope_scaling": {"factor": 4}}, "which is another model"),
-        ("llm", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn', which is no object"),
+        ("llm", {"rope_scaling": {"factor": 4}}, "which is another architecture"),
+        ("llm", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn', which is not an object"),
         ("llm", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-        ("vit", {"num_attention_heads": 5}, "the ViT's hidden_size 48 is no multiple of its 5 num_attention_heads"),
+        ("vit", {"num_attention_heads": 5}, "the ViT's hidden_size 48 is not a multiple of its 5 num_attention_heads"),
         ("vit", {"num_attention_heads": "4"}, "vit_config.json says num_attention_heads is '4'"),
         ("vit", {"hidden_act": "nope"}, "hidden_act is 'nope', which is not known here"),
         ("vit", {"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"),
         ("vit", {"num_channels": None}, "num_channels is None"),
-        ("config", {"vae_config": "x"}, "config.json says vae_config is 'x', which is no object"),
+        ("config", {"vae_config": "x"}, "config.json says vae_config is 'x', which is not an object"),
         ("config", {"vae_config": VAE | {"scale_factor": None}}, "config.json (vae_config) says scale_factor is None"),
         ("config", {"vae_config": VAE | {"shift_factor": "x"}}, "shift_factor is 'x'"),
-        ("config", {"vae_config": VAE | {"ch": 48}}, "the VAE's widths [48, 48, 96, 48] are no multiples of 32"),
+        ("config", {"vae_config": VAE | {"ch": 48}}, "the VAE's widths [48, 48, 96, 48] are not multiples of 32"),
         ("config", {"vae_config": VAE | {"ch_mult": [1, "2"]}}, "ch_mult is [1, '2']"),
         ("config", {"vae_config": VAE | {"ch_mult": []}}, "ch_mult is []"),
         ("config", {"vae_config": VAE | {"num_res_blocks": -1}}, "num_res_blocks is -1"),
@@ -79,7 +83,7 @@ def test_json_files_may_leave_out_what_has_a_default(tmp_path):
     assert vae["scaling_factor"] == 0.3611
     (src / "llm_config.json").unlink()
     (src / "config.json").write_text(json.dumps({"llm_config": "x"}))
-    assert "llm_config is 'x', which is no object" in refused(src, tmp_path / "other", ValueError)
+    assert "llm_config is 'x', which is not an object" in refused(src, tmp_path / "other", ValueError)
 
 
 def test_arguments_that_a_class_refuses_are_found_before_anything_is_written(tmp_path, monkeypatch):

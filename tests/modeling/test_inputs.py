@@ -32,7 +32,7 @@ REFUSED = {
     "picture without pixels": ({"prompt": "a", "image": Image.new("RGB", (0, 5))}, "0 x 5 pixels"),
     "picture that was closed": ({"prompt": "a", "image": closed_picture()}, "image 0 of prompt 0 does not decode"),
     "32 bits of grey": ({"prompt": "a", "image": Image.new("I", (40, 40))}, "mode 'I', whose range is unknown"),
-    "half a character": ({"prompt": "a \ud800 b"}, "Prompt 0 is no valid Unicode"),
+    "half a character": ({"prompt": "a \ud800 b"}, "Prompt 0 is not valid Unicode"),
     "interval as a number": (
         {"prompt": "a", "guidance_interval": 0.5},
         r"guidance_interval=0.5 must be \(low, high\)",

@@ -113,8 +113,8 @@ def test_the_stored_dtype_can_be_asked_for(folder, name):
 
 @pytest.mark.parametrize("value", ["bf17", "nn", "int8", torch.int8, 16, {"vae": "x"}])
 def test_unknown_dtypes_are_refused_before_anything_is_read(value):
-    assert "is no floating dtype" in refused("/nowhere", ValueError, dtype=value)
-    with pytest.raises(ValueError, match="is no floating dtype"):
+    assert "is not a floating dtype" in refused("/nowhere", ValueError, dtype=value)
+    with pytest.raises(ValueError, match="is not a floating dtype"):
         Echo4oPipeline.from_original("/nowhere", dtype=value)
 
 
@@ -420,7 +420,7 @@ def test_published_names_collide_with_nothing_in_diffusers(folder):
         ("transformer", "num_key_value_heads", 0, "a whole number above 0"),
         ("transformer", "rope_theta", True, "a number above 0"),
         ("vision_model", "patch_size", None, "a whole number above 0"),
-        ("vision_model", "hidden_act", 7, "a text"),
+        ("vision_model", "hidden_act", 7, "a string"),
     ],
 )
 def test_configurations_of_the_wrong_type(copy, component, name, value, wanted):

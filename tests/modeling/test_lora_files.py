@@ -59,9 +59,11 @@ def changed(saved, tmp_path):
 
 def test_weights_that_do_not_fit(changed, saved, refused):
     _, state, _ = saved
-    refused(changed(weights={}), "The adapter is empty")
-    refused(changed({n.replace("transformer.", "unet."): t for n, t in state.items()}), "'unet.*' is none of transf")
-    refused(changed({n.replace(".gen.", ".moe_gen."): t for n, t in state.items()}), "has no place for layers.0.moe_g")
+    refused(changed(weights={}), "The adapter has no weights")
+    refused(changed({n.replace("transformer.", "unet."): t for n, t in state.items()}), "'unet.*' does not begin with")
+    refused(
+        changed({n.replace(".gen.", ".moe_gen."): t for n, t in state.items()}), "has no layers for layers.0.moe_g"
+    )
     wide = {n: torch.cat([t, t], dim=1) if "lora_A" in n else t for n, t in state.items()}
     refused(changed(wide), r"gate_proj.lora_A.weight is \(4, 128\) and must be \(4, 64\) for this model")
     refused(
@@ -73,23 +75,23 @@ def test_weights_that_do_not_fit(changed, saved, refused):
         changed({n: t.clone() for n, t in state.items()} | {"transformer.proj_in.weight": torch.zeros(1)}), "proj_in"
     )
     und = {n.replace(".gen.", ".und."): t.clone() for n, t in state.items() if ".to_q." in n}
-    refused(changed(state | und), "which its configuration does not adapt")
+    refused(changed(state | und), "which its configuration does not name")
 
 
 def test_configurations_that_do_not_fit(changed, refused):
-    refused(changed(header=False), "comes without its configuration, so that its alpha is unknown")
+    refused(changed(header=False), "has no configuration, so that its alpha is unknown")
     refused(changed(settings={"r": 8}), r"must be \(8, 64\) for this model \(rank 8\)")
     refused(changed(settings={"use_dora": True}), "must have lora_A.weight, lora_B.weight, lora_magnitude_vector")
-    refused(changed(settings={"peft_type": "LOHA"}), "of the kind LOHA; only LORA is loaded")
+    refused(changed(settings={"peft_type": "LOHA"}), "has the type LOHA; only LORA is supported")
     refused(changed(settings={"use_tomorrow": True}), "does not know the adapter's options use_tomorrow")
     refused(changed(settings={"r": -1}), "cannot be used")
-    refused(changed(), "of the kind list", config=[])
+    refused(changed(), "has the type list", config=[])
 
 
 def test_files_that_are_none(saved, refused, changed, tmp_path):
     folder, _, _ = saved
     refused(tmp_path / "nowhere", "There is no adapter", FileNotFoundError)
-    refused("nowhere", "called owner/name", FileNotFoundError)
+    refused("nowhere", "names of Hub repositories are owner/name", FileNotFoundError)
     refused("ns/nothing", "cannot be reached", FileNotFoundError, local_files_only=True)
     refused(tmp_path, "holds no adapter", FileNotFoundError)
     refused(folder, "has no 'x.safetensors'; it has pytorch_lora", FileNotFoundError, weight_name="x.safetensors")
@@ -107,7 +109,7 @@ def test_pickles_are_refused(saved, refused, pipe, tmp_path):
     refused(tmp_path, "pickled weights")
     refused(tmp_path / "pytorch_lora_weights.bin", "only .safetensors files are loaded")
     refused(tmp_path, "only .safetensors files are loaded", weight_name="pytorch_lora_weights.bin")
-    refused(tmp_path, "asks for pickled weights", use_safetensors=False)
+    refused(tmp_path, "means pickled weights", use_safetensors=False)
     options = {"transformer_lora_layers": saved[1], "transformer_lora_adapter_metadata": saved[2]}
     with pytest.raises(ValueError, match="pickled weights, which are not written"):
         pipe.save_lora_weights(tmp_path / "saved", **options, safe_serialization=False)
@@ -116,7 +118,7 @@ def test_pickles_are_refused(saved, refused, pipe, tmp_path):
 def test_peft_folder_without_its_configuration(saved, refused, tmp_path):
     state = {n.replace("transformer.", "base_model.model."): t for n, t in saved[1].items()}
     save_file(state, tmp_path / "adapter_model.safetensors")
-    refused(tmp_path, "lies without adapter_config.json: its alpha is unknown")
+    refused(tmp_path, "but adapter_config.json is missing: its alpha is unknown")
     (tmp_path / "adapter_config.json").write_text("[]")
     refused(tmp_path, "not an object")
 
@@ -124,7 +126,7 @@ def test_peft_folder_without_its_configuration(saved, refused, tmp_path):
 def test_names(saved, refused, pipe):
     folder, _, _ = saved
     for name in ("a.b", "", 7):
-        refused(folder, "must be a word without a dot", adapter_name=name)
+        refused(folder, "must be a non-empty string without a dot", adapter_name=name)
     refused(folder, "'x' is none of", adapter_name="x", hotswap=True)
     with pytest.raises(ValueError, match=r"must be one of the loaded adapters: \[\]"):
         pipe.save_lora_adapter(folder)

@@ -141,7 +141,7 @@ def kohya(state, without: str = "", **more) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"without": ".alpha"}, "comes without its configuration, so that its alpha is unknown"),
+        ({"without": ".alpha"}, "has no configuration, so that its alpha is unknown"),
         ({"without": "layers_0_gen_to_q.alpha"}, "its alpha is unknown"),
         ({"without": "layers_0_gen_to_q.lora_up"}, "layers.0.gen.to_q has lora_A.weight and must have"),
         ({"lora_te_text_model_fc1.lora_down.weight": torch.zeros(4, 8)}, "its alpha is unknown"),

@@ -120,7 +120,7 @@ def test_offloaded_pipelines_draw_the_same_and_say_where_they_are(load, plain, p
     prepare(pipe, tmp_path)
     assert pipe._execution_device.type == "cpu"
     placed = pipe.placement()["transformer"]
-    assert (placed.how, set(placed.lies)) == (how, places)
+    assert (placed.offload, set(placed.stored)) == (how, places)
     assert {name: pipe.placement()[name].nbytes for name in WEIGHTED} == sizes
     assert same(use(pipe, pictures["img_a"]), plain)
     assert same(use(pipe, pictures["img_a"]), plain), "the hooks are gone after a call"
@@ -148,7 +148,7 @@ def test_folders_for_offloaded_weights_are_not_shared(load, tmp_path):
         load().enable_group_offload(CPU, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
     pipe = load()
     pipe.enable_group_offload("cpu", num_blocks_per_group=1, exclude_modules="vae")
-    assert [bool(pipe.placement()[name].how) for name in WEIGHTED] == [True, True, False]
+    assert [bool(pipe.placement()[name].offload) for name in WEIGHTED] == [True, True, False]
 
 
 # --- fewer bits ------------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def test_placement_counts_every_byte(load):
     placement = pipe.placement()
     for name in WEIGHTED:
         tensors = getattr(pipe, name).state_dict().values()
-        assert placement[name].lies == {"cpu": sum(t.nbytes for t in tensors)}
-    assert placement["vae"].dtypes.keys() == {"bfloat16"} and placement["vae"].how == ""
+        assert placement[name].stored == {"cpu": sum(t.nbytes for t in tensors)}
+    assert placement["vae"].dtypes.keys() == {"bfloat16"} and placement["vae"].offload == ""
     assert str(placement).count("\n") == 2 and placement.line.startswith(
         "transformer 0.90 MB on cpu (float32); vision"
     )
@@ -277,4 +277,4 @@ def test_which_device_maps_are_slow(device_map, words, told):
 def test_device_maps_that_pipelines_do_not_have(load, device_map):
     with pytest.raises(ValueError, match="is unknown; use 'cpu', 'cuda', 'cuda:1', 'balanced'"):
         load(device_map=device_map)
-    assert load(device_map="cpu").placement()["vae"].lies.keys() == {"cpu"}
+    assert load(device_map="cpu").placement()["vae"].stored.keys() == {"cpu"}
