@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from ..common.conversion import copy_files, files_fingerprint, finish, raise_problems, write_json, write_weights
 from ..common.publishing import INDEX_NAME, class_code, require_closed, require_standalone, write_sources
-from ..common.safetensors_stream import Output
+from ..common.safetensors_stream import TensorCopy
 from ..common.weights import StoredTensor, component_tensors, main_dtype, nonfinite_names, read_json
 from .pipeline_omnigen2 import RELEASED_PROCESSOR, OmniGen2Pipeline
 from .transformer_omnigen2 import OmniGen2Transformer2DModel
@@ -177,10 +177,10 @@ def _stored(folder: Path) -> dict[str, dict[str, StoredTensor]]:
 
 def _copy_weights(src: Path, dst: Path, stored: dict[str, dict[str, StoredTensor]]) -> None:
     """Copy the weights tensor by tensor, file by file, and the configurations beside them."""
-    files: dict[Path, list[Output]] = {}
+    files: dict[Path, list[TensorCopy]] = {}
     for component, tensors in stored.items():
         for name, tensor in tensors.items():
-            files.setdefault(dst / component / tensor.file.name, []).append(Output(name, tensor.shape, tensor))
+            files.setdefault(dst / component / tensor.file.name, []).append(TensorCopy(name, tensor.shape, tensor))
     everything = [tensor for tensors in stored.values() for tensor in tensors.values()]
     write_weights(dst, files_fingerprint(everything), files)
     for component in stored:

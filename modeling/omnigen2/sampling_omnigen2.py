@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..common.step_cache import forget_updates, update_context
+from ..common.step_cache import cached_update, reset_step_cache
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,16 @@ def sample(
         on_step_end: called with the step and the first image's timestep; returns whether to stop.
     """
     device, before = images[0].latent.device, None
-    forget_updates(transformer)
+    reset_step_cache(transformer)
     for step in range(steps):
         guided = tuple(image.guidance.is_on(step, steps) for image in images)
         if before not in (None, guided):
-            forget_updates(transformer)  # the rows change
+            reset_step_cache(transformer)  # the rows change
         before = guided
         times = torch.stack([1 - image.scheduler.sigmas[step].float() for image in images])
         if len(set(times.tolist())) == 1:
             times = times[:1]
-        with update_context(transformer):
+        with cached_update(transformer):
             velocities = iter(predict([image.latent for image in images], times.to(device), guided))
         timestep = images[0].scheduler.timesteps[step]
         for image, is_guided in zip(images, guided, strict=True):
@@ -169,4 +169,4 @@ def sample(
             image.latent = stepped.prev_sample[0]
         if on_step_end(step, timestep):
             break
-    forget_updates(transformer)
+    reset_step_cache(transformer)
