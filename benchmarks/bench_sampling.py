@@ -19,6 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks.measure import in_turns, ratios, record, replay, spread, threads
 from benchmarks.plain_model import PlainBagel, PlainContext, noised
+from benchmarks.results import Results
 from echo4o.modeling.bagel.denoising_bagel import GuidanceBranch, NoisyImage, pack_branches, predict_velocity
 from echo4o.modeling.bagel.guidance_bagel import Guidance
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
@@ -38,8 +39,8 @@ def main(options: Namespace) -> None:
     with threads(THREADS), torch.no_grad():
         print(f"{THREADS} threads, float32; medians of {ROUNDS} rounds (pictures: {picture_rounds()}), middle half")
         middle = middle_pipeline()
-        measure(middle, "middle size, 256 px", side=16, updates=20)
-        measure(quickstart_pipeline(), "quickstart, 64 px", side=4, updates=24)
+        measure(middle, "middle size, 256 px", 16, 20, options.results)
+        measure(quickstart_pipeline(), "quickstart, 64 px", 4, 24, options.results)
         measure_loading(middle)
         measure_growth(middle)
 
@@ -189,26 +190,34 @@ def picture_rounds() -> int:
     return max(3, ROUNDS // 4)
 
 
-def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int) -> None:
+def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int, results: Results) -> None:
     case, reference = Case(pipe, side), Reference(pipe, side, patches=14 if side > 8 else 4)
     print(f"\n| {title} | ours, ms | its products, ms | ours / products | plain, ms | plain / ours |")
     print("|---|---|---|---|---|---|")
+
+    def compared(name: str, ours, plain, rounds: int = ROUNDS, target: float | None = None) -> None:
+        over, faster = line(pipe, name, ours, plain, rounds)
+        results.add(f"{title}: {name}, ours / products", over, at_most=target)
+        results.add(f"{title}: {name}, plain / ours", faster)
+
     for rows in (1, 2, 3):
-        line(pipe, f"one update, {rows} row{'s' * (rows > 1)}", case.update(rows), case.plain_update(rows))
-    line(pipe, f"prefill, {TEXT} text tokens", case.read, case.read_plain)
-    line(pipe, "prefill, a reference and the text", reference.ours, reference.plainly)
-    drawn = case.picture(updates), case.plain_picture(updates)
-    line(pipe, f"an image, {updates} updates, 2 rows, then 1", *drawn, rounds=picture_rounds())
+        name = f"one update, {rows} row{'s' * (rows > 1)}"
+        compared(name, case.update(rows), case.plain_update(rows), target=1.15)
+    compared(f"prefill, {TEXT} text tokens", case.read, case.read_plain)
+    compared("prefill, a reference and the text", reference.ours, reference.plainly)
+    ways = case.picture(updates), case.plain_picture(updates)
+    compared(f"an image, {updates} updates, 2 rows, then 1", *ways, rounds=picture_rounds())
 
 
-def line(pipe, name: str, ours, plain, rounds: int = ROUNDS) -> None:
-    """A row of the table; the three take turns."""
+def line(pipe, name: str, ours, plain, rounds: int) -> tuple[list[float], list[float]]:
+    """Print a row of the table; the three take turns. Returns the ratios ours / products and plain / ours."""
     products = record(ours, pipe.transformer, pipe.vision_model)
     times = in_turns({"ours": ours, "products": lambda: replay(products), "plain": plain}, rounds)
     cells = [spread([1000 * s for s in seconds]) for seconds in times.values()]
     ours, bare, plain = times.values()
-    over, faster = spread(ratios(ours, bare), 2), spread(ratios(plain, ours), 2)
-    print(f"| {name} | {cells[0]} | {cells[1]} | {over} | {cells[2]} | {faster} |", flush=True)
+    over, faster = ratios(ours, bare), ratios(plain, ours)
+    print(f"| {name} | {cells[0]} | {cells[1]} | {spread(over, 2)} | {cells[2]} | {spread(faster, 2)} |", flush=True)
+    return over, faster
 
 
 _LOAD = """

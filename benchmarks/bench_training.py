@@ -8,7 +8,7 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from benchmarks.measure import in_turns, record, replay, table
+from benchmarks.measure import in_turns, ratios, record, replay, table
 from echo4o.modeling.bagel.segments_bagel import SpecialTokens, image_segment, text_segment
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
@@ -39,6 +39,10 @@ def main(options: Namespace) -> None:
         times = (in_turns if device != "cpu" else cpu_seconds)(ways, repeats)
         print(table(f"{title}: {tokens} tokens, {len(products)} products", times))
         bare, whole, small = times.values()
+        options.results.add(f"training, {title}: full / products", ratios(whole, bare), at_most=1.35)
+        options.results.add(
+            f"training, {title}: LoRA / full", ratios(small, whole), at_most=0.75 if "2" in title else None
+        )
         print(f"  full / products      {ratio(whole, bare)}   target 1.35")
         print(f"  LoRA / full          {ratio(small, whole)}" + ("   target 0.75" if "2" in title else ""), flush=True)
         if "2" in title:
