@@ -133,6 +133,8 @@ class RowGroups:
     ):
         self.counts, self.features, self.stored, self.held = list(counts), features, stored, held
         self._read = read
+        self._convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self._stored_names = list(features)
         self._starts = [0, *accumulate(counts)]
         self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._threads = ThreadPoolExecutor(2, "row-groups")
@@ -186,14 +188,24 @@ class RowGroups:
     def column_names(self) -> list[str]:
         return list(self.features)
 
+    def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]], features: datasets.Features) -> RowGroups:
+        """The same rows after a function that maps each of them, images not decoded, to a row with other features."""
+        groups = RowGroups(self.counts, self._read, features, self.stored)
+        groups._convert, groups._stored_names = convert, self._stored_names
+        return groups
+
     def cast_column(self, name: str, feature) -> RowGroups:
         """The same rows with a column decoded in another way, or not at all."""
         features = datasets.Features({**self.features, name: feature})
+        if self._convert:
+            return self.mapped(self._convert, features)
         return RowGroups(self.counts, self._read, features, lambda: self.stored().cast_column(name, feature))
 
     def select_columns(self, name: str) -> RowGroups:
         """The same rows with this column only."""
         features = datasets.Features({name: self.features[name]})
+        if self._convert:
+            return self.mapped(self._convert, features)
         return RowGroups(self.counts, self._read, features, lambda: self.stored().select_columns(name))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
@@ -207,7 +219,11 @@ class RowGroups:
     def raw(self, number: int) -> dict[str, Any]:
         """A row, images as bytes."""
         group = bisect_right(self._starts, number) - 1
-        return self.table(group).slice(number - self._starts[group], 1).to_pylist()[0]
+        row = self.table(group).slice(number - self._starts[group], 1).to_pylist()[0]
+        if self._convert is None:
+            return row
+        converted = self._convert(row)
+        return {name: converted[name] for name in self.features}
 
     def table(self, group: int) -> pa.Table:
         """The rows of a group."""
@@ -219,7 +235,7 @@ class RowGroups:
         for group in groups:
             failed = group in self._tables and self._tables[group].done() and self._tables[group].exception()
             if failed or group not in self._tables:
-                self._tables[group] = self._threads.submit(self._read, group, self.column_names)
+                self._tables[group] = self._threads.submit(self._read, group, self._stored_names)
             self._tables.move_to_end(group)
         while len(self._tables) > max(self.held, len(groups)):
             self._tables.popitem(last=False)[1].cancel()

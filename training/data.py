@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -22,11 +22,14 @@ import torch
 from echo4o.common.hub_names import is_repository_name
 from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
 from echo4o.training.backbones.base import PreparedRow, RowPreparation, TrainingSample
+from echo4o.training.columns import FEATURES, MappedRows, RowMapping
 from echo4o.training.recipe import DataSource, RecipeError
+from echo4o.training.row_filters import kept_numbers
 
 UNREADABLE = (ValueError, OSError, SyntaxError)  # PIL raises these for damaged images
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
-RowSource = datasets.Dataset | RowGroups | datasets.IterableDataset
+MAP_STYLE = (datasets.Dataset, MappedRows)
+RowSource = datasets.Dataset | MappedRows | RowGroups | datasets.IterableDataset
 COLUMNS = ("id", "instruction", "reference_images", "image")
 # rows; with images of 1 MB, about 256 MB for each pack of a process, because the next rows are read ahead
 SHUFFLE_BUFFER = 128
@@ -205,6 +208,8 @@ class PreparedRows:
         sources: datasets (`datasets.Dataset`), row groups to stream, or one iterable dataset in its stored order.
         cache_bytes: upper limit of memory for prepared rows; the least recently used are dropped first.
         shuffle_buffers: of each source, rows to shuffle together if it is streamed.
+        on_bad: called with the message of a row that cannot be read; the next readable one of its source takes its
+            place, which is the same row on every process. None: raise ValueError.
     """
 
     def __init__(
@@ -215,9 +220,12 @@ class PreparedRows:
         seed: int,
         cache_bytes: int,
         shuffle_buffers: Sequence[int] = (),
+        on_bad: Callable[[str], None] | None = None,
     ):
         self.sources, self.weights, self.backbone, self.seed = list(sources), list(weights), backbone, seed
         self.shuffle_buffers = list(shuffle_buffers) or [SHUFFLE_BUFFER] * len(self.sources)
+        self.on_bad = on_bad
+        self._bad: set[tuple[int, int]] = set()
         self._cache: OrderedDict[tuple[int, int], PreparedRow] = OrderedDict()
         self._room = cache_bytes
 
@@ -263,11 +271,33 @@ class PreparedRows:
         for source, dataset in enumerate(self.sources):
             new = sorted({r.row for r in refs if r.source == source and (source, r.row) not in held})
             if new:
-                prepared = self._prepare(_read(dataset, new))
+                prepared = self._read_prepared(source, dataset, new)
                 held |= {(source, row): result for row, result in zip(new, prepared)}
         for key, prepared_row in held.items():
             self._remember(key, prepared_row)
         return [self._sample(held[ref.source, ref.row], ref) for ref in refs]
+
+    def _read_prepared(self, source: int, dataset, numbers: list[int]) -> Sequence[PreparedRow]:
+        try:
+            return self._prepare(_read(dataset, numbers))
+        except UNREADABLE:
+            if self.on_bad is None:
+                raise
+            return [self._readable(source, dataset, number) for number in numbers]
+
+    def _readable(self, source: int, dataset, number: int) -> PreparedRow:
+        """The row of this number, or the first readable one after it."""
+        for candidate in [*range(number, len(dataset)), *range(number)]:
+            if (source, candidate) in self._bad:
+                continue
+            try:
+                return self._prepare(_read(dataset, [candidate]))[0]
+            except UNREADABLE as error:
+                problem = str(error)
+            self._bad.add((source, candidate))
+            assert self.on_bad is not None
+            self.on_bad(problem)
+        raise ValueError(f"None of the {len(dataset)} rows can be read.")
 
     def _prepare(self, rows: list[dict]) -> Sequence[PreparedRow]:
         try:
@@ -302,9 +332,20 @@ def _read(dataset, numbers: Sequence[int]) -> list[dict]:
             try:
                 dataset[number]
             except UNREADABLE as error:
-                id = dataset.select_columns("id")[number]["id"]
-                raise ValueError(f"Row {id} (number {number}) cannot be read: {error}") from error
+                raise ValueError(f"Row {_id_of(dataset, number)}cannot be read: {error}") from error
         raise
+
+
+def _id_of(dataset, number: int) -> str:
+    try:
+        return f"{dataset.select_columns('id')[number]['id']} (number {number}) "
+    except UNREADABLE:  # ids are hashes of rows
+        return f"number {number} "
+
+
+def mixing_weights(sections: Sequence[DataSource], sources: Sequence, mixing: str) -> list[float]:
+    """The probability of each source, up to a factor. `mixing`: "draws", or "epochs" (weights count epochs)."""
+    return [data.weight * (len(source) if mixing == "epochs" else 1) for data, source in zip(sections, sources)]
 
 
 def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[RowSource]:
@@ -340,14 +381,35 @@ def _open(data: DataSource) -> RowSource:
         raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
     if not isinstance(dataset, datasets.IterableDataset) and not len(dataset):
         raise RecipeError(f"data.path={data.path} has no rows.")
+    if data.columns is not None:
+        return _mapped(data, dataset)
     given = dataset.column_names  # None if a stream does not know them
     missing = [name for name in COLUMNS if given is not None and name not in given]
     if given is not None and missing:
         raise RecipeError(
             f"data.path={data.path} has no column {', '.join(missing)}; training reads {', '.join(COLUMNS)} "
-            f"(and answer, for questions), and there are: {', '.join(given)}."
+            f"(and answer, for questions), and there are: {', '.join(given)}. Name others in data.columns; "
+            f"`echo4o dataset inspect {data.path}` proposes them."
         )
+    if isinstance(dataset, datasets.Dataset):
+        kept = kept_numbers(dataset, data, RowMapping(data, dataset.column_names))
+        return dataset if kept is None else dataset.select(kept)
     return dataset
+
+
+def _mapped(data: DataSource, dataset: RowSource) -> MappedRows | RowGroups:
+    """The dataset with the columns that training reads."""
+    if isinstance(dataset, datasets.IterableDataset):
+        raise RecipeError(
+            f"data.path={data.path}: columns of a streamed dataset need Parquet files, or one saved by `save_to_disk`. "
+            "Set streaming: false."
+        )
+    mapping = RowMapping(data, dataset.column_names)
+    if isinstance(dataset, RowGroups):
+        return dataset.mapped(mapping, FEATURES)
+    assert isinstance(dataset, datasets.Dataset)
+    kept = kept_numbers(dataset, data, mapping)
+    return MappedRows(dataset if kept is None else dataset.select(kept), mapping)
 
 
 def _loaded(data: DataSource) -> datasets.Dataset:

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from echo4o.common import files
-from echo4o.training.data import RowRef, RowSource, open_sources
+from echo4o.training.columns import MappedRows
+from echo4o.training.data import MAP_STYLE, RowRef, RowSource, open_sources
 from echo4o.training.precompute import digest_of, undecoded
 from echo4o.training.recipe import RecipeError, TrainingRecipe, ValidationSettings
 
 FILE = "held_out.json"
+MapStyle = datasets.Dataset | MappedRows
 TASKS = ("text_to_image", "references", "answers")
 
 
@@ -24,7 +26,7 @@ TASKS = ("text_to_image", "references", "answers")
 class ValidationRows:
     """Rows by reference, in a fixed order, and the task of each."""
 
-    sources: list[datasets.Dataset]
+    sources: list[MapStyle]
     refs: list[RowRef]
     tasks: list[str]  # of `TASKS`
 
@@ -49,13 +51,13 @@ def split_rows(
         opened = open_sources(sections)
     except RecipeError as error:
         raise RecipeError(f"validation: {error}") from error
-    others = [source for source in opened if isinstance(source, datasets.Dataset)]
+    others = [source for source in opened if isinstance(source, MAP_STYLE)]
     _check_apart(others, sources)
     numbers = [range(len(source)) for source in others]
     return sources, _chosen(others, numbers, settings.max_rows)
 
 
-def _chosen(sources: list[datasets.Dataset], numbers: Sequence[Iterable[int]], limit: int) -> ValidationRows:
+def _chosen(sources: list[MapStyle], numbers: Sequence[Iterable[int]], limit: int) -> ValidationRows:
     """The rows with the smallest hashes of their ids, so that a limit takes an even sample."""
     ids = [source["id"] for source in sources]
     ranked = sorted((id_hash(ids[s][n]), s, n) for s, chosen in enumerate(numbers) for n in chosen)
@@ -76,11 +78,11 @@ def id_hash(id: str) -> float:
     return int.from_bytes(hashlib.blake2b(str(id).encode(), digest_size=7).digest(), "big") / 2**56
 
 
-def _check_apart(others: list[datasets.Dataset], sources: list[RowSource]) -> None:
+def _check_apart(others: list[MapStyle], sources: list[RowSource]) -> None:
     """Raise RecipeError if a validation row has the id and the instruction of a training row."""
     validated = {pair for source in others for pair in zip(source["id"], source["instruction"])}
     for source in sources:
-        if isinstance(source, datasets.Dataset):
+        if isinstance(source, MAP_STYLE):
             both = validated & set(zip(source["id"], source["instruction"]))
             if both:
                 raise RecipeError(
@@ -95,7 +97,7 @@ def _check_apart(others: list[datasets.Dataset], sources: list[RowSource]) -> No
 def _hold_out(
     recipe: TrainingRecipe, sources: list[RowSource], settings: ValidationSettings, accelerator: Accelerator
 ) -> tuple[list[RowSource], ValidationRows]:
-    complete = [source for source in sources if isinstance(source, datasets.Dataset)]
+    complete = [source for source in sources if isinstance(source, MAP_STYLE)]
     assert len(complete) == len(sources) and settings.share is not None  # streaming excludes a share
     file = recipe.output_dir / FILE
     key = [settings.share, *([len(source), _digest(source["id"])] for source in complete)]
@@ -121,7 +123,7 @@ def _digest(ids: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(map(str, ids)).encode(), digest_size=16).hexdigest()
 
 
-def held_out_rows(sources: Sequence[datasets.Dataset], share: float) -> list[list[int]]:
+def held_out_rows(sources: Sequence[MapStyle], share: float) -> list[list[int]]:
     """Numbers of the held-out rows of each source.
 
     Rows with the same target image or the same instruction are one group, also across sources. For rows with an answer,
@@ -168,7 +170,7 @@ def _group_keys(row: dict) -> list[str]:
     return [f"text {row['instruction']}", f"image {digest_of(row | {'reference_images': []})}"]
 
 
-def _check_amount(sources: Sequence[datasets.Dataset], held: list[list[int]], share: float) -> None:
+def _check_amount(sources: Sequence[MapStyle], held: list[list[int]], share: float) -> None:
     rows, count = sum(map(len, sources)), sum(map(len, held))
     if not count:
         raise RecipeError(f"validation.share={share} holds out none of {rows} rows: choose a larger share.")

@@ -14,8 +14,21 @@ class Section(StrictModel):
     """A section of a training recipe."""
 
 
+class ColumnNames(Section):
+    """The columns of a dataset that hold what training reads; `json.caption` is a field of a column."""
+
+    id: str | None = None  # None: `id` if there is one, else a hash of the row
+    instruction: str | None = None
+    image: str | None = None  # the target image
+    reference_images: str | tuple[str, ...] | None = None  # columns with one image or a list of images each
+    answer: str | None = None
+
+
 class DataSource(Section):
-    """One source of rows: anything with the features of Echo-4o-Image, or with a question and an `answer`."""
+    """One source of rows: anything with the features of Echo-4o-Image, or with a question and an `answer`.
+
+    Other datasets need `columns`.
+    """
 
     path: str  # folder of Parquet files, folder saved by `datasets`, or Hub repository
     name: str | None = None  # configuration of the dataset
@@ -26,6 +39,19 @@ class DataSource(Section):
     shuffle_buffer: int | None = Field(
         default=None, ge=0
     )  # when streaming: rows shuffled together (None: 128; 0: stored order)
+    columns: ColumnNames | None = None
+    allow_urls: bool = False  # download images that a column gives as addresses
+    where: dict[str, Any] | None = None  # column -> allowed value or values
+    min_side: int | None = Field(default=None, gt=0)  # pixels of the shorter side of the target image
+    max_aspect: float | None = Field(default=None, ge=1)  # longer side / shorter side of the target image
+
+    @model_validator(mode="after")
+    def _check_filters(self):
+        if self.streaming and (self.where or self.min_side or self.max_aspect):
+            raise ValueError("`where`, `min_side` and `max_aspect` read all rows first: set streaming: false.")
+        if self.allow_urls and self.columns is None:
+            raise ValueError("`allow_urls` has no effect without `columns`.")
+        return self
 
 
 def _as_list(value: Any) -> Any:
@@ -47,6 +73,8 @@ class OptimizerSettings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
+    # Skip steps whose gradient norm exceeds this multiple of its running median (of 50 steps); None: none
+    skip_above: float | None = Field(default=None, gt=1)
 
     @model_validator(mode="after")
     def _check_muon(self):
@@ -90,6 +118,27 @@ class LoraTuning(Section):
         return True
 
 
+class ResolutionSettings(Section):
+    """Sizes of the images before the model's own limits apply. Nothing is cropped unless `bucket` is given."""
+
+    max_side: int | None = Field(default=None, gt=0)  # pixels of the longer side; larger images are made smaller
+    min_side: int | None = Field(default=None, gt=0)  # pixels of the shorter side; smaller images are made larger
+    multiple_of: int | None = Field(default=None, gt=0)  # both sides are rounded to multiples of this
+    bucket: tuple[
+        tuple[int, int], ...
+    ] = ()  # (width, height): fill the one of the nearest shape, cropped at its centre
+
+    @model_validator(mode="after")
+    def _check_sides(self):
+        if self.bucket and (self.max_side or self.min_side or self.multiple_of):
+            raise ValueError("`bucket` names complete sizes: leave the other settings out.")
+        if not (self.bucket or self.max_side or self.min_side or self.multiple_of):
+            raise ValueError("give `max_side`, `min_side`, `multiple_of` or `bucket`.")
+        if self.max_side and self.min_side and self.min_side > self.max_side:
+            raise ValueError(f"`min_side`={self.min_side} is above `max_side`={self.max_side}.")
+        return self
+
+
 class PackingSettings(Section):
     """Fill every forward pass up to a number of tokens."""
 
@@ -113,19 +162,34 @@ class EmaSettings(Section):
     copy_first: bool = False  # the first update copies the weights, as in OmniGen2's code, instead of averaging
 
 
+class SamplePrompt(Section):
+    """A prompt of `images`, with the files of its references."""
+
+    prompt: str
+    references: tuple[str, ...] = ()
+    seed: int | None = Field(default=None, ge=0)  # None: that of the section plus the prompt's number
+
+
 class ImageSettings(Section):
-    """Images of fixed prompts, generated every `every` steps and at the end."""
+    """Images of fixed prompts and of validation rows, generated every `every` steps and at the end."""
 
     every: int = Field(gt=0)
-    prompts: tuple[str, ...] = Field(min_length=1)
+    prompts: tuple[str | SamplePrompt, ...] = ()
+    validation_rows: int = Field(default=0, ge=0)  # of the validation's rows, to see beside their targets
     steps: int = Field(default=24, gt=0)  # updates of the sampler
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_prompts(self):
-        if not all(prompt.strip() for prompt in self.prompts):
+        if not self.prompts and not self.validation_rows:
+            raise ValueError("give `prompts`, or a number of `validation_rows`.")
+        if not all(sample.prompt.strip() for sample in self.sample_prompts()):
             raise ValueError("`prompts` has an empty text.")
         return self
+
+    def sample_prompts(self) -> list[SamplePrompt]:
+        """The prompts, each with its references."""
+        return [SamplePrompt(prompt=p) if isinstance(p, str) else p for p in self.prompts]
 
 
 class ValidationSettings(Section):
@@ -167,6 +231,10 @@ class TrainingRecipe(Section):
     output_dir: Path
     latents: Path | None = None  # a cache that `echo4o dataset precompute` wrote; its rows are not encoded again
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    mixing: Literal["draws", "epochs"] = "draws"  # weights are shares of the samples, or of each dataset's epochs
+    on_bad_row: Literal["stop", "skip"] = "stop"  # skip: the next readable row takes the place of an unreadable one
+    max_bad: int = Field(default=100, ge=0)  # unreadable rows (of one process) that are skipped before the run stops
+    resolution: ResolutionSettings | None = None
     tune: FullTuning | LoraTuning
     objective: Section
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -223,6 +291,14 @@ class TrainingRecipe(Section):
                 "data.shuffle_buffer has no effect without streaming: all rows are shuffled.",
             ),
             (
+                len(self.data) == 1 and self.mixing != "draws",
+                "mixing has no effect on a single dataset.",
+            ),
+            (
+                self.latents is not None and self.resolution is not None,
+                "latents are of images at the model's own sizes: leave resolution out, or do not precompute.",
+            ),
+            (
                 len(self.data) == 1 and self.data[0].weight != 1,
                 "data.weight has no effect on a single dataset.",
             ),
@@ -230,7 +306,10 @@ class TrainingRecipe(Section):
             (muon and lora, "muon is for full matrices: train LoRA with adamw."),
             (muon and sharded, "muon needs whole matrices: shard with adamw."),
             (sharded and self.processes == 1, "sharding: fsdp2 has no effect with processes: 1."),
-            (sharded and self.images is not None, "images cannot be generated from a sharded model; leave them out."),
+            (
+                self.images is not None and self.images.validation_rows > 0 and self.validation is None,
+                "images.validation_rows needs a validation section.",
+            ),
             (
                 quantized and sharded,
                 "tune.quantize and sharding: fsdp2 exclude each other: 4-bit weights are not sharded.",

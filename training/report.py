@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
+from PIL import Image
 
+from echo4o.common import files
 from echo4o.common.files import write_text
-from echo4o.common.thumbnails import data_uri, figure_uri
+from echo4o.common.thumbnails import data_uri, figure_uri, thumbnail_uri
 from echo4o.training.recipe import TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe
 from echo4o.training.run_log import PHASES, phase_shares
+from echo4o.training.sample_images import FOLDER, INPUTS
 from echo4o.training.validation_result import ValidationResult
 
+SIDE = 256  # pixels of the largest image that is shown as it is
 CURVES = {  # key of the log -> title; the losses are added
     "lr": "learning rate",
     "grad_norm": "gradient norm",
@@ -40,13 +44,6 @@ def write_report(
         validations: results of the run, oldest first.
     """
     folder = recipe.output_dir
-    rows = [
-        (
-            step.name.removeprefix("step-").lstrip("0") or "0",
-            [data_uri(f.read_bytes(), "png") for f in _by_number(step)],
-        )
-        for step in sorted((folder / "images").glob("step-*"))
-    ]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("run.html.j2").render(
         name=folder.name,
@@ -56,12 +53,34 @@ def write_report(
         parts=parts,
         curves=_curves(log, losses, validations),
         validations=_validation_table(validations),
-        prompts=recipe.images.prompts if recipe.images else (),
-        rows=rows,
+        sheet=_contact_sheet(folder / FOLDER),
         recipe=dump_recipe(recipe),
     )
     write_text(folder / "run.html", text)
     return folder / "run.html"
+
+
+def _contact_sheet(folder: Path) -> dict | None:
+    """The images of all steps below the inputs that they were generated from; None without images."""
+    inputs = files.read_json(folder / INPUTS) if (folder / INPUTS).is_file() else None
+    if not inputs:
+        return None
+    steps = [
+        (step.name.removeprefix("step-").lstrip("0") or "0", [_small(file) for file in _by_number(step)])
+        for step in sorted(folder.glob("step-*"))
+    ]
+    return {
+        "inputs": [(entry["text"], [_small(folder / name) for name in entry["references"]]) for entry in inputs],
+        "targets": [_small(folder / entry["target"]) if entry["target"] else None for entry in inputs],
+        "steps": steps,
+    }
+
+
+def _small(file: Path) -> str:
+    """An image as a data address: unchanged if it is small, else as a thumbnail."""
+    with Image.open(file) as image:
+        small = max(image.size) <= SIDE
+    return data_uri(file.read_bytes(), "png") if small else thumbnail_uri(file, SIDE)
 
 
 def _by_number(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ CHANGEABLE_ON_RESUME = {
     "processes",
     "cache_mb",
 }
-CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data", "validation"}
+CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data", "validation", "on_bad_row", "max_bad"}
 
 
 def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:

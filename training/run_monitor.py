@@ -1,9 +1,9 @@
-"""Monitoring of a run: log, progress bar, trackers, images during the run, and `run.html` at its end."""
+"""Monitoring of a run: log, progress bar, trackers, and `run.html` at its end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from echo4o.training.validation_result import ValidationResult
 
 
 class RunMonitor:
-    """Writes the log, the progress bar, the trackers and the images of a run. Only the main process writes.
+    """Writes the log, the progress bar and the trackers of a run. Only the main process writes.
 
     Args:
         trained: the trained components, before Accelerate wraps them.
@@ -38,6 +38,7 @@ class RunMonitor:
         self.rate = matrix_rate(accelerator.device, dtype) * accelerator.num_processes
         self._earlier, self._start, self._last = 0.0, time.monotonic(), 0.0
         self._reported: set[str] = set()
+        self._bad: set[str] = set()
         self._validated: ValidationResult | None = None  # the last one
 
     def seconds(self) -> float:
@@ -138,34 +139,33 @@ class RunMonitor:
                 limit = self.recipe.packing.tokens if self.recipe.packing else 0
                 tqdm.write(f"left out: {sample} has {tokens} tokens, packing.tokens is {limit} ({file.name})")
 
-    @torch.no_grad()
-    def generate_images(self, pipeline, step: int) -> None:
-        """Generate and save images of the recipe's prompts with the current weights."""
-        settings = self.recipe.images
-        assert settings is not None
-        folder = self.recipe.output_dir / "images" / f"step-{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        pipeline.set_progress_bar_config(disable=True)
-        with self.accelerator.autocast():
-            images = pipeline(
-                list(settings.prompts),
-                num_inference_steps=settings.steps,
-                generator=[torch.Generator().manual_seed(settings.seed + i) for i in range(len(settings.prompts))],
-            ).images
-        for index, image in enumerate(images):
-            image.save(folder / f"{index}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                import numpy as np
+    def bad_row(self, problem: str) -> None:
+        """Record a row that cannot be read: in a file, and the first ones on the terminal.
 
-                arrays = {f"images/{index}": np.asarray(image)[None] for index, image in enumerate(images)}
-                tracker.log_images(arrays, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"images": list(images)}, step=step)
+        Raises ValueError if there are more than `max_bad`.
+        """
+        if problem in self._bad:
+            return
+        self._bad.add(problem)
+        file = self.recipe.output_dir / f"bad_rows_{self.accelerator.process_index}.jsonl"
+        with closing(JsonLinesWriter(file)) as lines:
+            lines.append({"problem": problem})
+        if len(self._bad) > self.recipe.max_bad:
+            raise ValueError(
+                f"{len(self._bad)} rows cannot be read (max_bad: {self.recipe.max_bad}); the last: {problem}"
+            )
+        if len(self._bad) <= 10:
+            tqdm.write(f"skipped: {problem} ({file.name})")
 
-    def close(self, generate_images: Callable[[], None], validations: Sequence[ValidationResult] = ()) -> None:
-        """Finish the run: generate the last images, write `run.html` and close the trackers."""
-        generate_images()
+    def skipped(self, step: int, norm: float, median: float, ids: list[str]) -> None:
+        """Record a step that was skipped for its gradient norm. `step` counts from 0, as in the log."""
+        if not self.quiet:
+            with closing(JsonLinesWriter(self.recipe.output_dir / "skipped.jsonl")) as lines:
+                lines.append({"step": step, "grad_norm": str(norm), "median": median, "ids": ids})
+            tqdm.write(f"skipped step {step}: gradient norm {norm:.3g}, median {median:.3g} (skipped.jsonl)")
+
+    def close(self, validations: Sequence[ValidationResult] = ()) -> None:
+        """Finish the run: write `run.html` and close the trackers."""
         if not self.quiet and self.log:
             write_report(self.recipe, self.log, self.parts, self.losses, validations)
         self._end_trackers()

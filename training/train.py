@@ -32,7 +32,7 @@ from echo4o.training import checkpoints, export
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBatch
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
-from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, open_sources
+from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, mixing_weights, open_sources
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights, reshard
 from echo4o.training.held_out import split_rows
@@ -43,10 +43,13 @@ from echo4o.training.precompute import CachedBackbone, undecoded
 from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes, read_recipe
+from echo4o.training.resolution import ResizedRows
 from echo4o.training.results import write_result
 from echo4o.training.resuming import check_same_run
 from echo4o.training.run_log import PHASES
 from echo4o.training.run_monitor import RunMonitor
+from echo4o.training.sample_images import SampleImages
+from echo4o.training.spikes import GradientSpikes, SpikeFilter
 from echo4o.training.step import StepTotals, non_finite_samples, sum_over_processes, weighted_loss
 from echo4o.training.stopping import CaughtSignals, DataError, NonFiniteLoss, TrainingStopped
 from echo4o.training.validation import Validator
@@ -96,13 +99,17 @@ class Trainer:
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay, recipe.ema.copy_first) if recipe.ema else None
         source: RowPreparation = self.backbone
+        if recipe.resolution is not None:
+            source = ResizedRows(self.backbone, recipe.resolution)
         if recipe.latents is not None:
             source = CachedBackbone(self.backbone, recipe.latents)
             sources = [undecoded(rows) for rows in sources]
         self.batches = self._batches(sources, source)
+        self.images = SampleImages(recipe, accelerator, self.pipeline, validation_rows) if recipe.images else None
+        self.spikes = SpikeFilter(recipe.optimizer.skip_above) if recipe.optimizer.skip_above else None
         self.validator = self.validations = None
         if recipe.validation and validation_rows:
-            settings = (recipe, accelerator, self.backbone, source, validation_rows, self.monitor.too_long)
+            settings = (recipe, accelerator, self.backbone, source, validation_rows, self.monitor)
             self.validator = Validator(*settings)
             self.validations = ValidationLog(recipe.output_dir, accelerator, recipe.validation.stop_after)
         self.ahead = Prefetch(self.batches)
@@ -140,9 +147,10 @@ class Trainer:
 
     def _batches(self, sources: list, source: RowPreparation) -> FixedBatches | PackedBatches:
         recipe, accelerator = self.recipe, self.accelerator
-        weights = [data.weight for data in recipe.data]
+        weights = mixing_weights(recipe.data, sources, recipe.mixing)
         buffers = [SHUFFLE_BUFFER if data.shuffle_buffer is None else data.shuffle_buffer for data in recipe.data]
-        rows = PreparedRows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers)
+        on_bad = self.monitor.bad_row if recipe.on_bad_row == "skip" else None
+        rows = PreparedRows(sources, weights, source, recipe.seed, recipe.cache_mb * 10**6, buffers, on_bad)
         process = (self.backbone.collate, accelerator.process_index, accelerator.num_processes)
         if recipe.packing:
             return PackedBatches(rows, recipe.packing, *process, report=self.monitor.too_long)
@@ -167,7 +175,7 @@ class Trainer:
                     before = self.ahead.state()
                     try:
                         entry = self._step(self.step, progress)
-                    except (NonFiniteLoss, DataError):
+                    except (NonFiniteLoss, GradientSpikes, DataError):
                         if recipe.checkpoints:
                             self._save(before)
                         raise
@@ -175,8 +183,9 @@ class Trainer:
                     self.monitor.step(self.step, entry, self.ahead.facts())
                     self._after_step()
                 self._validate()
+        self._generate_images()
         folder = self._write_result()
-        self.monitor.close(self._generate_images, self.validations.results if self.validations else [])
+        self.monitor.close(self.validations.results if self.validations else [])
         return TrainingResult(folder, self.monitor.log, self.monitor.seconds())
 
     def _after_step(self) -> None:
@@ -225,16 +234,31 @@ class Trainer:
         if not all(map(math.isfinite, losses.values())):
             raise NonFiniteLoss(step, self._non_finite_samples(batches))
         norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
+        skipped = self._skips(step, float(norm), batches)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not skipped:
+                optimizer.step()
             optimizer.zero_grad()
-        if self.average:
+        if self.average and not skipped:
             self.average.update(self.model)
         times.append(time.perf_counter())
         loss = sum(weight * losses[name] for name, weight in loss_weights.items())
         entry = {"step": step, "loss": loss, **losses, "lr": rate, "grad_norm": float(norm)}
+        entry |= {"skipped": float(skipped)} if self.spikes else {}
         entry |= {f"{phase}_seconds": end - start for phase, start, end in zip(PHASES, times, times[1:])}
         return entry | {"samples": totals.samples, "tokens": totals.tokens, "flops": totals.flops}
+
+    def _skips(self, step: int, norm: float, batches: list[TrainingBatch]) -> bool:
+        """Whether the step is left out because of its gradient norm, which is equal on all processes.
+
+        Raises GradientSpikes if too many steps in a row are.
+        """
+        if self.spikes is None or not self.spikes.skips(norm):
+            return False
+        ids = gather_object([sample for batch in batches for sample in batch.ids])
+        self.monitor.skipped(step, norm, self.spikes.median, ids)
+        self.spikes.check(step, ids)
+        return True
 
     def _set_learning_rate(self, step: int, progress: float) -> float:
         """Set every group's rate for this step and return the first one."""
@@ -295,6 +319,7 @@ class Trainer:
         data = merge_states(gather_object([data_state]))
         state = {"step": self.step, "data": data, "seconds": self.monitor.seconds()}
         state |= {"recipe": self.recipe.model_dump(mode="json"), "updates": self.average and self.average.updates}
+        state |= {"spikes": self.spikes.state()} if self.spikes else {}
         try:
             return self.checkpoints.save(self.accelerator, self.step, self._tensors(), state)
         except CheckpointError as error:
@@ -322,6 +347,8 @@ class Trainer:
             self.average.updates = state["updates"]
         self.ahead.load_state(state["data"])
         self.step = state["step"]
+        if self.spikes and "spikes" in state:
+            self.spikes.load_state(state["spikes"])
         if self.validations:
             self.validations.resume(self.step)
             self._mark_best()
@@ -374,12 +401,9 @@ class Trainer:
         )
 
     def _generate_images(self) -> None:
-        if self.recipe.images is None:
-            return
-        with self._exported_weights():
-            if self.accelerator.is_main_process:
-                self.monitor.generate_images(self.pipeline, self.step)
-        self.accelerator.wait_for_everyone()
+        if self.images is not None:
+            with self._exported_weights() as model:
+                self.images.generate(model, self.step)
 
 
 def parse_arguments(arguments: list[str]) -> TrainingRecipe:
@@ -411,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
         if first:
             print(f"{stop}\nNext: the same command with --resume", file=sys.stderr)
         return 130 if stop.signum == signal.SIGINT else 0
-    except (NonFiniteLoss, CheckpointError, export.ExportError, ValueError, OSError) as error:
+    except (NonFiniteLoss, GradientSpikes, CheckpointError, export.ExportError, ValueError, OSError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, OSError)) else 1

@@ -19,6 +19,7 @@ from echo4o.training.backbones.base import Backbone, LossTerm, RowPreparation, T
 from echo4o.training.data import PreparedRows, RowRef
 from echo4o.training.held_out import TASKS, ValidationRows
 from echo4o.training.recipe import TrainingRecipe
+from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.step import sum_over_processes
 from echo4o.training.stopping import DataError
 from echo4o.training.validation_result import ValidationResult
@@ -51,7 +52,7 @@ class Validator:
 
     Args:
         source: prepares rows: the backbone, or a cache of its latents.
-        too_long: called with id and tokens of a sample that exceeds a pack; the sample is left out.
+        monitor: is told of rows that are left out: those that exceed a pack and, with `on_bad_row: skip`, unreadable ones.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class Validator:
         backbone: Backbone,
         source: RowPreparation,
         rows: ValidationRows,
-        too_long: Callable[[str, int], None],
+        monitor: RunMonitor,
     ):
         assert recipe.validation is not None
         self.recipe, self.accelerator, self.backbone, self.rows = recipe, accelerator, backbone, rows
-        self.too_long, self.levels = too_long, recipe.validation.noise_levels()
+        self.monitor, self.levels = monitor, recipe.validation.noise_levels()
         samples = _FixedSamples(backbone, source, self.levels)
         weights = [1.0] * len(rows.sources)
         self._prepared = PreparedRows(rows.sources, weights, samples, recipe.seed, recipe.cache_mb * 10**6)
@@ -143,10 +144,16 @@ class Validator:
             yield self._collated(waiting)
 
     def _samples_of(self, ref: RowRef, task: str) -> list[tuple[TrainingSample, int]]:
-        samples: Any = self._prepared.samples([ref])[0]
+        try:
+            samples: Any = self._prepared.samples([ref])[0]
+        except (ValueError, OSError) as error:
+            if self.recipe.on_bad_row == "stop":
+                raise
+            self.monitor.bad_row(str(error))
+            return []
         packing = self.recipe.packing
         if packing and samples[0].full_length > packing.tokens:
-            self.too_long(samples[0].id, samples[0].full_length)
+            self.monitor.too_long(samples[0].id, samples[0].full_length)
             return []
         return list(zip(samples, range(len(samples)) if task != "answers" else [-1]))
 

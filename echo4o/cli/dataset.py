@@ -98,9 +98,18 @@ def inspect(
     """Show what a source contains and how its rows would be mapped. No image is decoded.
 
     Example: [bold]echo4o dataset inspect hf://datasets/Yejy53/Echo-4o-Image --write map.yaml[/bold]
+    Columns of any dataset, for training: [bold]echo4o dataset inspect owner/name[/bold]
     """
     from echo4o.dataset_scripts.inspection import describe, inspect_source, mapping_yaml
 
+    if _has_columns(src):
+        from echo4o.training.column_proposal import inspect_columns
+
+        if write:
+            raise ValueError("--write is for the published layout; copy the columns into a recipe.")
+        print(inspect_columns(src))
+        finish(None, shlex.join(["echo4o", "train", "lora_single_gpu", "--set", f"data.path={src}"]))
+        return
     source, views = inspect_source(src, rows or None)
     if not views:
         raise ValueError(f"{src} contains no folder with rows (.jsonl or .json)")
@@ -111,6 +120,16 @@ def inspect(
         say("the mapping file:")
         command += ["--map", str(write)]
     finish(write, shlex.join(command))
+
+
+def _has_columns(src: str) -> bool:
+    """Whether this is a dataset that `datasets` opens, and not a source in the published layout."""
+    folder = Path(src)
+    if not folder.exists():
+        return is_repository_name(src)
+    files = ("*.parquet", "*.arrow", "*.tar", "data/*.parquet", "*/*.arrow")
+    published = any(folder.rglob("*.jsonl")) or any(folder.rglob("*.tar.gz"))
+    return folder.is_dir() and not published and any(next(folder.glob(pattern), None) for pattern in files)
 
 
 @app.command(cls=_Listing)

@@ -133,8 +133,9 @@ def read_sample_images(run: Path | None, places: tuple[Path, ...]) -> list[tuple
     if run and steps:
         settings = load_recipe(run / RECIPE).images
         files = sorted(steps[-1].glob("*.png"), key=lambda f: int(f.stem))
-        if settings and len(files) == len(settings.prompts):
-            return list(zip(settings.prompts, files))[:MAX_SAMPLE_IMAGES]
+        texts = [sample.prompt for sample in settings.sample_prompts()] if settings else []
+        if texts and len(files) >= len(texts):  # images of validation rows follow
+            return list(zip(texts, files))[:MAX_SAMPLE_IMAGES]
     for place in places:
         folder = place if place.is_dir() else place.parent
         rows = [row for row in list(JsonLines(folder / PROMPTS))[1:] if not row["references"]]
