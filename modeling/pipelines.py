@@ -9,6 +9,7 @@ from typing import Any
 PIPELINES = {
     "Echo4oPipeline": "echo4o.modeling.bagel.pipeline_echo4o",
     "OmniGen2Pipeline": "echo4o.modeling.omnigen2.pipeline_omnigen2",
+    "Blip3oPipeline": "echo4o.modeling.blip3o.pipeline_blip3o",
 }
 
 

@@ -22,13 +22,16 @@ _LARGE = 256_000_000  # bytes; a progress bar is shown from here on
 
 
 def component_files(
-    folder: Path, outputs: list[TensorCopy], shard_bytes: int = SHARD_BYTES
+    folder: Path, outputs: list[TensorCopy], shard_bytes: int = SHARD_BYTES, stem: str = _WEIGHTS
 ) -> dict[Path, list[TensorCopy]]:
-    """The weight files of a component, named as diffusers names them, and the tensors of each."""
+    """The weight files of a component and the tensors of each.
+
+    `stem` begins their names: the default is diffusers', "model" is transformers'.
+    """
     shards = split_shards(outputs, shard_bytes)
     if len(shards) == 1:
-        return {folder / f"{_WEIGHTS}.safetensors": shards[0]}
-    return {folder / f"{_WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
+        return {folder / f"{stem}.safetensors": shards[0]}
+    return {folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def write_weights(dst: Path, fingerprint: str, files: Mapping[Path, list[TensorCopy]]) -> None:
@@ -70,7 +73,7 @@ def _write_index(folder: Path, shards: Mapping[Path, list[TensorCopy]]) -> None:
     total = sum(o.source.nbytes for outputs in shards.values() for o in outputs)
     weight_map = {o.name: path.name for path, outputs in shards.items() for o in outputs}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    stem = next(iter(shards)).name.partition("-")[0]  # transformers names its files otherwise than diffusers
+    stem = min(path.name for path in shards).rpartition("-of-")[0].rpartition("-")[0]
     write_json(folder / f"{stem}.safetensors.index.json", content)
 
 

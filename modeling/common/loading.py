@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -268,6 +269,16 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         if self._package() is None:
             self._check_loaded({n: t for n, m in kwargs.items() if (t := _tensors_of_origin(m))})
             _checked.update(m for m in kwargs.values() if isinstance(m, torch.nn.Module))
+
+
+def qwen_names(module: torch.nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of a transformers Qwen2.5-VL's tensors, in memory or in its files, in one form.
+
+    transformers stores the model under the names of its first version, and without a tied output head.
+    """
+    stored = (re.sub(r"^model\.(language_model|visual)\.", r"\1.", name) for name in names)
+    stored = (re.sub(r"^language_model\.", "model.", name) for name in stored)
+    return {name for name in stored if not (module.config.tie_word_embeddings and name == "lm_head.weight")}
 
 
 def download_index(repo: str, **options) -> str:

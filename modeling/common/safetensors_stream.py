@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .weights import DTYPES, StoredTensor, read_header
 
@@ -34,6 +35,21 @@ class TensorCopy:
     name: str
     shape: tuple[int, ...]
     source: StoredTensor
+
+
+@dataclass(frozen=True)
+class LoadedTensor(StoredTensor):
+    """A tensor of a file that is not in the safetensors format; `values` may be mapped from the file."""
+
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, name: str, values: torch.Tensor, file: Path) -> "LoadedTensor":
+        """Raises ValueError for a dtype that safetensors has no name for."""
+        names = {dtype: n for n, dtype in DTYPES.items()}
+        if values.dtype not in names:
+            raise ValueError(f"{file} holds {name!r} as {values.dtype}, which safetensors cannot store.")
+        return cls(name, names[values.dtype], tuple(values.shape), file, 0, values.nbytes, values.contiguous())
 
 
 def write_file(path: Path, outputs: Iterable[TensorCopy], progress: Callable[[int], object] = lambda n: None) -> None:
@@ -104,6 +120,9 @@ def _chunks(outputs: list[TensorCopy]) -> Iterator[bytes]:
     file = stream = None
     try:
         for output in outputs:
+            if isinstance(output.source, LoadedTensor):
+                yield from _loaded_chunks(output.source)
+                continue
             if output.source.file != file:
                 if stream is not None:
                     stream.close()
@@ -123,6 +142,14 @@ def _tensor_chunks(stream, tensor: StoredTensor) -> Iterator[bytes]:
         if not chunk:
             raise ValueError(f"{tensor.file} became shorter while it was read.")
         left -= len(chunk)
+        _require_finite(chunk, tensor)
+        yield chunk
+
+
+def _loaded_chunks(tensor: LoadedTensor) -> Iterator[bytes]:
+    values = tensor.values.detach().flatten().view(torch.uint8).numpy()
+    for start in range(0, len(values), CHUNK_BYTES):
+        chunk = values[start : start + CHUNK_BYTES].tobytes()
         _require_finite(chunk, tensor)
         yield chunk
 

@@ -59,6 +59,20 @@ FORMS = {
         },
         manifest=frozenset({"special_tokens", "negative_prompt", "parameters"}),
     ),
+    "blip3o": Form(
+        checks={
+            "a": "a_prompt",
+            "b": "b_eva",
+            "c": "c_dit",
+            "d": "d_decoder",
+            "e": "e_end_to_end",
+            "f": "f_chat",
+            "g": "g_training",
+            "h": "h_vocabulary",
+        },
+        manifest=frozenset({"special_ids", "n_query", "checkpoint_keys"}),
+        files=frozenset({"eva_clip_vision_tower"}),
+    ),
 }
 
 

@@ -1,0 +1,169 @@
+"""EVA-CLIP's vision tower, whose features BLIP3-o generates: a vision transformer with norms after each sublayer.
+
+Only training targets and `reconstruct` need it; generation from text does not.
+"""
+
+import inspect
+import math
+import numbers
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+
+
+class EvaClipAttention(nn.Module):
+    """Self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class EvaClipMlp(nn.Module):
+    """Two-layer MLP with the exact GELU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class EvaClipBlock(nn.Module):
+    """Residual attention and MLP, each normalized before it is added."""
+
+    def __init__(self, hidden_size: int, head_dim: int, intermediate_size: int):
+        super().__init__()
+        self.attn = EvaClipAttention(hidden_size, head_dim)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.mlp = EvaClipMlp(hidden_size, intermediate_size)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.norm1(self.attn(x))
+        return x + self.norm2(self.mlp(x))
+
+
+class EvaClipPatchEmbed(nn.Module):
+    """Patches of an image to tokens."""
+
+    def __init__(self, hidden_size: int, patch_size: int, num_channels: int):
+        super().__init__()
+        self.proj = nn.Conv2d(num_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class EvaClipVisionModel(ModelMixin, ConfigMixin):
+    """EVA-CLIP's vision tower without its final norm and head. The defaults are EVA-CLIP-E-plus at 448 pixels.
+
+    Args:
+        image_size: pixels per side; images are resized and cropped to it.
+        head_dim: width of an attention head.
+        pooling_stride: side of the squares of patches whose mean is one image feature.
+    """
+
+    _no_split_modules = ["EvaClipBlock"]
+    _repeated_blocks = ["EvaClipBlock"]
+    _keep_in_full_precision = ["patch_embed"]
+    _skip_layerwise_casting_patterns = ["norm", "pos_embed", "cls_token", *_keep_in_full_precision]
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 448,
+        patch_size: int = 14,
+        num_channels: int = 3,
+        hidden_size: int = 1792,
+        num_layers: int = 64,
+        head_dim: int = 112,
+        intermediate_size: int = 15360,
+        pooling_stride: int = 4,
+    ):
+        super().__init__()
+        _check_options(self)
+        side = image_size // patch_size
+        if hidden_size % head_dim or image_size % patch_size or side % pooling_stride:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of head_dim={head_dim}, and image_size={image_size} one "
+                f"of patch_size x pooling_stride = {patch_size * pooling_stride}."
+            )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, side**2 + 1, hidden_size))
+        self.patch_embed = EvaClipPatchEmbed(hidden_size, patch_size, num_channels)
+        self.blocks = nn.ModuleList(EvaClipBlock(hidden_size, head_dim, intermediate_size) for _ in range(num_layers))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` is given."""
+        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return super().from_pretrained(
+            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
+        )
+
+    @property
+    def features_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size // self.config.pooling_stride
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, image_size, image_size) normalized pixels -> (B, patches, hidden_size), row by row.
+
+        Output of the last block, without the class token and without a final norm.
+        """
+        x = self.patch_embed(pixel_values.to(self.pos_embed.dtype))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 1:]
+
+    def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, patches, hidden_size) -> image features (B, hidden_size, rows, columns): means over squares of patches."""
+        side = self.config.image_size // self.config.patch_size
+        grid = hidden_states.transpose(1, 2).unflatten(2, (side, side))
+        return F.avg_pool2d(grid, self.config.pooling_stride)
+
+    def flops(self, images: int) -> float:
+        """Floating point operations of the matrix products of a forward pass."""
+        c, tokens = self.config, (self.config.image_size // self.config.patch_size) ** 2 + 1
+        weights = c.num_layers * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size)
+        return images * (2.0 * weights * tokens + 4.0 * c.num_layers * c.hidden_size * tokens**2)
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not a whole number above 0."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value = model.config.get(name)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if parameter.default is not parameter.empty and not (whole and value > 0):
+            raise ValueError(
+                f"{name}={value!r} in the config.json of a {type(model).__name__} must be a whole number above 0."
+            )
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
+    sizes: Counter = Counter()
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
