@@ -10,12 +10,12 @@ from enum import StrEnum
 from PIL import Image, UnidentifiedImageError
 
 from echo4o.dataset_scripts.findings import RejectionReason
-from echo4o.modeling.common.image_files import upright
+from echo4o.modeling.common.image_files import seen_size, upright
 
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"RIFF": "WEBP"}
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 64 << 20
-MAX_PIXELS = 1 << 25  # 33 million, about 100 MB when decoded
+MAX_PIXELS = 1 << 25  # 33 million, about 100 MB when decoded; training reads no larger ones either
 
 
 class ImageVerification(StrEnum):
@@ -62,7 +62,7 @@ def check_image(data: bytes, verify: str = ImageVerification.full, reencode: boo
 
 def _check_opened(image: Image.Image, data: bytes, digest: bytes, verify: str) -> CheckedImage:
     name = "JPEG" if image.format == "MPO" else image.format or ""
-    facts = (data, digest, name, *image.size)
+    facts = (data, digest, name, *seen_size(image))
     if image.width * image.height > MAX_PIXELS:
         detail = f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded"
         return CheckedImage(*facts, reason=RejectionReason.DECOMPRESSION_BOMB, detail=detail)

@@ -17,6 +17,7 @@ from echo4o.dataset_scripts.manifest import listed_shards, read_manifest
 from echo4o.dataset_scripts.names import ALL
 from echo4o.dataset_scripts.row_groups import open_file
 from echo4o.dataset_scripts.validate import is_built
+from echo4o.modeling.common.image_files import seen_size
 
 _TEXTS = ["id", "instruction", "task", "category", "source", "metadata"]
 _IMAGES = ["image", "reference_images"]
@@ -167,7 +168,8 @@ def _facts(metadata: str | None) -> dict | None:
 def _look(stored: dict) -> dict:
     data = stored["image"]["bytes"]
     with Image.open(io.BytesIO(data)) as image:
-        facts = {"format": image.format, "width": image.width, "height": image.height, "bytes": len(data)}
+        width, height = seen_size(image)
+        facts = {"format": image.format, "width": width, "height": height, "bytes": len(data)}
     return {"image": facts, "references": len(stored["reference_images"] or [])}
 
 

@@ -10,6 +10,7 @@ from echo4o.common.files import write_text
 from echo4o.common.thumbnails import figure_uri, thumbnail_uri
 from echo4o.dataset_scripts.row_groups import open_file
 from echo4o.dataset_scripts.stats import ConfigurationStats, DatasetStats, GalleryRow
+from echo4o.modeling.common.image_files import open_image
 
 TEMPLATE = Path(__file__).with_name("stats_page.html.j2")
 _THUMBNAIL = 256
@@ -41,8 +42,8 @@ def _card(sample: GalleryRow) -> dict:
     stored = table.slice(sample.index, 1).to_pylist()[0]
     return {
         "row": sample.row,
-        "image": thumbnail_uri(stored["image"]["bytes"], _THUMBNAIL),
-        "references": [thumbnail_uri(r["bytes"], _THUMBNAIL) for r in stored["reference_images"] or []],
+        "image": thumbnail_uri(open_image(stored["image"]["bytes"]), _THUMBNAIL),
+        "references": [thumbnail_uri(open_image(r["bytes"]), _THUMBNAIL) for r in stored["reference_images"] or []],
     }
 
 

@@ -7,7 +7,7 @@ python examples/edit.py "the cup on the table" cup.png table.png --model echo-4o
 import argparse
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from echo4o import Echo4oPipeline
 
@@ -24,8 +24,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
 pipe = Echo4oPipeline.from_pretrained(options.model, dtype=dtype).to(device)
 
-# Cameras store the orientation of an image as metadata.
-references = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in options.references]
+references = [Image.open(path) for path in options.references]  # turned upright by the pipeline
 edited = pipe(  # the result has the size of the last reference
     options.instruction,
     image=references,

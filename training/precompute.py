@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from echo4o.common import files
 from echo4o.common.locks import FolderLock
+from echo4o.dataset_scripts.images import MAX_PIXELS
 from echo4o.modeling.common.image_files import open_image
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
@@ -97,7 +98,7 @@ def decoded(row: dict) -> dict:
         if stored is None or isinstance(stored, PILImage.Image):
             return stored
         try:
-            return open_image(_image_bytes(stored, row["id"]), f"an image of {row['id']}")
+            return open_image(_image_bytes(stored, row["id"]), f"an image of {row['id']}", MAX_PIXELS)
         except OSError as error:
             raise CacheError(f"row {row['id']}: an image does not decode: {error}") from error
 

@@ -1,6 +1,5 @@
 """Why a row is rejected, and the gates that find out without asking anybody."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +11,7 @@ from echo4o.dataset_scripts.contamination import PromptIndex, normalise
 from echo4o.dataset_scripts.images import CheckedImage, check_image
 from echo4o.dataset_scripts.synthesis import vocabulary
 from echo4o.dataset_scripts.synthesis.recipe import GatesSettings, SynthesisRecipe
+from echo4o.modeling.common.image_files import open_image
 
 
 class GateReason(StrEnum):
@@ -119,8 +119,7 @@ def _check_size(picture: CheckedImage, asked: str) -> None:
 
 def look(data: bytes) -> bytes:
     """A picture in 8 x 8 pixels of three colours."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB").resize((8, 8), Image.Resampling.BOX).tobytes()
+    return open_image(data).resize((8, 8), Image.Resampling.BOX).tobytes()
 
 
 def instructions_of(rows: Iterable[dict]) -> dict[str, str]:

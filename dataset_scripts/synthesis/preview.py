@@ -6,6 +6,7 @@ from pathlib import Path
 from echo4o.common.contact_sheet import contact_sheet
 from echo4o.dataset_scripts.synthesis.folder import PREVIEW, SynthesisFolder
 from echo4o.dataset_scripts.synthesis.rows import PlannedRow
+from echo4o.modeling.common.image_files import open_image
 
 
 def first_tasks(tasks: Sequence[PlannedRow], count: int) -> list[PlannedRow]:
@@ -17,7 +18,7 @@ def first_tasks(tasks: Sequence[PlannedRow], count: int) -> list[PlannedRow]:
 def write_preview(folder: SynthesisFolder, tasks: Sequence[PlannedRow]) -> Path:
     """Write the images of the rows with their instructions; a rejected row shows its reason."""
     path = folder.path / PREVIEW
-    contact_sheet([_cell(folder, task) for task in tasks]).save(path, "PNG")
+    contact_sheet([_cell(folder, task) for task in tasks], open_image).save(path, "PNG")
     return path
 
 

@@ -152,20 +152,18 @@ def check_prompt(prompt: str) -> None:
 
 
 def open_images(paths: "list[Path] | None") -> "list[Image]":
-    """Decodes the reference images and applies their EXIF orientation."""
+    """Decodes the reference images as people see them: upright, in RGB, on white where they are transparent."""
     if not paths:
         return []
-    from PIL import Image, ImageOps
+    from echo4o.modeling.common.image_files import open_image
 
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                images.append(ImageOps.exif_transpose(image))
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"--image {path}: {error}") from error
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all of these for damaged files
-            reason = getattr(error, "strerror", None) or "it cannot be decoded as an image"
+            images.append(open_image(path, "it"))
+        except ValueError as error:
+            unreadable = "it cannot be decoded as an image" if error.__cause__ else str(error)
+            reason = getattr(error.__cause__, "strerror", None) or unreadable
             raise ValueError(f"--image {path}: {reason}") from error
     return images
 
@@ -173,5 +171,6 @@ def open_images(paths: "list[Path] | None") -> "list[Image]":
 def write_sheet(files: list[Path], captions: list[str], sheet: Path) -> None:
     """Write a contact sheet of the images."""
     from echo4o.common.contact_sheet import contact_sheet
+    from echo4o.modeling.common.image_files import open_image
 
-    contact_sheet(list(zip(files, captions, strict=True))).save(sheet, "PNG")
+    contact_sheet(list(zip(files, captions, strict=True)), open_image).save(sheet, "PNG")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,14 @@ _CELL, _CAPTION, _MARGIN = 256, 88, 4  # pixels
 _LINE, _LINES = 40, 6  # characters of Pillow's own font that fit into a cell, and lines of a caption
 
 
-def contact_sheet(cells: Sequence[tuple[Path | None, str]], columns: int = 4) -> Image:
+def contact_sheet(
+    cells: Sequence[tuple[Path | None, str]], open_image: Callable[[Path], Image], columns: int = 4
+) -> Image:
     """The images with their captions, row by row.
 
     Args:
         cells: the image file (None: a red frame instead) and the caption of each cell.
+        open_image: decodes an image file.
     """
     from PIL import Image, ImageDraw
 
@@ -31,7 +34,7 @@ def contact_sheet(cells: Sequence[tuple[Path | None, str]], columns: int = 4) ->
     for number, (file, caption) in enumerate(cells):
         x, y = number % columns * _CELL, number // columns * (_CELL + _CAPTION)
         if file is not None:
-            small = thumbnail(file, _CELL - 2 * _MARGIN)
+            small = thumbnail(open_image(file), _CELL - 2 * _MARGIN)
             sheet.paste(small, (x + (_CELL - small.width) // 2, y + _MARGIN))
         else:
             canvas.rectangle((x + _MARGIN, y + _MARGIN, x + _CELL - 5, y + _CELL - 5), outline="red")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,22 +29,15 @@ def figure_uri(figure, dpi: int) -> str:
     return data_uri(stream.getvalue(), "png")
 
 
-def thumbnail_uri(source: Path | bytes, side: int) -> str:
-    """A small JPEG of an image, at most `side` pixels wide and high, as a `data:` address.
-
-    Raises OSError if the image cannot be read.
-    """
+def thumbnail_uri(image: Image, side: int) -> str:
+    """A small JPEG of an RGB image, at most `side` pixels wide and high, as a `data:` address."""
     stream = io.BytesIO()
-    thumbnail(io.BytesIO(source) if isinstance(source, bytes) else source, side).save(stream, "JPEG", quality=85)
+    thumbnail(image, side).save(stream, "JPEG", quality=85)
     return data_uri(stream.getvalue(), "jpeg")
 
 
-def thumbnail(source: Path | BinaryIO, side: int) -> Image:
-    """A small RGB copy of an image, at most `side` pixels wide and high. Raises OSError if it cannot be read."""
-    from PIL import Image
-
-    with Image.open(source) as image:
-        image.draft("RGB", (side, side))  # a JPEG is decoded at a smaller size, which is faster
-        small = image.convert("RGB")
+def thumbnail(image: Image, side: int) -> Image:
+    """A small copy of an image, at most `side` pixels wide and high."""
+    small = image.copy()
     small.thumbnail((side, side))
     return small

@@ -1,6 +1,7 @@
 """Chat models behind an OpenAI-compatible endpoint: text and images in, text out."""
 
 import base64
+import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,24 @@ class ImageFile:
     @classmethod
     def read(cls, path: Path) -> "ImageFile":
         return cls(path, image_sha256(path.read_bytes()))
+
+
+def _as_seen(path: Path) -> tuple[bytes, str]:
+    """The bytes to send of an image file, and their type.
+
+    They are those of the file. An image that is turned by its EXIF data, transparent or of 16 bits is sent as an RGB
+    PNG: models differ in what they do with such files.
+    """
+    from PIL import Image
+
+    from echo4o.modeling.common.image_files import is_plain, to_rgb
+
+    with Image.open(path) as image:
+        if is_plain(image):
+            return without_metadata(path.read_bytes()), _MIME[path.suffix.lower()]
+        stream = io.BytesIO()
+        to_rgb(image, str(path)).save(stream, "PNG")
+        return stream.getvalue(), "image/png"
 
 
 @dataclass(frozen=True)
@@ -130,8 +149,8 @@ class ChatEndpoint(OpenAIEndpoint):
         content: list[dict] = []
         for labelled in request.images:
             path = labelled.image.path
-            data = base64.b64encode(without_metadata(path.read_bytes())).decode()
-            link = f"data:{_MIME[path.suffix.lower()]};base64,{data}"
+            data, kind = _as_seen(path)
+            link = f"data:{kind};base64,{base64.b64encode(data).decode()}"
             content.append({"type": "text", "text": f"{labelled.label}:"})
             content.append({"type": "image_url", "image_url": {"url": link, "detail": self.detail}})
         content.append({"type": "text", "text": request.text})

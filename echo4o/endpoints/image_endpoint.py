@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +104,10 @@ def image_bytes(answer: Answer) -> bytes:
 
 def holds_image(answer: Answer) -> bool:
     """Whether an answer holds an image that can be decoded."""
-    from PIL import Image
+    from echo4o.modeling.common.image_files import open_image
 
     try:
-        with Image.open(io.BytesIO(image_bytes(answer))) as image:
-            image.load()
+        open_image(image_bytes(answer))
     except Exception:  # whatever a decoder of arbitrary bytes runs into
         return False
     return True

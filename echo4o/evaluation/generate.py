@@ -173,13 +173,9 @@ def _sampling(settings: GenerationSettings) -> dict[str, Any]:
 
 
 def _open(paths: Sequence[Path]) -> list:
-    from PIL import Image, ImageOps
+    from echo4o.modeling.common.image_files import open_image
 
-    pictures = []
-    for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
-    return pictures
+    return [open_image(path, str(path)) for path in paths]
 
 
 def _description(settings: GenerationSettings, prompts: Sequence[BenchmarkPrompt]) -> dict[str, Any]:

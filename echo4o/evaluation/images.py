@@ -88,14 +88,13 @@ def _plain(name: str) -> str:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """Why an image cannot be decoded to its last pixel; None if it can."""
-    from PIL import Image
+    """Why an image cannot be used: it does not decode to its last pixel, or its range is unknown; None if it can."""
+    from echo4o.modeling.common.image_files import open_image
 
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"it does not decode ({error})"
+        open_image(path, "it")
+    except ValueError as error:
+        return str(error)
     return None
 
 

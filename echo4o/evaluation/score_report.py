@@ -8,6 +8,7 @@ from echo4o.common.thumbnails import thumbnail_uri
 from echo4o.evaluation.folder import REPORT, RESULT
 from echo4o.evaluation.images import image_name
 from echo4o.evaluation.score import Evaluation, JudgedImage, measure_of, read_evaluation
+from echo4o.modeling.common.image_files import open_image
 
 _THUMBNAIL = 256
 MAX_CARDS = 1000  # images in a report; with 4,260 it would be a file of about 100 MB
@@ -144,6 +145,6 @@ def _link(file: Path, out: Path) -> str | None:
 
 def _thumbnail(path: Path) -> str | None:
     try:
-        return thumbnail_uri(path, _THUMBNAIL)
-    except OSError:
+        return thumbnail_uri(open_image(path), _THUMBNAIL)
+    except ValueError:
         return None

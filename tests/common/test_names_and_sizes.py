@@ -100,15 +100,11 @@ def test_configuration_is_strict_and_does_not_change():
         Outer().pair = (3, 4)
 
 
-def test_thumbnails(tmp_path):
+def test_thumbnails():
     image = Image.new("RGBA", (300, 100), "red")
-    image.save(tmp_path / "image.png")
-    for source in (tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
-        head, _, data = thumbnail_uri(source, 64).partition(",")
-        small = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert head == "data:image/jpeg;base64" and small.size == (64, 21) and small.format == "JPEG"
+    head, _, data = thumbnail_uri(image.convert("RGB"), 64).partition(",")
+    small = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == "data:image/jpeg;base64" and small.size == (64, 21) and small.format == "JPEG"
+    assert image.size == (300, 100)
     head, _, data = png_uri(image).partition(",")
     assert head == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (300, 100)
-    (tmp_path / "image.png").write_bytes(b"nothing")
-    with pytest.raises(OSError):
-        thumbnail_uri(tmp_path / "image.png", 64)

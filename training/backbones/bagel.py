@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import nn
 
+from echo4o.dataset_scripts.images import MAX_PIXELS
 from echo4o.modeling.bagel.image_processor_bagel import to_patches
 from echo4o.modeling.bagel.segments_bagel import (
     PackedSequence,
@@ -257,9 +258,16 @@ class BagelBackbone(Backbone):
             for name in ("id", "instruction"):
                 if not isinstance(row[name], str):
                     raise ValueError(f"its {name} is {row[name]!r}; give text.")
-        references = [[to_rgb(image) for image in row["reference_images"] or []] for row in rows]
+        references = [
+            [to_rgb(image, f"a reference of {row['id']}", MAX_PIXELS) for image in row["reference_images"] or []]
+            for row in rows
+        ]
         answers = [row.get("answer") for row in rows]
-        to_encode = [to_rgb(row["image"], f"image of {row['id']}") for row, answer in zip(rows, answers) if not answer]
+        to_encode = [
+            to_rgb(row["image"], f"image of {row['id']}", MAX_PIXELS)
+            for row, answer in zip(rows, answers)
+            if not answer
+        ]
         to_encode += [image for images, answer in zip(references, answers) if not answer for image in images]
         moments = iter(self.encode(to_encode))
         targets = [None if answer else next(moments) for answer in answers]

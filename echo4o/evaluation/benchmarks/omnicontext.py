@@ -86,13 +86,15 @@ def download(revision: str | None, cache: Path) -> Path:
         return done
     from datasets import load_dataset
 
+    from echo4o.modeling.common.image_files import to_rgb
+
     rows = []
     for sample in load_dataset(REPOSITORY, revision=revision, split="train"):
         names = [f"{sample['key']}_{i}.png" for i in range(len(sample["input_images"]))]
         target = folder / "images" / sample["task_type"]
         target.mkdir(parents=True, exist_ok=True)
         for name, picture in zip(names, sample["input_images"]):
-            picture.convert("RGB").save(target / name)
+            to_rgb(picture, name).save(target / name)
         keep = {name: sample[name] for name in ("key", "task_type", "instruction")}
         rows.append(json.dumps(keep | {"input_images": names}, ensure_ascii=False))
     write_text(done, "\n".join(rows) + "\n", shared=True)

@@ -145,16 +145,13 @@ class DetectorJudge(Judge):
                 future.set_result(detections)
 
     def _detect(self, requests: Sequence[_Request]) -> list[list[Detection]]:
-        from PIL import Image, ImageOps
+        from echo4o.modeling.common.image_files import open_image
 
         if self._models is None:
             objects = detector.ObjectDetector(self.folder, self.device)
             self._models = objects, detector.ColorClassifier(self.color_model, self.device)
         objects, colors = self._models
-        images = []
-        for request in requests:
-            with Image.open(request.image.path) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
+        images = [open_image(request.image.path) for request in requests]
         found = objects.detect(images)
         return [
             detector.with_colors(image, raw, request.colored, colors)

@@ -71,15 +71,13 @@ class TransformersJudge(_LocalJudge):
 
     def answer(self, request: ChatRequest) -> Answer:
         import torch
-        from PIL import Image
+
+        from echo4o.modeling.common.image_files import open_image
 
         content = []
         for labelled in request.images:
-            with Image.open(labelled.image.path) as image:
-                content += [
-                    {"type": "text", "text": f"{labelled.label}:"},
-                    {"type": "image", "image": image.convert("RGB")},
-                ]
+            image = open_image(labelled.image.path)
+            content += [{"type": "text", "text": f"{labelled.label}:"}, {"type": "image", "image": image}]
         content.append({"type": "text", "text": request.text})
         system = [{"role": "system", "content": [{"type": "text", "text": request.system}]}] if request.system else []
         inputs = self._processor.apply_chat_template(
@@ -120,12 +118,9 @@ class PipelineJudge(_LocalJudge):
             self._pipe.set_progress_bar_config(disable=True)
 
     def answer(self, request: ChatRequest) -> Answer:
-        from PIL import Image
+        from echo4o.modeling.common.image_files import open_image
 
         self.prepare()
-        images = []
-        for labelled in request.images:
-            with Image.open(labelled.image.path) as image:
-                images.append(image.convert("RGB"))
+        images = [open_image(labelled.image.path) for labelled in request.images]
         prompt = "\n\n".join(part for part in (request.system, request.text) if part)
         return Answer(self._pipe.chat(prompt, image=images, max_new_tokens=self.max_tokens))

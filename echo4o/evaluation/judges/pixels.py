@@ -25,9 +25,8 @@ class PixelsJudge(Judge):
         return {"judge": self.name, "detector": hashlib.sha256(Path(detector.__file__).read_bytes()).hexdigest()[:16]}
 
     async def ask(self, request: ChatRequest, key: str) -> Answer:
-        from PIL import Image
-
         from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
+        from echo4o.modeling.common.image_files import open_image
 
         facts = request.facts if isinstance(request, Question) else {}
         if "include" not in facts:
@@ -36,8 +35,7 @@ class PixelsJudge(Judge):
             groups = [group_of(item) for item in facts["include"]]
         except ValueError as error:
             raise CallFault("unknown_object", f"the judge pixels knows Shapes-4o only: {error}", fatal=True) from None
-        with Image.open(request.images[-1].image.path) as image:
-            found = detect(image)
+        found = detect(open_image(request.images[-1].image.path))
         right, reasons = check(groups, found)
         reason = "; ".join(reasons) or "exactly the objects that were asked for"
         return Answer(json.dumps({"reason": reason, "correct": int(right)}))
