@@ -38,6 +38,7 @@ from echo4o.training.data import open_sources
 from echo4o.training.model import load_backbone
 from echo4o.training.recipe import DataSource
 from echo4o.training.recipe_files import read_recipe
+from echo4o.training.row_checks import check_features
 
 ABOUT, VERSION = "cache.json", 1
 ROWS_PER_FILE = 64  # at 1024 x 1024, 2 MB of moments per image
@@ -288,6 +289,7 @@ def _run(data: DataSource, model: str, out: Path) -> int:
     if started != accelerator.num_processes:
         raise CacheError(f"{started} processes were started, but Accelerate runs {accelerator.num_processes}.")
     (rows,) = open_sources([data])
+    check_features([rows])
     assert isinstance(rows, Dataset)  # `data` is not streamed
     recipe = read_recipe(
         {"backbone": backbone_of(model), "model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}

@@ -46,6 +46,7 @@ from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes
 from echo4o.training.resolution import ResizedRows
 from echo4o.training.results import write_result
 from echo4o.training.resuming import check_same_run
+from echo4o.training.row_checks import check_features, check_rows
 from echo4o.training.run_log import PHASES
 from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.sample_images import SampleImages
@@ -83,9 +84,11 @@ class Trainer:
         sources = (
             [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
         )  # fails before gigabytes are loaded
+        check_features(sources)
         sources, validation_rows = split_rows(recipe, sources, accelerator)
         self.backbone = self._backbone(pipeline)
         self.pipeline = self.backbone.pipeline
+        check_rows(sources, self.pipeline.config.get("max_references"))
         trained = TrainedModel(self.backbone).train()
         set_up(trained, recipe, self.backbone.component_classes)
         self._move_frozen_components()

@@ -155,6 +155,8 @@ def open_images(paths: "list[Path] | None") -> "list[Image]":
     """Decodes the reference images as people see them: upright, in RGB, on white where they are transparent."""
     if not paths:
         return []
+    from PIL.Image import DecompressionBombError
+
     from echo4o.modeling.common.image_files import open_image
 
     images = []
@@ -162,8 +164,10 @@ def open_images(paths: "list[Path] | None") -> "list[Image]":
         try:
             images.append(open_image(path, "it"))
         except ValueError as error:
-            unreadable = "it cannot be decoded as an image" if error.__cause__ else str(error)
-            reason = getattr(error.__cause__, "strerror", None) or unreadable
+            cause = error.__cause__
+            is_known = cause is None or isinstance(cause, DecompressionBombError)
+            reason = str(cause or error) if is_known else getattr(cause, "strerror", None)
+            reason = reason or "it cannot be decoded as an image"
             raise ValueError(f"--image {path}: {reason}") from error
     return images
 

@@ -235,6 +235,7 @@ class BagelBackbone(Backbone):
         super().__init__(pipeline, recipe)
         self.objective, self.seed = recipe.objective, recipe.seed
         self.tokenizer, self.vae, self.special = pipeline.tokenizer, pipeline.vae, pipeline.special_tokens
+        self.max_references = pipeline.config.get("max_references", 4)
         self.vae_limits, self.vision_limits = pipeline.vae_limits, pipeline.vision_limits
         transformer, vision = pipeline.transformer.config, pipeline.vision_model.config
         self.latent_positions, self.patch_positions = transformer.max_latent_size, vision.max_patches_per_side
@@ -258,6 +259,12 @@ class BagelBackbone(Backbone):
             for name in ("id", "instruction"):
                 if not isinstance(row[name], str):
                     raise ValueError(f"its {name} is {row[name]!r}; give text.")
+            if not row["instruction"].strip():
+                raise ValueError("its instruction is empty.")
+            if len(row["reference_images"] or []) > self.max_references:
+                raise ValueError(
+                    f"it has {len(row['reference_images'])} references; the model takes {self.max_references}."
+                )
         references = [
             [to_rgb(image, f"a reference of {row['id']}", MAX_PIXELS) for image in row["reference_images"] or []]
             for row in rows

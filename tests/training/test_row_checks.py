@@ -1,0 +1,78 @@
+"""Rows that cannot train are named before the first step, and before gigabytes are loaded where that is possible."""
+
+import pytest
+from datasets import Features, Image, List, Value
+
+from echo4o.training import train
+from echo4o.training.backbones.bagel import BagelRecipe
+from echo4o.training.recipe import RecipeError
+from echo4o.training.row_checks import check_features, check_rows
+from echo4o.training.train import Trainer
+
+from .conftest import make_backbone
+
+
+def recipe(tmp_path) -> BagelRecipe:
+    values = {"model": "unused", "output_dir": str(tmp_path / "run"), "data": {"path": "unused"}}
+    return BagelRecipe.model_validate(values | {"steps": 1, "batch_size": 1, "device": "cpu"})
+
+
+def changed(rows, **values):
+    """The rows, with other values in the row number 5."""
+    return rows.map(
+        lambda row, number: row | values if number == 5 else row, with_indices=True, features=rows.features
+    )
+
+
+@pytest.mark.parametrize("text", ["", " \n", None])
+def test_empty_instructions(rows, tiny_pipeline, text):
+    with pytest.raises(RecipeError, match=f"^Row {rows[5]['id']} has no instruction"):
+        check_rows([rows, changed(rows, instruction=text)], 4)
+    if text is not None:
+        with pytest.raises(ValueError, match="its instruction is empty"):
+            make_backbone(tiny_pipeline).prepare([rows[0] | {"instruction": text}])
+
+
+def test_many_empty_instructions_are_counted(rows):
+    empty = rows.map(lambda row: row | {"instruction": ""}, features=rows.features)
+    with pytest.raises(RecipeError, match="and 5 more have no instruction"):
+        check_rows([empty], 4)
+
+
+def test_more_references_than_the_model_takes(rows, tiny_pipeline):
+    image = rows[0]["image"]
+    many = changed(rows, reference_images=[image] * 5)
+    with pytest.raises(RecipeError, match=f"^Row {rows[5]['id']} has more references than the model takes: 4"):
+        check_rows([many], 4)
+    check_rows([many], 5)
+    check_rows([many], None)
+    with pytest.raises(ValueError, match="it has 5 references; the model takes 4"):
+        make_backbone(tiny_pipeline).prepare([many[5]])
+
+
+def test_columns_of_other_types(rows):
+    single = rows.remove_columns("reference_images").add_column("reference_images", [None] * len(rows))
+    lists = rows.remove_columns("image").add_column("image", [[]] * len(rows))
+    cases = (
+        (single.cast_column("reference_images", Image()), "reference_images holds single images"),
+        (lists.cast(Features(lists.features | {"image": List(Image())})), "image holds lists"),
+        (rows.remove_columns("instruction").add_column("instruction", [1] * len(rows)), "instruction holds"),
+    )
+    for dataset, words in cases:
+        with pytest.raises(RecipeError, match=words):
+            check_features([rows, dataset])
+    check_features([rows, rows.to_iterable_dataset()])
+
+
+def test_a_run_says_so_before_its_first_step(tmp_path, rows, tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(train, "Prefetch", lambda batches: pytest.fail("a row was read"))
+    for dataset, words in (
+        (changed(rows, instruction=""), "has no instruction"),
+        (changed(rows, reference_images=[rows[0]["image"]] * 5), "more references than the model takes"),
+        (rows.remove_columns("reference_images").add_column("reference_images", [None] * 8), "single images"),
+    ):
+        if words == "single images":
+            dataset = dataset.cast_column("reference_images", Image())
+        with pytest.raises(RecipeError, match=words):
+            Trainer(recipe(tmp_path), pipeline=tiny_pipeline, dataset=dataset)
+    assert rows.features["instruction"] == Value("string")
