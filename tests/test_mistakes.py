@@ -1,6 +1,7 @@
 """Typical mistakes of a person at each command: one line that names what is wrong, exit code 2, and nothing written."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ MISTAKES = {
         ("text.txt --plan --gpu 24GB", "text.txt"),
         ("release --plan --gpu much", "much"),
     ],
+    "serve": [("--model nowhere", "--model nowhere" if find_spec("uvicorn") else "echo4o[app]")],
+    "quantize": [("nowhere new --method int8", "nowhere"), ("text.txt new --method int8", "text.txt")],
     "convert": [
         ("nowhere new", "nowhere"),
         ("text.txt new", "text.txt"),
@@ -89,7 +92,7 @@ MISTAKES = {
     ],
     "evaluate run": [
         ("genevalpp --out new", "pass --model to generate images, or --images"),
-        ("geneval --out new --images empty", "there is no benchmark 'geneval'"),
+        ("genevalplus --out new --images empty", "there is no benchmark 'genevalplus'"),
         ("genevalpp --out new --model nowhere", "--model nowhere"),
         ("genevalpp --out new --images empty --prompts nowhere.jsonl", "nowhere.jsonl"),
         ("genevalpp --out new --images empty --prompts binary", "not UTF-8"),
@@ -102,8 +105,9 @@ MISTAKES = {
     "evaluate judge": [("--out nowhere", "nowhere contains no evaluation yet"), ("--out text.txt", "text.txt")],
     "evaluate score": [("--out nowhere", "nowhere contains no evaluation yet"), ("--out empty", "empty")],
     "evaluate compare": [("nowhere empty", "nowhere: nothing was judged"), ("text.txt empty", "text.txt")],
+    "evaluate convert-detector": [("nowhere new", "nowhere: there is no such file")],
     "evaluate make-prompts": [
-        ("omnicontext", "for genevalpp only"),
+        ("omnicontext", "for genevalpp and geneval only"),
         ("genevalpp --out empty", "empty"),
         ("genevalpp --exclude empty", "empty"),
     ],

@@ -1,7 +1,7 @@
-"""The tiny BAGEL of the quickstart: its sizes, and the training of its base on single objects.
+"""Builds the tiny BAGEL of the quickstart and trains its base model on single objects.
 
-The base is to the quickstart what BAGEL is to Echo-4o: a model that draws simple things and knows nothing of complex
-instructions. It sees single objects only, none of them held out, and no row of Shapes-4o.
+The base model has the role that BAGEL has for Echo-4o: it generates simple images and was not trained on complex
+instructions. Its training data has single objects only, none of them held out, and no row of Shapes-4o.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, is_held_out
 from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
@@ -35,7 +36,7 @@ GUIDANCE = {
 
 
 def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeline:
-    """A random tiny BAGEL around a trained tokenizer and VAE: 4.5M parameters, pictures of 64 x 64 pixels."""
+    """Returns a tiny BAGEL with random weights and the given tokenizer and VAE: 4.5M parameters, 64 x 64 pixel images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = BagelTransformer2DModel(
@@ -45,7 +46,7 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
             num_attention_heads=6,
             num_key_value_heads=2,
             vocab_size=len(tokenizer),
-            latent_channels=vae.config.latent_channels,
+            latent_channels=vae.config["latent_channels"],
             max_latent_size=8,
         )
         vision_model = BagelVisionModel(
@@ -56,7 +57,7 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
             max_patches_per_side=8,
             output_size=WIDTH,
         )
-    # Text embeddings of unit variance drown the other inputs, which are small.
+    # Text embeddings of unit variance would be much larger than the other inputs.
     torch.nn.init.normal_(transformer.embed_tokens.weight, std=0.1)
     torch.nn.init.zeros_(transformer.proj_out.weight)
     return Echo4oPipeline(
@@ -72,7 +73,7 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
 
 
 def single_objects() -> list[ShapeGroup]:
-    """Every single object that may be trained on, with its colour stated, or not where it is the typical one."""
+    """Returns every single object that is not held out, with its colour, and without it if it is the typical colour."""
     stated = [ShapeGroup(shape, colour) for shape in SHAPES for colour in COLOURS]
     return [group for group in [*stated, *(ShapeGroup(shape) for shape in SHAPES)] if not is_held_out([group])]
 
@@ -82,31 +83,31 @@ def _name(group: ShapeGroup) -> str:
 
 
 def single_object_rows(number: int, seed: int) -> list[dict]:
-    """RowList of the base's training: four of five ask for a picture, the fifth asks what a picture shows."""
+    """Returns the training rows of the base model: four of five ask for an image, the fifth asks what an image shows."""
     rng = np.random.default_rng([seed, 77])
     groups, rows = single_objects(), []
     for index in range(number):
         group = groups[int(rng.integers(len(groups)))]
-        picture = render(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
+        image = render(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
         row = {"id": f"single-{seed}-{index}", "instruction": f"a photo of {_name(group)}", "reference_images": []}
-        row |= {"image": picture, "answer": None}
+        row |= {"image": image, "answer": None}
         if index % 5 == 4:
             named = ShapeGroup(group.shape, group.drawn_colour)
             row |= {"instruction": "what is this?", "answer": _name(named)}
-            row |= {"image": None, "reference_images": [picture]}
+            row |= {"image": None, "reference_images": [image]}
         rows.append(row)
     return rows
 
 
 def single_object_prompts(number: int) -> list[ShapesPrompt]:
-    """The base's own domain, to score it on."""
+    """Returns prompts for single objects, for which the base model was trained."""
     groups = [group for group in single_objects() if group.colour]
     chosen = [groups[i] for i in np.random.default_rng(5).permutation(len(groups))[:number]]
     return [ShapesPrompt("single object", f"a photo of {_name(group)}", (group,)) for group in chosen]
 
 
 class RowList(list):
-    """A list that answers like a `datasets.Dataset` as far as the trainer asks."""
+    """A list with the methods of `datasets.Dataset` that the trainer calls."""
 
     def select(self, indices) -> list[dict]:
         return [self[index] for index in indices]
@@ -115,10 +116,10 @@ class RowList(list):
 def train_base(
     tokenizer, vae: AutoencoderKL, folder: Path, seed: int = 0, steps: int | None = None, rows: int = 6000
 ) -> dict:
-    """Train the base, save it as a pipeline folder in 16 bit, and score it on its own domain.
+    """Trains the base model, saves it as a pipeline folder in 16 bit, and scores it on single objects.
 
     Returns:
-        What is written to `base.json`: steps, seconds, last loss, and the score on single objects.
+        The contents of `base.json`: steps, seconds, loss of the last steps, and the score.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as run_dir:
@@ -128,23 +129,23 @@ def train_base(
         result = Trainer(recipe, pipeline, RowList(single_object_rows(rows, seed))).run()
         _move(result.pipeline_dir, folder)
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
-    drawn = generate_and_score(pipeline, single_object_prompts(30), seed=seed)
+    generated = generate_and_score(pipeline, single_object_prompts(30), seed=seed)
     facts = {
         "steps": len(result.log),
         "samples": result.log[-1]["samples"],
         "seconds": round(result.seconds),
         "threads": torch.get_num_threads(),
         "mse": round(float(np.mean([entry["mse"] for entry in result.log[-100:]])), 4),
-        "single_objects": {"right": drawn.scores["overall"].right, "of": drawn.scores["overall"].of},
+        "single_objects": {"right": generated.scores["overall"].right, "of": generated.scores["overall"].of},
     }
     (folder / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 
 def _move(saved: Path, folder: Path) -> None:
-    """Put a saved pipeline into the base's folder, whose tokenizer and VAE stay as they are.
+    """Moves a saved pipeline into the base folder and keeps the tokenizer and VAE there.
 
-    Left out is what would grow old in the package's tree: copies of its own code, and paths of this machine.
+    Copies of the package's code and local paths are removed, because the folder is part of the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for code in [*saved.glob("*.py"), *saved.glob("*/*.py")]:

@@ -1,7 +1,7 @@
-"""The control of the quickstart: the same run from random weights, so that the base's share in the score is known.
+"""The control of the quickstart: the same run from random weights, which shows how much the base model contributes.
 
-`python -m echo4o.quickstart.control OUT` measures it (as long as a quickstart) and writes `base/control.json`, which
-every later report prints.
+`python -m echo4o.quickstart.control OUT` runs it, takes as long as a quickstart, and writes `base/control.json`, which
+is part of every later report.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import AutoTokenizer
 
 from echo4o.quickstart.base_model import build_pipeline
@@ -19,7 +19,7 @@ from echo4o.quickstart.run import BASE, run
 
 
 def measure(out: Path, base: Path = BASE, seed: int = 0) -> dict:
-    """Run the quickstart from random weights around the base's VAE and tokenizer; returns what is written."""
+    """Runs the quickstart from random weights with the VAE and tokenizer of the base model; returns the score."""
     random = Path(out) / "random"
     vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)
     build_pipeline(AutoTokenizer.from_pretrained(base / "tokenizer"), vae, seed + 1).save_pretrained(random)

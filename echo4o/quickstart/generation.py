@@ -1,4 +1,4 @@
-"""Draws the quickstart's prompts with a pipeline and scores the pictures by their pixels."""
+"""Generates images for the prompts of the quickstart and scores them by their pixels."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ STEPS = 24
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Prompts, their pictures, and what the detector says of each."""
+    """Prompts, their images, and the findings of the detector."""
 
     prompts: list[ShapesPrompt]
-    pictures: list[Image.Image]
-    reasons: list[list[str]]  # why a picture is wrong; empty where it is right
+    images: list[Image.Image]
+    reasons: list[list[str]]  # why an image is wrong; empty if it is correct
     scores: dict[str, Accuracy]  # by tag, and "overall"
 
 
 def reference_images_of(prompt: ShapesPrompt) -> list[Image.Image]:
-    """What is shown beside a prompt."""
+    """Renders the reference images of a prompt."""
     return [render(lay_out_reference(group)) for group in prompt.references]
 
 
 def generate_images(
     pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int = STEPS, **options
 ) -> list[Image.Image]:
-    """One picture per prompt in one batched call; picture i has a generator of its own, so order does not matter."""
+    """Generates one image per prompt in one batch; each image has its own generator, seeded by its position."""
     return pipeline(
         [prompt.text for prompt in prompts],
         image=[reference_images_of(prompt) or None for prompt in prompts],
@@ -50,20 +50,19 @@ def generate_images(
 def generate_and_score(
     pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int = STEPS, out: Path | None = None, **options
 ) -> GeneratedImages:
-    """Draw the prompts and check each picture strictly: exactly the asked objects, nothing else.
+    """Generates images and scores them with `echo4o.evaluation`.
 
-    Scored as every model is, by `echo4o.evaluation`; `out`: the folder for its pictures, records and report.
+    An image is correct if it shows exactly the objects of its prompt. `out` is the folder for images and records; None
+    for a temporary one.
     """
-    pictures = generate_images(pipeline, prompts, seed, steps, **options)
-    reasons = judge(prompts, pictures, out)
-    scores = scores_by_tag([prompt.tag for prompt in prompts], [not why for why in reasons])
-    return GeneratedImages(list(prompts), pictures, reasons, scores)
+    images = generate_images(pipeline, prompts, seed, steps, **options)
+    reasons = judge(prompts, images, out)
+    scores = scores_by_tag([prompt.tag for prompt in prompts], [not problems for problems in reasons])
+    return GeneratedImages(list(prompts), images, reasons, scores)
 
 
-def judge(
-    prompts: Sequence[ShapesPrompt], pictures: Sequence[Image.Image], out: Path | None = None
-) -> list[list[str]]:
-    """Why each picture is wrong, in the words of the judge `pixels`; empty where it is right."""
+def judge(prompts: Sequence[ShapesPrompt], images: Sequence[Image.Image], out: Path | None = None) -> list[list[str]]:
+    """Returns the reasons why each image is wrong, from the judge `pixels`; empty if it is correct."""
     from echo4o.common.json_lines import JsonLines
     from echo4o.evaluation import evaluate_images
     from echo4o.evaluation.benchmarks.shapes4o.benchmark import rows_of
@@ -71,10 +70,10 @@ def judge(
 
     if out is None:
         with TemporaryDirectory() as folder:
-            return judge(prompts, pictures, Path(folder))
+            return judge(prompts, images, Path(folder))
     shutil.rmtree(out, ignore_errors=True)
-    named = {str(number): picture for number, picture in enumerate(pictures, start=1)}
+    named = {str(number): image for number, image in enumerate(images, start=1)}
     evaluate_images("shapes4o", named, "pixels", out, rows=rows_of(prompts), options=JudgingOptions(probe=False))
     records = {record["id"]: record for record in JsonLines(out / "records.jsonl")}
-    found = [records[name] for name in named]
-    return [[] if of["scores"]["correct"] else of["reason"].split("; ") for of in found]
+    ordered = [records[name] for name in named]
+    return [[] if record["scores"]["correct"] else record["reason"].split("; ") for record in ordered]

@@ -1,4 +1,4 @@
-"""The quickstart's report: one HTML file that needs nothing beside it."""
+"""Writes the report of the quickstart: one HTML file that contains all images."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from echo4o.quickstart.generation import GeneratedImages, reference_images_of
 
 
 def write_report(path: Path, result: dict, before: GeneratedImages, after: GeneratedImages, log: list[dict]) -> None:
-    """Write `path`.
+    """Writes the report.
 
     Args:
-        result: what `result.json` holds.
-        before, after: the same prompts, drawn by the base and by the fine-tuned model.
-        log: the training's log, one entry per step.
+        result: the contents of `result.json`.
+        before, after: images of the base model and of the fine-tuned model for the same prompts.
+        log: the log of the training, one entry per step.
     """
     environment = Environment(loader=PackageLoader("echo4o.quickstart", "."), autoescape=True, trim_blocks=True)
-    pictures: dict[str, list[dict]] = {}
+    items_by_tag: dict[str, list[dict]] = {}
     for index, prompt in enumerate(after.prompts):
         item = {
             "text": prompt.text,
-            "references": [png_uri(picture) for picture in reference_images_of(prompt)],
-            "before": png_uri(before.pictures[index]),
-            "after": png_uri(after.pictures[index]),
+            "references": [png_uri(image) for image in reference_images_of(prompt)],
+            "before": png_uri(before.images[index]),
+            "after": png_uri(after.images[index]),
             "why_before": before.reasons[index],
             "why_after": after.reasons[index],
         }
-        pictures.setdefault(prompt.tag, []).append(item)
+        items_by_tag.setdefault(prompt.tag, []).append(item)
     html = environment.get_template("quickstart_report.html.j2").render(
         r=result,
         rows=sum(result["rows"].values()),
         own=result["base_on_single_objects"],
         curve=Markup(loss_curve(log)),
-        pictures=pictures,
+        items_by_tag=items_by_tag,
     )
     write_text(path, html)
 
 
 def loss_curve(log: list[dict], window: int = 25) -> str:
-    """The loss over samples as SVG: every step, and the mean of `window` steps."""
+    """Returns an SVG plot of the loss over samples: every step, and the mean over `window` steps."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     samples = np.array([entry["samples"] for entry in log])

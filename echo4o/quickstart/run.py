@@ -1,8 +1,8 @@
-"""The quickstart: from data to pictures on a CPU, every part of the package once and for real.
+"""The quickstart: runs the whole workflow on a CPU, from data to scored images.
 
-Render Shapes-4o as upstream publishes Echo-4o-Image, read it into a `datasets` dataset, fine-tune a tiny BAGEL on it,
-draw held-out prompts before and after, score the pictures by their pixels with the package's own evaluation, save the pipeline and load it again in a
-fresh process.
+It renders Shapes-4o in the layout in which Echo-4o-Image is published, reads it into a `datasets` dataset, fine-tunes a
+tiny BAGEL on it, generates images for held-out prompts before and after, scores them by their pixels with
+`echo4o.evaluation`, saves the pipeline and loads it again in a new process.
 """
 
 from __future__ import annotations
@@ -27,46 +27,48 @@ from echo4o.common.files import write_json
 from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
 from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, chance_of_references, held_out_prompts
 from echo4o.evaluation.benchmarks.shapes4o.upstream_release import ROWS, render_upstream
-from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from echo4o.modeling.pipelines import pipeline_class
 from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.generation import STEPS, GeneratedImages, generate_and_score, generate_images
 from echo4o.training.recipe_files import bundled_recipe, dump_recipe, load_recipe
 from echo4o.training.train import Trainer, TrainingResult, cast
 
 BASE = Path(__file__).parent / "base"
-LAYOUT = "prompt"
+LAYOUT = "prompt"  # a key of LAYOUT_WORDS
 LAYOUT_WORDS = {
-    "prompt": "The words decide where everything stands: groups in the order of mention, one row each; left, right, "
-    "above and below are the outer columns and rows; objects beside each other take the two middle cells.",
-    "free": "Objects stand anywhere that the words permit.",
+    "prompt": "The prompt determines the position of every object: groups in the order in which the prompt names them, "
+    "one row each; left, right, above and below are the outer columns and rows; objects beside each other take the two "
+    "middle cells.",
+    "free": "Objects are at random positions that fit the prompt.",
 }
-# What the dataset's card says; without it, the card would say that the pictures come from GPT-4o.
+# Facts for the dataset's card. Without them, the card would describe Echo-4o-Image.
 ABOUT = """title: Shapes-4o
 pictures: >-
-  Small pictures of coloured shapes, drawn by a program with their instructions: a miniature of Echo-4o-Image that
-  trains a tiny model in minutes.
+  Small images of coloured shapes, rendered by a program together with their instructions: a miniature of
+  Echo-4o-Image that trains a tiny model in minutes.
 from_openai: false
 license: apache-2.0
 """
-# Seconds of two parts on two quiet cores, to tell how long another machine will take.
-REFERENCE = {"drawing": 8.0, "rest": 200.0}
-# torch counts physical cores, and so leaves half of a small virtual machine idle; more than four gain nothing here.
+# Seconds of the first generation and of everything after it, measured on two idle cores. `pace` compares with them.
+REFERENCE = {"generation": 8.0, "rest": 200.0}
+# torch defaults to the number of physical cores, which is half of the virtual cores; more than four are not faster.
 THREADS = min(4, os.cpu_count() or 1)
-REDRAWN = (0, 70)  # held-out prompts drawn again in a fresh process: one of text alone, one with two references
+# Held-out prompts generated again in a new process: one without references, one with two.
+REGENERATED = (0, 70)
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much of everything."""
+class QuickstartSize:
+    """Amount of data, training and evaluation."""
 
-    rows: dict[str, int]
+    rows: dict[str, int]  # by configuration
     prompts_per_tag: int
-    drawing_steps: int
+    sampler_steps: int
     training: dict  # changes to the recipe
 
 
-FULL = Size(ROWS, 10, STEPS, {})
-SHORT = Size(
+FULL = QuickstartSize(ROWS, 10, STEPS, {})
+SHORT = QuickstartSize(
     {"surreal_fantasy": 90, "multi_reference": 90, "instruction_following": 600},
     3,
     8,
@@ -75,14 +77,15 @@ SHORT = Size(
 
 
 class Stages:
-    """Says what is going on and how long it took."""
+    """Prints the name of each stage and measures its duration."""
 
     def __init__(self, number: int):
-        self.number, self.seconds = number, {}
+        self.number = number
+        self.seconds: dict[str, float] = {}  # by stage
 
     @property
     def last(self) -> float:
-        """Seconds of the stage that was done last."""
+        """Seconds of the last finished stage."""
         return [*self.seconds.values()][-1]
 
     @contextmanager
@@ -95,24 +98,24 @@ class Stages:
 
 
 def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dict:
-    """Run the quickstart and write everything under `out`; returns what `result.json` holds.
+    """Runs the quickstart and writes all results under `out`; returns the contents of `result.json`.
 
     Args:
-        out: folder; what an earlier run left in its `upstream`, `dataset` and `pipeline` is replaced.
-        short: about a minute: a few steps and prompts, to see that everything works.
-        seed: of the data, the training and the pictures.
+        out: folder; its subfolders `upstream`, `dataset` and `pipeline` are replaced.
+        short: run a few steps and prompts only, which takes about a minute, to check that everything works.
+        seed: seed of the data, the training and the images.
         base: the pipeline folder to start from.
 
     Raises:
         ValueError: `base` is missing.
-        RuntimeError: the reloaded pipeline draws something else than the one that was saved.
+        RuntimeError: the reloaded pipeline generates other images than the pipeline that was saved.
     """
     from echo4o.quickstart.quickstart_report import write_report
 
     start, out, size = time.monotonic(), Path(out), SHORT if short else FULL
     torch.set_num_threads(THREADS)
     if not (base / "model_index.json").is_file():
-        raise ValueError(f"{base} holds no pipeline: make the base model first, with `make tiny-base`.")
+        raise ValueError(f"{base} does not contain a pipeline: create the base model first with `make tiny-base`.")
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(7)
     with stages("rendering Shapes-4o in the upstream layout"):
@@ -123,11 +126,11 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         dataset = read_upstream(out / "upstream", out / "dataset", out / "cache")
         print(f"      {len(dataset)} of {sum(written.values())} rows")
     prompts = chosen_prompts(size.prompts_per_tag)
-    with stages(f"drawing {len(prompts)} held-out prompts with the base"):
-        pipeline = Echo4oPipeline.from_pretrained(base, dtype=torch.float32)
-        pipeline.set_progress_bar_config(desc="drawing", leave=False)
-        before = generate_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "before")
-        own = generate_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.drawing_steps)
+    with stages(f"generating {len(prompts)} held-out prompts with the base model"):
+        pipeline = pipeline_class(base).from_pretrained(base, dtype=torch.float32)
+        pipeline.set_progress_bar_config(desc="generating", leave=False)
+        before = generate_and_score(pipeline, prompts, seed, size.sampler_steps, out / "evaluation" / "before")
+        own = generate_and_score(pipeline, single_object_prompts(3 * size.prompts_per_tag), seed, size.sampler_steps)
     if not short:
         print(f"      {pace(stages.last)}")
     with stages("fine-tuning and saving"):
@@ -139,12 +142,12 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         shutil.rmtree(out / "pipeline", ignore_errors=True)
         (out / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
         training = Trainer(recipe, pipeline, dataset).run()
-        cast(pipeline, torch.float32)  # the saved 16-bit values, computed with in float32 as before
-    with stages("drawing the same prompts after fine-tuning"):
-        after = generate_and_score(pipeline, prompts, seed, size.drawing_steps, out / "evaluation" / "after")
-    with stages("loading the saved pipeline in a fresh process"):
-        difference = redraw_difference(pipeline, training.pipeline_dir, out, seed, size.drawing_steps)
-        print(f"      the same pictures: largest difference {difference} of 255")
+        cast(pipeline, torch.float32)  # the saved 16-bit values; compute in float32 as before
+    with stages("generating the same prompts after fine-tuning"):
+        after = generate_and_score(pipeline, prompts, seed, size.sampler_steps, out / "evaluation" / "after")
+    with stages("loading the saved pipeline in a new process"):
+        difference = regeneration_difference(pipeline, training.pipeline_dir, out, seed, size.sampler_steps)
+        print(f"      the same images: largest difference {difference} of 255")
     result = summary(training, before, after, own, size, base)
     result |= {"short": short, "seed": seed, "rows": written, "reloaded_difference": difference}
     with stages("writing the report"):
@@ -156,19 +159,22 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
     return result
 
 
-def pace(drawing: float) -> str:
-    """How fast this machine is and how long the rest will take, judged by the seconds of the first drawing.
+def pace(generation: float) -> str:
+    """Describes the speed of this machine and the remaining time.
 
-    The steps of training are the same on every machine, so a slow one takes longer and learns as much.
+    Args:
+        generation: seconds of the first generation.
+
+    The number of training steps is the same on every machine: a slow machine takes longer and learns as much.
     """
-    factor = drawing / REFERENCE["drawing"]
+    factor = generation / REFERENCE["generation"]
     minutes = max(1, round(factor * REFERENCE["rest"] / 60))
     words = f"about {factor:.1f}x slower than" if factor > 1.25 else "as fast as" if factor > 0.8 else "faster than"
     return f"this machine is {words} the reference (2 cores, nothing else running): about {minutes} minutes to go"
 
 
 def read_upstream(upstream: Path, folder: Path, cache: Path):
-    """Build the rendered release into `folder`, as any release is built, and open it from there."""
+    """Builds the rendered release into `folder`, like any release, and loads it from there."""
     from datasets import load_dataset
 
     from echo4o.dataset_scripts.build import build
@@ -179,22 +185,22 @@ def read_upstream(upstream: Path, folder: Path, cache: Path):
 
 
 def chosen_prompts(per_tag: int):
-    """The first held-out prompts of each tag."""
+    """Returns the first held-out prompts of each tag."""
     prompts = held_out_prompts()
     return [prompt for tag in TAGS for prompt in [p for p in prompts if p.tag == tag][:per_tag]]
 
 
-def redraw_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) -> int:
-    """Draw two prompts here and, from the saved folder, in a fresh process; largest difference of a colour value.
+def regeneration_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) -> int:
+    """Generates two prompts in this process and in a new process from the saved folder.
 
-    Raises RuntimeError when it is more than rounding.
+    Returns the largest difference of a colour value (0 to 255). Raises RuntimeError if it is larger than rounding errors.
     """
-    work = out / "redrawn"
+    work = out / "regenerated"
     work.mkdir(exist_ok=True)
-    request = {"prompts": REDRAWN, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
+    request = {"prompts": REGENERATED, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
     (work / "request.json").write_text(json.dumps(request), "utf-8")
-    every = held_out_prompts()
-    here = generate_images(pipeline, [every[i] for i in REDRAWN], seed, steps)
+    held_out = held_out_prompts()
+    expected = generate_images(pipeline, [held_out[i] for i in REGENERATED], seed, steps)
     command = [
         sys.executable,
         "-m",
@@ -203,18 +209,22 @@ def redraw_difference(pipeline, folder: Path, out: Path, seed: int, steps: int) 
         str(work / "request.json"),
         str(work),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"The saved pipeline does not load in a fresh process:\n{done.stderr[-2000:]}")
-    there = [Image.open(work / f"{index}.png") for index in range(len(REDRAWN))]
-    difference = max(int(np.abs(np.subtract(a, b, dtype=np.int16)).max()) for a, b in zip(here, there))
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"The saved pipeline does not load in a new process:\n{process.stderr[-2000:]}")
+    reloaded = [Image.open(work / f"{index}.png") for index in range(len(REGENERATED))]
+    difference = max(_largest_difference(a, b) for a, b in zip(expected, reloaded))
     if difference > 2:
-        raise RuntimeError(f"The reloaded pipeline draws other pictures: they differ by up to {difference} of 255.")
+        raise RuntimeError(f"The reloaded pipeline generates other images: they differ by up to {difference} of 255.")
     return difference
 
 
-def score_table(drawn: GeneratedImages) -> dict[str, dict]:
-    """Scores by tag as plain values: right, of, mean, low, high (95%)."""
+def _largest_difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max())
+
+
+def score_table(generated: GeneratedImages) -> dict[str, dict]:
+    """Returns the scores by tag: number of correct images, number of images, mean, and its 95% interval (low, high)."""
     return {
         tag: {
             "right": score.right,
@@ -223,7 +233,7 @@ def score_table(drawn: GeneratedImages) -> dict[str, dict]:
             "low": round(score.interval[0], 4),
             "high": round(score.interval[1], 4),
         }
-        for tag, score in drawn.scores.items()
+        for tag, score in generated.scores.items()
     }
 
 
@@ -232,10 +242,10 @@ def summary(
     before: GeneratedImages,
     after: GeneratedImages,
     own: GeneratedImages,
-    size: Size,
+    size: QuickstartSize,
     base: Path,
 ) -> dict:
-    """Everything measured, as plain values."""
+    """Returns all measured values for `result.json`."""
     samples = int(training.log[-1]["samples"])
     notes = {name: base / f"{name}.json" for name in ("base", "control")}
     return {
@@ -246,7 +256,7 @@ def summary(
         "layout_words": LAYOUT_WORDS[LAYOUT],
         "chance_of_references": round(chance_of_references(), 4),
         "prompts": len(before.prompts),
-        "drawing_steps": size.drawing_steps,
+        "drawing_steps": size.sampler_steps,
         "training": {
             "steps": len(training.log),
             "samples": samples,
@@ -267,19 +277,19 @@ def summary(
 
 
 def print_ending(out: Path, before: GeneratedImages, after: GeneratedImages, result: dict) -> None:
-    """Scores on the terminal, what to compare them with, and where everything is."""
-    print(f"\n{'right pictures':18}{'before':>26}{'after':>26}   (95% intervals)")
+    """Prints the scores, values to compare them with, the path of the report and the next command."""
+    print(f"\n{'correct images':18}{'before':>26}{'after':>26}   (95% intervals)")
     for tag, score in after.scores.items():
         print(f"{tag:18}{str(before.scores[tag]):>26}{str(score):>26}")
     own, control = result["base_on_single_objects"], result["control"]
-    print(f"\nThe base on single objects, its own domain: {written(own)}.")
-    print(f"Multi-reference by chance: {chance_of_references():.3f}.")
+    print(f"\nThe base model on single objects, for which it was trained: {written(own)}.")
+    print(f"Multi-reference by chance alone: {chance_of_references():.3f}.")
     if control:
-        print(f"Control, measured once: the same fine-tuning from random weights gets {written(control)}.")
+        print(f"Control, measured once: the same fine-tuning from random weights reaches {written(control)}.")
     print(f"\nDone in {result['seconds']:.0f} s. Report: {out / 'report.html'}")
     print(f'Next: echo4o generate "a photo of two red stars" --model {out / "pipeline"}')
 
 
 def written(score: dict) -> str:
-    """A score of `score_table` as on the terminal."""
+    """Formats a score of `score_table`."""
     return str(Accuracy(score["right"], score["of"]))

@@ -1,15 +1,16 @@
-"""Makes what the quickstart starts from, and what is committed under ``base/``: ``python -m echo4o.quickstart.tiny_base``.
+"""Creates the base model of the quickstart, which is committed under ``base/``: ``python -m echo4o.quickstart.tiny_base``.
 
-Everything comes from seeds: the tokenizer in a second, the VAE in about a quarter of an hour of one free core, and then
-the base model. None of it sees held-out content; the VAE sees pictures only.
+All parts are trained from fixed seeds: the tokenizer in a second, the VAE in about a quarter of an hour on one idle core,
+then the base model. Held-out content is not in their training data.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import Qwen2Tokenizer
 
 from echo4o.common.files import replacing_folder
@@ -29,37 +30,38 @@ def make_tokenizer(folder: Path = BASE) -> Qwen2Tokenizer:
 
 
 def make_vae(folder: Path = BASE, settings: VaeTraining | None = None) -> AutoencoderKL:
-    """Trains the VAE and saves it as ``folder/vae``, in 16 bit; returns what was saved."""
-    vae = train_vae(settings or VaeTraining(), say=lambda line: print(line, flush=True)).to(STORED_DTYPE)
+    """Trains the VAE and saves it in 16 bit as ``folder/vae``; returns the saved VAE."""
+    vae = train_vae(settings or VaeTraining(), say=lambda line: print(line, flush=True))
+    cast(torch.nn.Module, vae).to(STORED_DTYPE)  # the annotation of diffusers' `to` lacks its arguments
     _replace(folder / "vae", vae.save_pretrained)
     return load_vae(folder)
 
 
 def load_tokenizer(folder: Path = BASE) -> Qwen2Tokenizer:
-    """The tokenizer under ``folder/tokenizer``."""
+    """Loads the tokenizer from ``folder/tokenizer``."""
     return Qwen2Tokenizer.from_pretrained(_existing(folder / "tokenizer"))
 
 
 def load_vae(folder: Path = BASE) -> AutoencoderKL:
-    """The VAE under ``folder/vae``, in float32 and eval mode."""
+    """Loads the VAE from ``folder/vae`` in float32 and eval mode."""
     return AutoencoderKL.from_pretrained(_existing(folder / "vae"), dtype=torch.float32).eval()
 
 
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing; `make tiny-base` makes it")
+        raise FileNotFoundError(f"{folder} is missing; `make tiny-base` creates it")
     return folder
 
 
 def _replace(folder: Path, save) -> None:
-    """Saves into the folder; an interrupted run leaves the old one as it was."""
+    """Replaces the folder by what `save` writes; after an interruption the old one is unchanged."""
     with replacing_folder(folder) as work:
         save(work)
         _forget_paths(work / "config.json")
 
 
 def _forget_paths(config: Path) -> None:
-    """Drops the folder that a configuration was loaded from: it says nothing on another machine."""
+    """Removes the local path from which a configuration was loaded."""
     if config.is_file():
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)
@@ -68,10 +70,16 @@ def _forget_paths(config: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m echo4o.quickstart.tiny_base", description=__doc__)
-    parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="what to make; default: all, in order")
-    parser.add_argument("--out", type=Path, default=BASE, help="where; default: the package's own base folder")
-    parser.add_argument("--minutes", type=float, help="end the VAE's training after so many minutes")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; the weights depend on it in the last digits")
+    parser.add_argument(
+        "--part", choices=(*PARTS, "all"), default="all", help="the part to create; default: all, in order"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=BASE, help="the folder to write; default: the base folder of the package"
+    )
+    parser.add_argument("--minutes", type=float, help="end the training of the VAE after this time")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of torch; the weights depend on it in the last digits"
+    )
     options = parser.parse_args(arguments)
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes}; it must be above 0")
@@ -88,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         from echo4o.quickstart.base_model import train_base
 
         print(json.dumps(train_base(load_tokenizer(options.out), load_vae(options.out), options.out), indent=2))
-    print(f"made {', '.join(parts)} in {options.out}\nnext: echo4o quickstart")
+    print(f"created {', '.join(parts)} in {options.out}\nnext: echo4o quickstart")
 
 
 if __name__ == "__main__":

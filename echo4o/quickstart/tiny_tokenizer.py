@@ -1,6 +1,7 @@
-"""Trains the quickstart's tokenizer: Qwen2's byte-level BPE, learned from the grammar of Shapes-4o."""
+"""Trains the tokenizer of the quickstart: the byte-level BPE of Qwen2, trained on the grammar of Shapes-4o."""
 
 import json
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -9,8 +10,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from echo4o.evaluation.benchmarks.shapes4o.grammar import captions
 
-VOCABULARY = 448  # the 256 bytes, merges, then the special tokens: a cap, reached or not
-# Qwen2's, in its order. BAGEL marks text with im_start and im_end, and pictures with vision_start and vision_end.
+VOCABULARY = 448  # at most: the 256 bytes, merges and special tokens
+# Those of Qwen2, in its order. BAGEL encloses text in im_start and im_end, images in vision_start and vision_end.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -27,12 +28,12 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Words that no instruction of Shapes-4o has, but a chat or a short description may.
+# Words of chats and descriptions that do not occur in instructions of Shapes-4o.
 OTHER_TEXTS = ("what is this?", "how many objects are there?", "a picture of one object on a light background.")
 
 
 def train_tokenizer(number: int = 9000, seed: int = 0) -> Qwen2Tokenizer:
-    """Learns the merges from ``number`` instructions, none of held-out content; always the same for the same seed."""
+    """Trains the tokenizer on ``number`` instructions without held-out content. Deterministic for a seed."""
     bpe = Tokenizer(BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,11 +52,12 @@ def train_tokenizer(number: int = 9000, seed: int = 0) -> Qwen2Tokenizer:
     model = json.loads(bpe.to_str())["model"]
     first = len(model["vocab"])
     special = {first + i: AddedToken(token, normalized=False, special=True) for i, token in enumerate(SPECIAL_TOKENS)}
-    # Built from the vocabulary alone, so that what is saved is what Qwen2's own class makes of it.
+    # Qwen2Tokenizer builds its backend from the vocabulary, so that saving and loading give the same tokenizer. Its
+    # annotations do not list pairs as merges and no unknown token, which it accepts (transformers 5).
+    options: dict[str, Any] = {"merges": [tuple(merge) for merge in model["merges"]], "unk_token": None}
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        unk_token=None,
+        **options,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),

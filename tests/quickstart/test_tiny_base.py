@@ -14,7 +14,7 @@ from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
 from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out
 from echo4o.quickstart.tiny_base import BASE, load_tokenizer, load_vae, main
 from echo4o.quickstart.tiny_tokenizer import SPECIAL_TOKENS, train_tokenizer
-from echo4o.quickstart.tiny_vae import CONFIG, VaeTraining, pictures_for_training, through, train_vae
+from echo4o.quickstart.tiny_vae import CONFIG, VaeTraining, reconstruct, train_vae, training_images
 
 BYTES = 12_000_000
 VAE_BYTES = 2_000_000
@@ -55,13 +55,13 @@ def test_pictures_survive_the_vae(vae):
     prompts = [training_prompt(TAGS[index % len(TAGS)], rng) for index in range(108)]
     drawn = [np.asarray(render(lay_out(p.groups, "prompt", rng), tint(i))) for i, p in enumerate(prompts)]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
-    right = [check(p.groups, detect(picture))[0] for p, picture in zip(prompts, through(vae, pictures))]
+    right = [check(p.groups, detect(picture))[0] for p, picture in zip(prompts, reconstruct(vae, pictures))]
     assert sum(right) >= 0.97 * len(right), [p.text for p, ok in zip(prompts, right) if not ok]
 
 
 def test_latents_are_normalised(vae):
     with torch.no_grad():
-        latents = vae.encode(pictures_for_training(64, np.random.default_rng(8))).latent_dist.mean
+        latents = vae.encode(training_images(64, np.random.default_rng(8))).latent_dist.mean
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     assert latents.shape[1:] == (16, 8, 8)
     assert latents.mean((0, 2, 3)).abs().max() < 0.15 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.15
