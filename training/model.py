@@ -75,8 +75,7 @@ def load_pipeline(recipe: TrainingRecipe, backbone: type[Backbone] | None = None
                     cls: Any = backbone.component_classes[name]
                     components[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
         dtype = {"default": torch.float32} | dict.fromkeys(backbone.trained_components, frozen)
-        encoders = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
-        dtype |= dict.fromkeys(backbone.encoder_components, encoders)
+        dtype |= dict.fromkeys(backbone.encoder_components, encoder_dtype(recipe))
         pipeline = pipeline_type.from_pretrained(recipe.model, dtype=dtype, **components)
         if empty:
             for name in backbone.trained_components:
@@ -84,6 +83,13 @@ def load_pipeline(recipe: TrainingRecipe, backbone: type[Backbone] | None = None
         return pipeline
     except (OSError, ValueError, TypeError) as error:  # TypeError: a config.json with values of another type
         raise RecipeError(f"model: {recipe.model} cannot be loaded: {str(error).strip()}") from error
+
+
+def empty_component(cls: Any, config: dict) -> nn.Module:
+    """A component of a configuration, a diffusers model or one of transformers; on the meta device if the caller is."""
+    if hasattr(cls, "from_config"):  # diffusers
+        return cls.from_config(config)
+    return cls._from_config(cls.config_class.from_dict(config))  # transformers 5
 
 
 def _allocate(module: nn.Module, folder: Path) -> None:
@@ -107,6 +113,16 @@ def frozen_dtype(recipe: TrainingRecipe) -> torch.dtype:
     """The dtype in which the trained components are loaded, before any of their parameters is set to train."""
     small = recipe.tune.method == "lora" and recipe.mixed_precision == "bf16" and recipe.sharding == "none"
     return torch.bfloat16 if small else torch.float32
+
+
+def encoder_dtype(recipe: TrainingRecipe) -> torch.dtype:
+    """The dtype of the backbone's `encoder_components`."""
+    return torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
+
+
+def leaves_encoders(recipe: TrainingRecipe) -> bool:
+    """Whether the backbone's `encoder_components` stay on the CPU: a cache holds what they would compute."""
+    return recipe.latents is not None and recipe.images is None
 
 
 def _load_nf4(model: str, cls: Any) -> nn.Module:

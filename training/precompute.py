@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
@@ -37,7 +38,7 @@ from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
 from echo4o.training.data import open_sources
 from echo4o.training.model import load_backbone
 from echo4o.training.recipe import DataSource
-from echo4o.training.recipe_files import read_recipe
+from echo4o.training.recipe_files import parse_changes, read_recipe
 from echo4o.training.row_checks import check_features
 
 ABOUT, VERSION = "cache.json", 1
@@ -267,19 +268,27 @@ class CachedBackbone:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def run(dataset: str, model: str, out: Path, name: str | None = None, split: str = "train") -> int:
+def run(
+    dataset: str,
+    model: str,
+    out: Path,
+    name: str | None = None,
+    split: str = "train",
+    changes: dict[str, Any] | None = None,
+) -> int:
     """Precompute a dataset on all processes that Accelerate runs. Returns the number of rows.
 
     Args:
         dataset, name, split: as in a recipe's `data`.
         model: pipeline folder or repository whose encoders are used; of its trained components only sizes are read.
+        changes: settings of the recipe that will train, by dotted name, if the encoded rows depend on them.
     """
     first = os.environ.get("RANK", "0") == "0"
     with FolderLock(out) if first else nullcontext():
-        return _run(DataSource(path=dataset, name=name, split=split), model, out)
+        return _run(DataSource(path=dataset, name=name, split=split), model, out, changes or {})
 
 
-def _run(data: DataSource, model: str, out: Path) -> int:
+def _run(data: DataSource, model: str, out: Path, changes: dict[str, Any]) -> int:
     from accelerate import Accelerator
     from datasets import Dataset
     from tqdm.auto import tqdm
@@ -291,9 +300,8 @@ def _run(data: DataSource, model: str, out: Path) -> int:
     (rows,) = open_sources([data])
     check_features([rows])
     assert isinstance(rows, Dataset)  # `data` is not streamed
-    recipe = read_recipe(
-        {"backbone": backbone_of(model), "model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}
-    )
+    values = {"model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}
+    recipe = read_recipe(values | {"backbone": backbone_of(model)}, changes)
     backbone = load_backbone(recipe, empty=True)
     for component_name, component in backbone.pipeline.components.items():
         if isinstance(component, torch.nn.Module) and component_name not in backbone.trained_components:
@@ -321,8 +329,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name")
     parser.add_argument("--split", default="train")
+    parser.add_argument("--set", dest="changes", action="append", metavar="KEY=VALUE")
     try:
-        run(**vars(parser.parse_args(arguments)))
+        options = vars(parser.parse_args(arguments))
+        run(**options | {"changes": parse_changes(options["changes"] or [])})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -45,10 +45,16 @@ def load_recipe(path: str | Path, changes: dict | None = None) -> TrainingRecipe
         raise RecipeError(f"{path}: {error}") from error
 
 
-def read_recipe(values: dict) -> TrainingRecipe:
-    """The recipe that a checkpoint stored, as the class of its backbone; keys of 0.1 are accepted."""
+def read_recipe(values: dict, changes: dict | None = None) -> TrainingRecipe:
+    """The recipe that a checkpoint stored, as the class of its backbone; keys of 0.1 are accepted.
+
+    Args:
+        changes: settings that replace others, by dotted name.
+    """
     values = dict(values)
     _rename_old_keys(values, "checkpoint", warn=False)
+    for name, value in (changes or {}).items():
+        _set(values, name, value)
     return _recipe_class(values).model_validate(values)
 
 

@@ -152,9 +152,9 @@ def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) 
     result = pipe(
         prompt=[prompt.text for prompt in batch],
         image=references if any(references) else None,
-        think=settings.think,
         num_images_per_prompt=settings.per_prompt,
         generator=generators,
+        **({"think": True} if settings.think else {}),
         **_sampling(settings),
     )
     return result.images

@@ -23,6 +23,7 @@ from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.planning.dry_run import vae_bytes
 from echo4o.training.backbones import backbone_class, backbone_of
 from echo4o.training.backbones.base import Backbone, CallMemory, ImageCall
+from echo4o.training.model import empty_component
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -48,14 +49,14 @@ def read_stored(model: str, backbone: str = "bagel") -> StoredPipeline:
     """Read configurations and headers of a pipeline folder, a Hub repository, or "release".
 
     Args:
-        model: "release" means the released checkpoint's sizes in bfloat16.
+        model: "release" means the released checkpoint's sizes in bfloat16; "release:NAME" those of another backbone.
         backbone: the backbone of "release"; other models name their own.
 
     Raises:
         ValueError, OSError: `model` is none of these.
     """
-    if model == "release":
-        return _release(backbone_class(backbone))
+    if model == "release" or model.startswith("release:"):
+        return _release(backbone_class(model.partition(":")[2] or backbone))
     if Path(model).is_dir():
         return _in_folder(Path(model))
     return _on_hub(model)
@@ -76,14 +77,22 @@ def _in_folder(folder: Path) -> StoredPipeline:
 
 def _release(backbone: type[Backbone]) -> StoredPipeline:
     models = _empty(backbone, backbone.release_configs)
-    tensors = {c: {n: (torch.bfloat16, tuple(t.shape)) for n, t in m.state_dict().items()} for c, m in models.items()}
+    tensors = {c: {n: (torch.bfloat16, tuple(t.shape)) for n, t in own_tensors(m)} for c, m in models.items()}
     return StoredPipeline("release", backbone, models, tensors, {})
 
 
 def _empty(backbone: type[Backbone], configs: dict[str, dict]) -> dict[str, nn.Module]:
     classes: dict[str, Any] = backbone.component_classes
     with torch.device("meta"):
-        return {name: classes[name].from_config(config) for name, config in configs.items()}
+        return {name: empty_component(classes[name], config) for name, config in configs.items()}
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Names and tensors of a model, tied ones once."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
 
 
 def _on_hub(repo: str) -> StoredPipeline:
@@ -274,13 +283,27 @@ def _peak(stored: StoredPipeline, plan: GenerationMemoryPlan, option: Option, dt
         blocks = sum(tensors.values()) - inside + inside * min(2, layers) / layers
         leaves = 2.0 * max(tensors.values())
         resident = {"transformer": blocks if option.offload == "blocks" else leaves, "vae": sizes["vae"]}
-    phases = {
+    phases = {f"reading prompts ({name})": _reading(stored, name, sizes, option, dtype) for name in _encoders(stored)}
+    phases |= {
         "encoding references": resident["vae"] + plan.encode,
         "an update": resident["transformer"] + plan.memory.caches + update,
         "decoding": resident["vae"] + plan.memory.caches + plan.decode,
     }
     phase = max(phases, key=lambda name: phases[name])
     return phases[phase], phase
+
+
+def _encoders(stored: StoredPipeline) -> tuple[str, ...]:
+    return stored.backbone.encoder_components
+
+
+def _reading(stored: StoredPipeline, name: str, sizes: dict[str, float], option: Option, dtype: torch.dtype) -> float:
+    """Bytes on the GPU while a component reads prompts; its activations are small."""
+    if option.offload == "model":
+        return sizes[name]
+    if option.offload in ("blocks", "leaves"):
+        return 2.0 * max(math.prod(shape) for _, shape in stored.tensors[name].values()) * dtype.itemsize
+    return sum(sizes.values())
 
 
 def as_json(plan: GenerationMemoryPlan) -> str:

@@ -21,7 +21,7 @@ from echo4o.common.sizes import parse_bytes
 from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, Precision, StepMemory
-from echo4o.training.model import clean_name, frozen_dtype, set_up
+from echo4o.training.model import clean_name, empty_component, encoder_dtype, frozen_dtype, leaves_encoders, set_up
 from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import bundled_names, bundled_recipe, load_recipe
 
@@ -94,7 +94,7 @@ def _empty(backbone: type[Backbone], model: str, component: str) -> nn.Module:
     cls: Any = backbone.component_classes[component]
     config = backbone.release_configs[component] if model == "release" else _config(cls, model, component)
     try:
-        return cls.from_config(config)
+        return empty_component(cls, config)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"model: {model}/{component}/config.json does not describe a model: {error}") from error
 
@@ -103,7 +103,9 @@ def _config(cls: Any, model: str, component: str) -> dict:
     try:
         if not Path(model).is_dir() and not is_repository_name(model):
             raise OSError("there is no such folder, and a Hub repository is called owner/name")
-        return dict(cls.load_config(model, subfolder=component))
+        if hasattr(cls, "load_config"):  # diffusers
+            return dict(cls.load_config(model, subfolder=component))
+        return cls.config_class.from_pretrained(model, subfolder=component).to_dict()  # transformers 5
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"model: {model} has no configuration of its {component} to plan with ({str(error).strip().splitlines()[0]}). "
@@ -119,7 +121,8 @@ def _share(parameter: torch.Tensor, ways: int) -> int:
 
 
 def stored_bytes(recipe: TrainingRecipe, built: Skeleton, ways: int = 1) -> float:
-    """Weights and buffers of all components on one GPU; frozen components are whole and in float32 everywhere."""
+    """Weights and buffers of all components on one GPU. Frozen components are whole everywhere, and in float32 unless
+    they are the backbone's encoders."""
     frozen, total = frozen_dtype(recipe).itemsize, 0.0
     quantized = isinstance(recipe.tune, LoraTuning) and recipe.tune.quantize is not None
     for name, parameter in built.trained.named_parameters():
@@ -128,7 +131,16 @@ def stored_bytes(recipe: TrainingRecipe, built: Skeleton, ways: int = 1) -> floa
             size = NF4_BYTES
         total += _share(parameter, ways) * size
     total += sum(buffer.numel() * frozen for buffer in built.trained.buffers())
-    return total + sum(t.numel() * 4 for module in built.frozen for t in module.state_dict().values())
+    for name, module in built.components.items():
+        if name in built.backbone.trained_components:
+            continue
+        is_encoder = name in built.backbone.encoder_components
+        if is_encoder and leaves_encoders(recipe):
+            continue
+        itemsize = encoder_dtype(recipe).itemsize if is_encoder else 4
+        tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}  # tied ones once
+        total += sum(t.numel() * itemsize for t in tensors.values())
+    return total
 
 
 def _is_quantized(built: Skeleton, name: str, parameter: torch.Tensor) -> bool:

@@ -254,6 +254,7 @@ class OmniGen2Backbone(Backbone):
         return {
             "vae": encoder_hash(self.vae, ("decoder.", "post_quant_conv.")),
             "mllm": self._mllm_hash,
+            "mllm_dtype": str(self.pipeline.mllm.dtype).removeprefix("torch."),
             "system_prompt": SYSTEM_PROMPT,
             "max_text_tokens": objective.max_text_tokens,
             "max_input_pixels": list(objective.max_input_pixels),
