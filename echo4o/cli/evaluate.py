@@ -23,7 +23,7 @@ from echo4o.cli.evaluate_options import (
     ScoreOptions,
     spread,
 )
-from echo4o.cli.evaluate_output import judging_progress, print_comparison, print_result, progress
+from echo4o.cli.evaluate_output import judging_progress, print_agreement, print_comparison, print_result, progress
 from echo4o.cli.frame import Command, finish, say
 from echo4o.cli.models import check_model, choose_device, load_pipeline
 from echo4o.common import strict_json
@@ -176,6 +176,32 @@ def compare(
     else:
         print_comparison(comparison)
     finish(None, shlex.join(["echo4o", "evaluate", "compare", str(a), str(b), "--json"]))
+
+
+@app.command("agree")
+def agree(
+    a: Annotated[Path, typer.Argument(help="A judged folder.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="A folder with other judgements of the same images.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML page to write.", show_default="agreement.html in B")
+    ] = None,
+    bootstrap_seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two judges, or two dates of one judge, on the same images: agreement, kappa, differences.
+
+    Example: [bold]echo4o evaluate agree runs/january runs/june[/bold]
+    """
+    from echo4o.evaluation.agreement import PAGE, write_agreement
+
+    page = out or b / PAGE
+    found = write_agreement(a, b, page, bootstrap_seed)
+    if as_json:
+        print(strict_json.dumps(found, indent=2))
+        say(f"the images on which they differ: {page}")
+        return
+    print_agreement(found)
+    finish(page, shlex.join(["echo4o", "evaluate", "agree", str(a), str(b), "--json"]))
 
 
 @app.command("make-prompts")

@@ -86,3 +86,28 @@ def print_comparison(comparison: dict) -> None:
         )
     Console(stderr=False).print(table)
     say(f"{comparison['prompts']} of {comparison['of']} prompts are scored in both; {comparison['test']}")
+
+
+def print_agreement(found: dict) -> None:
+    """Print the agreement of two judges on stderr. stdout contains the path of the page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("verdicts", "values", "equal", "kappa", "95% interval", "mean B - A", box=None)
+    for name, of in found["fields"].items():
+        limits = of["kappa_interval"]
+        table.add_row(
+            name,
+            str(of["values"]),
+            f"{of['equal']:.1%}",
+            "-" if of["kappa"] is None else f"{of['kappa']:.3f}",
+            "" if limits is None else f"{limits[0]:.3f} to {limits[1]:.3f}",
+            f"{of['mean_difference']:+.3f}",
+        )
+    Console(stderr=True).print(table)
+    score, (low, high) = found["score"], found["score"]["interval"]
+    say(
+        f"score {score['a']:.3f} by A, {score['b']:.3f} by B, difference {score['difference']:+.3f} "
+        f"({low:+.3f} to {high:+.3f})"
+    )
+    say(f"{found['images']} of {found['of']} judged images are scored in both, {len(found['differ'])} of them differ")

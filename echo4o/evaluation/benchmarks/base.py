@@ -184,6 +184,12 @@ class Benchmark(ABC):
         """Further results from the records of the scored images; part of `result.json`."""
         return {}
 
+    def judged_values(
+        self, prompt: BenchmarkPrompt, records: Sequence[dict[str, Any]]
+    ) -> dict[tuple[str, str], float]:
+        """What the judge said about an image, by (field, thing that was judged), to compare two judges."""
+        return {(name, ""): value for record in records for name, value in record["scores"].items()}
+
     def explanation(self, prompt: BenchmarkPrompt, record: dict[str, Any]) -> str:
         """What the report shows of a judgement."""
         return record["reason"]

@@ -85,6 +85,11 @@ class DPGBench(Benchmark):
         broad, detailed = category_scores((questions_of(prompt), self.answers(records)) for prompt, records in images)
         return {"categories": {"broad": _percent(broad), "detailed": _percent(detailed)}}
 
+    def judged_values(
+        self, prompt: BenchmarkPrompt, records: Sequence[dict[str, Any]]
+    ) -> dict[tuple[str, str], float]:
+        return {("answer", _name(number)): float(yes) for number, yes in self.answers(records).items()}
+
     def explanation(self, prompt: BenchmarkPrompt, record: dict[str, Any]) -> str:
         if record["scores"] is None:
             return record["reason"]
