@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from echo4o.common.thumbnails import thumbnail_uri
 from echo4o.evaluation import statistics
 from echo4o.evaluation.images import image_name
 from echo4o.evaluation.score import Evaluation, JudgedImage, read_evaluation
+from echo4o.modeling.common.image_files import open_image
 
 PAGE = "agreement.html"
 _THUMBNAIL = 256
@@ -60,8 +62,8 @@ def agree(a: Path, b: Path, seed: int = 0) -> dict[str, Any]:
         "judges": [first.judge["judge"], second.judge["judge"]],
         "images": len(pairs),
         "of": len(first.samples),
-        "score": _line(*totals, intervals["score"]),
-        "groups": {group: _line(np.mean(of_a[group]), np.mean(of_b[group]), group_intervals[group]) for group in of_a},
+        "score": _line(totals[0], totals[1], intervals["score"]),
+        "groups": {group: _line(fmean(of_a[group]), fmean(of_b[group]), group_intervals[group]) for group in of_a},
         "fields": _fields(first, second, pairs, seed),
         "differ": [_difference(first, pair) for pair in _differing(pairs)],
         "seed": seed,
@@ -73,7 +75,7 @@ def _line(a: float, b: float, interval: list[float]) -> dict[str, Any]:
 
 
 def _means(by_prompt: Mapping[str, Sequence[float]]) -> list[float]:
-    return [float(np.mean(of)) for of in by_prompt.values()]
+    return [fmean(of) for of in by_prompt.values()]
 
 
 def _pairs(a: Evaluation, b: Evaluation) -> list[_Pair]:
@@ -187,6 +189,6 @@ def _card(first: Evaluation, second: Evaluation, pair: _Pair) -> dict[str, Any]:
 
 def _thumbnail(file: str | None) -> str | None:
     try:
-        return thumbnail_uri(Path(file), _THUMBNAIL) if file else None
+        return thumbnail_uri(open_image(Path(file)), _THUMBNAIL) if file else None
     except OSError:
         return None

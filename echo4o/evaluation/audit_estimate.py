@@ -50,7 +50,7 @@ def sample_prompts(groups: Mapping[str, Sequence[str]], share: float, seed: int)
     for ids in groups.values():
         order = rng.permutation(len(ids))
         count = min(len(ids), max(2, int(np.ceil(share * len(ids) - 1e-9))))
-        chosen += [ids[place] for place in sorted(order[:count])]
+        chosen += [str(ids[int(place)]) for place in sorted(order[:count])]
     return chosen
 
 
