@@ -53,6 +53,9 @@ class BagelTransformerOutput(BaseOutput):
     gen_states: torch.Tensor | None = None
 
 
+# --- key and value cache ---------------------------------------------------------------------------------------------
+
+
 class BagelKVCache:
     """Keys and values of one context, written once and read by every row that continues it.
 
@@ -138,6 +141,9 @@ class Context(NamedTuple):
     length: int
 
 
+# --- attention masks and plans ---------------------------------------------------------------------------------------
+
+
 class AttentionCall(NamedTuple):
     """One attention call: the next `und` and `gen` tokens of the streams, and what they see."""
 
@@ -163,6 +169,11 @@ def may_attend(sequence, q_segment, q_position, k_segment, k_position):
     own = (q_segment == k_segment) & (~causal[q_segment] | (k_position <= q_position))
     earlier = (k_segment < q_segment) & (sample[k_segment] == sample[q_segment]) & ~hidden[k_segment]
     return own | earlier
+
+
+def prefix_length(spans) -> int:
+    """How many of a sample's segments precede its first VAE segment: the und expert alone computes them."""
+    return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
 
 
 # Tokens of a sample from which on several small calls cost less than one that computes what its mask then hides.
@@ -212,11 +223,6 @@ def _segment_calls(spans, before: int, device) -> list[AttentionCall]:
     return calls
 
 
-def prefix_length(spans) -> int:
-    """How many of a sample's segments precede its first VAE segment: the und expert alone computes them."""
-    return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
-
-
 class FlexPlan(NamedTuple):
     """All samples of a training batch in one FlexAttention call, which skips what may not be attended to."""
 
@@ -248,14 +254,6 @@ class InferencePlan(NamedTuple):
     angles: tuple  # rotary angles of the und and of the gen stream
 
 
-class FrozenPrefix(NamedTuple):
-    """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
-
-    hidden: torch.Tensor  # (P, hidden)
-    angles: tuple[torch.Tensor, torch.Tensor]
-    plan: list[AttentionCall] | FlexPlan
-
-
 def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
     """One unmasked call per segment (text: causal) against its row's own context; clean segments extend the context."""
     plan = []
@@ -279,6 +277,36 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
             plan.append(AttentionCall(und, gen, mask, causal, cache=cache, write=write, read=read))
             length += 0 if span.hidden else n
     return plan
+
+
+def _advance(sequence, contexts: list[Context]) -> None:
+    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
+        for span in spans:
+            if not span.hidden:
+                length += (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
+                cache.length = length
+
+
+class FrozenPrefix(NamedTuple):
+    """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
+
+    hidden: torch.Tensor  # (P, hidden)
+    angles: tuple[torch.Tensor, torch.Tensor]
+    plan: list[AttentionCall] | FlexPlan
+
+
+def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Places in the und stream before the samples' first VAE segments (None: there are none), and from there on."""
+    before, rest = [], []
+    for spans in sequence.spans:
+        cut = prefix_length(spans)
+        before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
+        rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
+    before, rest = (torch.tensor(x, dtype=torch.long, device=sequence.input_ids.device) for x in (before, rest))
+    return (before if len(before) else None), rest
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
@@ -496,6 +524,9 @@ class BagelBlock(nn.Module):
         return self.und.finish(hidden, attended), und[1:]
 
 
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
 class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
     """BAGEL's language model, generation expert and latent in- and outputs. The defaults are the release's sizes.
 
@@ -582,90 +613,15 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
-        self.train(self.training)
-
-    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
-        super().add_adapter(adapter_config, adapter_name)
-        self.train(self.training)
-
-    def unload_lora(self) -> None:
-        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
-        super().unload_lora()
-        _restore_what_trained(self)
-
-    def _und_is_frozen(self) -> bool:
-        """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
-        frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
-        return torch.is_grad_enabled() and all(frozen)
-
-    def set_training_attention(self, backend: str) -> None:
-        """How training attends: "sdpa" (one masked call per sample), "flex" (one block-sparse call for the batch), or
-        "auto": flex on CUDA, sdpa elsewhere (FlexAttention has no backward pass on CPU)."""
-        if backend not in ("auto", "sdpa", "flex"):
-            raise ValueError(f"Training attention {backend!r} must be one of auto, sdpa, flex.")
-        self.training_attention = backend
-
-    def _training_plans(self, sequence, before, rest):
-        """Plans of a training pass, and of its frozen prefix when there is one."""
-        device = sequence.input_ids.device
-        if self.training_attention == "sdpa" or (self.training_attention == "auto" and device.type != "cuda"):
-            if before is None:
-                return training_plan(sequence), None
-            return training_plan(sequence, "rest"), training_plan(sequence, "prefix")
-        und, gen = (sequence.und_segment, sequence.und_position), (sequence.gen_segment, sequence.gen_position)
-        if before is None:
-            return flex_plan(sequence, [und, gen], [und, gen]), None
-        early, late = (tuple(x[part] for x in und) for part in (before, rest))
-        return flex_plan(sequence, [late, gen], [early, late, gen]), flex_plan(sequence, [early], [early])
-
-    def _angles(self, sequence) -> tuple:
-        """Rotary angles of the und and of the gen stream."""
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        made = functools.partial(
-            rotary_angles, head_dim=head_dim, theta=self.config.rope_theta, dtype=self.embed_tokens.weight.dtype
-        )
-        return made(sequence.und_position), made(sequence.gen_position)
-
-    def plan(self, sequence, contexts: list[Context]) -> InferencePlan:
-        """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
-        return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
-
-    def enable_cache(self, config) -> None:
-        """As in diffusers, for its `TaylorSeerCacheConfig` and `FirstBlockCacheConfig`, which skip layers in updates
-        that they can guess. Off by default: it changes pictures and takes memory (docs/performance.md).
-
-        Raises ValueError for another configuration, and for one that matches no layer: it would do nothing.
-        """
-        if isinstance(config, FirstBlockCacheConfig):
-            _describe_block()
-        elif isinstance(config, TaylorSeerCacheConfig):
-            _check_taylorseer(config, [name for name, _ in self.named_modules()])
-        else:
-            raise ValueError(
-                f"{type(config).__name__} is not supported: use TaylorSeerCacheConfig or FirstBlockCacheConfig."
-            )
-        super().enable_cache(config)
+    # --- forward pass ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> BagelKVCache:
         """An empty context."""
         return BagelKVCache(self.config.num_layers)
 
-    def _embed(self, sequence, hidden_states, timestep, vision_embeds):
-        und = self.embed_tokens(sequence.input_ids)  # (U, hidden)
-        if vision_embeds is not None:
-            und = und.index_copy(0, sequence.vision_index, vision_embeds.to(und.dtype))
-        if hidden_states is None:
-            hidden_states = und.new_zeros(0, self.config.latent_channels * self.config.latent_patch_size**2)
-            timestep = und.new_zeros(0, dtype=torch.float32)
-        time = self.time_embed(self.time_proj(timestep).to(und.dtype))
-        place = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
-        return und, self.proj_in(hidden_states.to(und.dtype)) + time + place  # (U, hidden), (G, hidden)
+    def plan(self, sequence, contexts: list[Context]) -> InferencePlan:
+        """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
+        return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
 
     def forward(
         self,
@@ -722,7 +678,86 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         )
         return output if return_dict else output.to_tuple()
 
-    # --- costs: arithmetic and memory of a training step ------------------------------------------------------------
+    def _embed(self, sequence, hidden_states, timestep, vision_embeds):
+        und = self.embed_tokens(sequence.input_ids)  # (U, hidden)
+        if vision_embeds is not None:
+            und = und.index_copy(0, sequence.vision_index, vision_embeds.to(und.dtype))
+        if hidden_states is None:
+            hidden_states = und.new_zeros(0, self.config.latent_channels * self.config.latent_patch_size**2)
+            timestep = und.new_zeros(0, dtype=torch.float32)
+        time = self.time_embed(self.time_proj(timestep).to(und.dtype))
+        place = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
+        return und, self.proj_in(hidden_states.to(und.dtype)) + time + place  # (U, hidden), (G, hidden)
+
+    def _angles(self, sequence) -> tuple:
+        """Rotary angles of the und and of the gen stream."""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        made = functools.partial(
+            rotary_angles, head_dim=head_dim, theta=self.config.rope_theta, dtype=self.embed_tokens.weight.dtype
+        )
+        return made(sequence.und_position), made(sequence.gen_position)
+
+    def _und_is_frozen(self) -> bool:
+        """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
+        frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
+        return torch.is_grad_enabled() and all(frozen)
+
+    def _training_plans(self, sequence, before, rest):
+        """Plans of a training pass, and of its frozen prefix when there is one."""
+        device = sequence.input_ids.device
+        if self.training_attention == "sdpa" or (self.training_attention == "auto" and device.type != "cuda"):
+            if before is None:
+                return training_plan(sequence), None
+            return training_plan(sequence, "rest"), training_plan(sequence, "prefix")
+        und, gen = (sequence.und_segment, sequence.und_position), (sequence.gen_segment, sequence.gen_position)
+        if before is None:
+            return flex_plan(sequence, [und, gen], [und, gen]), None
+        early, late = (tuple(x[part] for x in und) for part in (before, rest))
+        return flex_plan(sequence, [late, gen], [early, late, gen]), flex_plan(sequence, [early], [early])
+
+    # --- settings ----------------------------------------------------------------------------------------------------
+
+    def set_training_attention(self, backend: str) -> None:
+        """How training attends: "sdpa" (one masked call per sample), "flex" (one block-sparse call for the batch), or
+        "auto": flex on CUDA, sdpa elsewhere (FlexAttention has no backward pass on CPU)."""
+        if backend not in ("auto", "sdpa", "flex"):
+            raise ValueError(f"Training attention {backend!r} must be one of auto, sdpa, flex.")
+        self.training_attention = backend
+
+    def enable_cache(self, config) -> None:
+        """As in diffusers, for its `TaylorSeerCacheConfig` and `FirstBlockCacheConfig`, which skip layers in updates
+        that they can guess. Off by default: it changes pictures and takes memory (docs/performance.md).
+
+        Raises ValueError for another configuration, and for one that matches no layer: it would do nothing.
+        """
+        if isinstance(config, FirstBlockCacheConfig):
+            _describe_block()
+        elif isinstance(config, TaylorSeerCacheConfig):
+            _check_taylorseer(config, [name for name, _ in self.named_modules()])
+        else:
+            raise ValueError(
+                f"{type(config).__name__} is not supported: use TaylorSeerCacheConfig or FirstBlockCacheConfig."
+            )
+        super().enable_cache(config)
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+        self.train(self.training)
+
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _note_what_trains(self)
+        super().add_adapter(adapter_config, adapter_name)
+        self.train(self.training)
+
+    def unload_lora(self) -> None:
+        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        super().unload_lora()
+        _restore_what_trained(self)
+
+    # --- costs of a training step and of an update -------------------------------------------------------------------
 
     def flops(self, spans, num_labels: int, inputs_train: bool) -> float:
         """Floating point operations of the matrix products in one forward and backward pass, without recomputation.
@@ -803,6 +838,10 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             kept += und * 4 * h
         return kept + num_labels * config.vocab_size * (compute + 3 * 4)  # logits, their softmax and gradient
 
+    def backward_workspace_bytes(self, tokens: int, compute: int) -> float:
+        """Gradients alive at once inside the widest operation: those of an MLP's three inner tensors."""
+        return 3.0 * tokens * self.config.intermediate_size * compute
+
     def kv_cache_bytes(self, tokens: int, itemsize: int) -> float:
         """Keys and values of all layers for contexts of together `tokens` tokens."""
         config = self.config
@@ -819,9 +858,85 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         k = h // self.config.num_attention_heads * self.config.num_key_value_heads
         return tokens * (5 * h + 2 * k + 3 * self.config.intermediate_size) * itemsize
 
-    def backward_workspace_bytes(self, tokens: int, compute: int) -> float:
-        """Gradients alive at once inside the widest operation: those of an MLP's three inner tensors."""
-        return 3.0 * tokens * self.config.intermediate_size * compute
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_options(model: ConfigMixin) -> None:
+    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
+        value, default = model.config.get(name), parameter.default
+        if default is parameter.empty:
+            continue
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
+
+
+def _read_dtype(dtype) -> torch.dtype | None:
+    """The dtype that a caller asks for, by itself or by name; None, the stored one, for None and "auto"."""
+    if isinstance(dtype, str):
+        return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+    return dtype
+
+
+def _stored_dtype(name, **options) -> torch.dtype | None:
+    """The floating dtype that most bytes of a model's files are stored in; None if they hold no floating tensors.
+
+    Integers (quantized weights) do not count. Float8 holds weights but cannot compute: it counts as bfloat16.
+
+    Args:
+        name: a folder or a repository of the Hub.
+        options: `subfolder`, `variant` and those of the Hub, as for `from_pretrained`.
+    """
+    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
+    known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
+    sizes: Counter = Counter()
+    for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                if (dtype := floating.get(part.get_dtype())) is not None:
+                    sizes[dtype] += math.prod(part.get_shape()) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return torch.bfloat16 if most == torch.float8_e4m3fn else most
+
+
+def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
+    """The safetensors files that diffusers loads a model from, fetched if `name` is a repository of the Hub.
+
+    Empty where diffusers finds no such files; it then says so itself.
+    """
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            path = Path(name, subfolder or "", file)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(str(name), file, subfolder=subfolder, **hub))
+        except (OSError, ValueError, EntryNotFoundError):
+            return None
+
+    if Path(name).is_file():
+        return [Path(name)]
+    stem, suffix = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}.safetensors{suffix}.index.json"):
+        if (file := find(index)) is not None:
+            shards = json.loads(file.read_text("utf-8-sig")).get("weight_map", {}).values()
+            return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
+    file = find(f"{stem}{suffix}.safetensors")
+    return [] if file is None else [file]
+
+
+def _exempting(config, names: list[str]):
+    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    config = copy.copy(config)
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(config, option, names) is None:
+            setattr(config, option, list(names))
+    return config
 
 
 def _describe_block() -> None:
@@ -853,18 +968,6 @@ def _check_taylorseer(config, names: list[str]) -> None:
         )
 
 
-def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
-    for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value, default = model.config.get(name), parameter.default
-        if default is parameter.empty:
-            continue
-        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
-        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
-            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
-            raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
-
-
 def _note_what_trains(model: nn.Module) -> None:
     """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
     if not getattr(model, "peft_config", None):
@@ -876,87 +979,3 @@ def _restore_what_trained(model: nn.Module) -> None:
     before = model.__dict__.pop("_trained_before_adapters", {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
-
-
-def _exempting(config, names: list[str]):
-    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
-    config = copy.copy(config)
-    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if getattr(config, option, names) is None:
-            setattr(config, option, list(names))
-    return config
-
-
-def _read_dtype(dtype) -> torch.dtype | None:
-    """The dtype that a caller asks for, by itself or by name; None, the stored one, for None and "auto"."""
-    if isinstance(dtype, str):
-        return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
-    return dtype
-
-
-def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
-    """The safetensors files that diffusers loads a model from, fetched if `name` is a repository of the Hub.
-
-    Empty where diffusers finds no such files; it then says so itself.
-    """
-
-    def find(file: str) -> Path | None:
-        if Path(name).is_dir():
-            path = Path(name, subfolder or "", file)
-            return path if path.is_file() else None
-        try:
-            return Path(hf_hub_download(str(name), file, subfolder=subfolder, **hub))
-        except (OSError, ValueError, EntryNotFoundError):
-            return None
-
-    if Path(name).is_file():
-        return [Path(name)]
-    stem, suffix = "diffusion_pytorch_model", f".{variant}" if variant else ""
-    for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}.safetensors{suffix}.index.json"):
-        if (file := find(index)) is not None:
-            shards = json.loads(file.read_text("utf-8-sig")).get("weight_map", {}).values()
-            return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
-    file = find(f"{stem}{suffix}.safetensors")
-    return [] if file is None else [file]
-
-
-def _stored_dtype(name, **options) -> torch.dtype | None:
-    """The floating dtype that most bytes of a model's files are stored in; None if they hold no floating tensors.
-
-    Integers (quantized weights) do not count. Float8 holds weights but cannot compute: it counts as bfloat16.
-
-    Args:
-        name: a folder or a repository of the Hub.
-        options: `subfolder`, `variant` and those of the Hub, as for `from_pretrained`.
-    """
-    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
-    known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
-    sizes: Counter = Counter()
-    for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                part = tensors.get_slice(key)
-                if (dtype := floating.get(part.get_dtype())) is not None:
-                    sizes[dtype] += math.prod(part.get_shape()) * dtype.itemsize
-    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
-    return torch.bfloat16 if most == torch.float8_e4m3fn else most
-
-
-def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Places in the und stream before the samples' first VAE segments (None: there are none), and from there on."""
-    before, rest = [], []
-    for spans in sequence.spans:
-        cut = prefix_length(spans)
-        before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
-        rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
-    before, rest = (torch.tensor(x, dtype=torch.long, device=sequence.input_ids.device) for x in (before, rest))
-    return (before if len(before) else None), rest
-
-
-def _advance(sequence, contexts: list[Context]) -> None:
-    for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
-        for span in spans:
-            if not span.hidden:
-                length += (span.und.stop - span.und.start) + (span.gen.stop - span.gen.start)
-                cache.length = length
