@@ -147,7 +147,7 @@ class Case:
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, updates + 1)[:-1])
             sigmas, tokens = scheduler.sigmas.tolist(), torch.zeros_like(self.noise)
             for t, after in zip(sigmas, sigmas[1:]):
-                rows = 1 + guidance.branches(t)[0]
+                rows = 1 + guidance.active(t).text_free
                 tokens = tokens + (after - t) * self.plain.guided(contexts[:rows], self.segment, tokens, t, guidance)
             return tokens
 

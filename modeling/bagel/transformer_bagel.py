@@ -1,9 +1,11 @@
 """BAGEL's mixture of transformers: two experts over one interleaved sequence (Echo-4o, arXiv 2508.09987, section 3).
 
-Tokens live in two streams. The understanding expert `und` owns text, ViT tokens and the markers around every picture;
-the generation expert `gen` owns VAE latent tokens. Projections, norms and MLPs run once per stream on dense
-(tokens, hidden) tensors; the streams meet only for attention, row by row: a row is a whole sample in training, or one
-(picture, guidance branch) with its cached context in inference.
+Tokens are in two streams. The understanding expert `und` processes text, ViT tokens and the start and end tokens of
+images; the generation expert `gen` processes VAE latent tokens. Projections, norms and MLPs run once per stream on
+dense (tokens, hidden) tensors. The streams are joined only for attention, row by row: a row is a sample in training,
+and one guidance branch of an image with its cached context in inference.
+
+The Hub fetches a component's file alone, so that everything the model needs is in this file.
 
 Shapes: U und tokens, G gen tokens, V ViT tokens, H heads, K key/value heads, D head size, C channels of a latent token.
 """
@@ -18,18 +20,19 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
@@ -39,11 +42,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 @dataclass
 class BagelTransformerOutput(BaseOutput):
-    """What one pass over a packed sequence gives.
+    """Output of a forward pass over a packed sequence.
 
     Args:
-        sample: (G, C) velocity (noise - data) at every latent token; meaningful for noised ones.
-        logits: (n, vocabulary) at the und tokens asked for with `logit_index`, else None.
+        sample: (G, C) velocity (noise - data) of every latent token; meaningful for noised ones only.
+        logits: (n, vocabulary) of the und tokens in `logit_index`, or None.
         und_states, gen_states: (U, hidden), (G, hidden) after the final norms.
     """
 
@@ -57,34 +60,34 @@ class BagelTransformerOutput(BaseOutput):
 
 
 class BagelKVCache:
-    """Keys and values of one context, written once and read by every row that continues it.
+    """Keys and values of a context, shared by all rows that continue it.
 
-    Each layer holds one buffer, laid out as `[scratch | context ...]`. Appended segments go to the end. A noised
-    picture, which nothing later may see, puts its own keys just before the context: attention without a mask does not
-    care about order, so the picture and *any prefix* of the context are one contiguous slice. Guidance branches and
-    the pictures of one prompt thus share the buffer without a copy, one after the other.
+    Each layer has one buffer, laid out as `[scratch | context ...]`. Segments are appended at the end. A noised image
+    writes its keys directly before the context, so that the image and *any prefix* of the context are one contiguous
+    slice (attention without a mask does not depend on order). The guidance branches and images of a prompt use the
+    buffer one after the other, without copies.
     """
 
     def __init__(self, num_layers: int):
         self.num_layers = num_layers
         self.capacity = self.scratch = 0
         self.length = 0  # tokens of context
-        self.position = 0  # rotary position of what follows them
+        self.position = 0  # rotary position of the next segment
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
 
     def first(self, length: int) -> "Context":
-        """The first `length` tokens, as a row's context."""
+        """The first `length` tokens as the context of a row."""
         return Context(self, length)
 
     def whole(self) -> "Context":
-        """Everything that the cache holds, as a row's context."""
+        """All tokens as the context of a row."""
         return Context(self, self.length)
 
     def reserve(self, capacity: int, scratch: int = 0) -> None:
-        """Make room for a context of `capacity` tokens and a noised picture of `scratch` tokens.
+        """Make room for a context of `capacity` tokens and a noised image of `scratch` tokens.
 
-        Free before the first write; later it moves what is there into larger buffers.
+        After the first write, this copies the context to larger buffers.
         """
         capacity, scratch = max(capacity, self.capacity), max(scratch, self.scratch)
         if (capacity, scratch) == (self.capacity, self.scratch):
@@ -92,50 +95,56 @@ class BagelKVCache:
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
                 if buffer is not None:
-                    buffers[layer] = buffer.new_empty(scratch + capacity, *buffer.shape[1:])
-                    held = buffer[self.scratch : self.scratch + self.length]
-                    buffers[layer][scratch : scratch + self.length] = held
+                    larger = buffer.new_empty(scratch + capacity, *buffer.shape[1:])
+                    larger[scratch : scratch + self.length] = buffer[self.scratch : self.scratch + self.length]
+                    buffers[layer] = larger
         self.capacity, self.scratch = capacity, scratch
 
     def keys(self, layer: int) -> torch.Tensor:
-        """The layer's keys after rotation, in order of arrival: (length, K, D)."""
-        return self._keys[layer][self.scratch : self.scratch + self.length]
+        """The layer's keys after rotation, in the order they were appended: (length, K, D)."""
+        keys = self._keys[layer]
+        assert keys is not None, "the cache is empty"
+        return keys[self.scratch : self.scratch + self.length]
 
     def values(self, layer: int) -> torch.Tensor:
         """The layer's values: (length, K, D)."""
-        return self._values[layer][self.scratch : self.scratch + self.length]
+        values = self._values[layer]
+        assert values is not None, "the cache is empty"
+        return values[self.scratch : self.scratch + self.length]
 
     def copy_from(self, start: int) -> list[torch.Tensor]:
-        """Copies of what was written after the first `start` tokens: keys and values of every layer, in turn. Empty
-        when there is nothing."""
+        """Copies of all tokens but the first `start`: keys and values of every layer in turn; empty if there are none."""
         layers = range(self.num_layers) if self.length > start else ()
         return [x[start:].clone() for layer in layers for x in (self.keys(layer), self.values(layer))]
 
     def extend(self, states: list[torch.Tensor], position: int) -> None:
-        """Append what [`copy_from`] gave; `position` is that of what follows."""
+        """Append tokens copied by [`copy_from`]. `position` is the rotary position of the next segment."""
         write = self.scratch + self.length
         for layer in range(self.num_layers):
-            self.update(layer, *states[2 * layer : 2 * layer + 2], write, slice(0))
+            self.update(layer, states[2 * layer], states[2 * layer + 1], write, slice(0))
         self.length, self.position = self.length + len(states[0]), position
 
     def truncate(self, length: int, position: int) -> None:
-        """Forget everything after the first `length` tokens."""
+        """Remove all tokens but the first `length`."""
         assert length <= self.length, (length, self.length)
         self.length, self.position = length, position
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor, write: int, read: slice):
-        """Store (n, K, D) at buffer row `write`; return the keys and values of the rows `read`."""
-        if self._keys[layer] is None:
-            shape = (self.scratch + self.capacity, *key.shape[1:])
-            self._keys[layer], self._values[layer] = key.new_empty(shape), value.new_empty(shape)
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, write: int, read: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store (n, K, D) from buffer row `write` on; return the keys and values of the rows `read`."""
         keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            shape = (self.scratch + self.capacity, *key.shape[1:])
+            keys, values = key.new_empty(shape), value.new_empty(shape)
+            self._keys[layer], self._values[layer] = keys, values
         keys[write : write + key.shape[0]] = key
         values[write : write + value.shape[0]] = value
         return keys[read], values[read]
 
 
 class Context(NamedTuple):
-    """What a row sees before its own tokens: the first `length` tokens of `cache`."""
+    """The tokens that a row attends to before its own: the first `length` tokens of `cache`."""
 
     cache: BagelKVCache
     length: int
@@ -145,25 +154,30 @@ class Context(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """One attention call: the next `und` and `gen` tokens of the streams, and what they see."""
+    """One attention call for the next `und` and `gen` tokens of the streams.
+
+    In training, `prefix`, `follows` and `hidden` name the other tokens that the call attends to; in inference, `cache`.
+    """
 
     und: int
     gen: int
     mask: torch.Tensor | None = None
     causal: bool = False
-    prefix: int = 0  # training: tokens of the sample's frozen prefix, seen by all of the call's
-    follows: bool = False  # training: sees what the calls before it in its sample saw, and their tokens, but for
-    hidden: bool = False  # those of calls that nothing later may see
-    cache: BagelKVCache | None = None  # inference: store new keys at buffer row `write`, see rows `read`
+    prefix: int = 0  # length of the sample's frozen prefix; all tokens of the call attend to it
+    follows: bool = False  # also attends to every earlier, non-hidden call of its sample
+    hidden: bool = False  # later calls do not attend to this one
+    cache: BagelKVCache | None = (
+        None  # stores new keys from buffer row `write` on; the call attends to the rows `read`
+    )
     write: int = 0
     read: slice = slice(0, 0)
 
 
 def may_attend(sequence, q_segment, q_position, k_segment, k_position):
-    """BAGEL's one rule of attention, elementwise over broadcast (segment, position) pairs -> bool.
+    """Whether queries may attend to keys, elementwise over broadcast (segment, position) pairs -> bool.
 
-    A token sees its own segment (text: up to its own position) and every earlier segment of its sample that is not
-    hidden. Hidden segments (noised pictures) are seen by themselves alone.
+    A token attends to its own segment (in a text, up to its own position) and to every earlier segment of its sample
+    that is not hidden. Only tokens of a hidden segment (a noised image) attend to it. All masks derive from this rule.
     """
     sample, causal, hidden = sequence.segment_sample, sequence.segment_causal, sequence.segment_hidden
     own = (q_segment == k_segment) & (~causal[q_segment] | (k_position <= q_position))
@@ -172,19 +186,18 @@ def may_attend(sequence, q_segment, q_position, k_segment, k_position):
 
 
 def prefix_length(spans) -> int:
-    """How many of a sample's segments precede its first VAE segment: the und expert alone computes them."""
+    """Number of a sample's segments before its first VAE segment. They use the und expert only."""
     return next((i for i, span in enumerate(spans) if span.gen.stop > span.gen.start), len(spans))
 
 
-# Tokens of a sample from which on several small calls cost less than one that computes what its mask then hides.
+# Tokens. Longer samples use one attention call per segment, which is faster than one masked call.
 LONG_SAMPLE = 512
 
 
 def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
-    """One call per sample under its own mask, over its und tokens followed by its gen tokens; long samples: one call
-    per segment.
+    """One masked call per sample, over its und tokens followed by its gen tokens; in long samples, one per segment.
 
-    `part`: the whole sample, its "prefix" (everything before the first VAE segment) or the "rest" after it.
+    `part` is the "whole" sample, its "prefix" (the segments before the first VAE segment) or the "rest" after it.
     """
     plan = []
     for spans in sequence.spans:
@@ -210,7 +223,7 @@ def training_plan(sequence, part: str = "whole") -> list[AttentionCall]:
 
 
 def _segment_calls(spans, before: int, device) -> list[AttentionCall]:
-    """Calls for a sample's segments (none of them joined), unmasked but for text."""
+    """One call per segment of a sample without joined segments. Only those of texts are masked."""
     calls, seen = [], before
     for span in spans:
         und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
@@ -224,13 +237,13 @@ def _segment_calls(spans, before: int, device) -> list[AttentionCall]:
 
 
 class FlexPlan(NamedTuple):
-    """All samples of a training batch in one FlexAttention call, which skips what may not be attended to."""
+    """One FlexAttention call for all samples of a training batch; it skips the blocks that are masked completely."""
 
     block_mask: BlockMask
 
 
 def flex_plan(sequence, queries: list, keys: list) -> FlexPlan:
-    """Plan for query and key tokens given as lists of (segment, position) tensors, in the order they are joined."""
+    """The plan for query and key tokens, given as lists of (segment, position) tensors in the order of joining."""
     q_segment, q_position = (torch.cat(parts) for parts in zip(*queries, strict=True))
     k_segment, k_position = (torch.cat(parts) for parts in zip(*keys, strict=True))
 
@@ -243,19 +256,19 @@ def flex_plan(sequence, queries: list, keys: list) -> FlexPlan:
 
 @functools.cache
 def _flex_attention(device_type: str):
-    """FlexAttention is fast only when compiled; on CPU it serves to compare and runs as it is."""
+    """FlexAttention, compiled on CUDA. On CPU it is only used for comparisons and not compiled."""
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
 class InferencePlan(NamedTuple):
-    """What all steps over the same rows have in common; made by [`BagelTransformer2DModel.plan`]."""
+    """Attention plan that all updates over the same rows share; made by [`BagelTransformer2DModel.plan`]."""
 
     calls: list[AttentionCall]
     angles: tuple  # rotary angles of the und and of the gen stream
 
 
 def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
-    """One unmasked call per segment (text: causal) against its row's own context; clean segments extend the context."""
+    """One call per segment with the context of its row, causal in texts. Clean segments extend the context."""
     plan = []
     for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
         assert length <= cache.length, (length, cache.length)
@@ -279,7 +292,8 @@ def inference_plan(sequence, contexts: list[Context]) -> list[AttentionCall]:
     return plan
 
 
-def _advance(sequence, contexts: list[Context]) -> None:
+def _advance_caches(sequence, contexts: list[Context]) -> None:
+    """Add the appended clean segments to the lengths of their caches."""
     for spans, (cache, length) in zip(sequence.spans, contexts, strict=True):
         for span in spans:
             if not span.hidden:
@@ -288,7 +302,7 @@ def _advance(sequence, contexts: list[Context]) -> None:
 
 
 class FrozenPrefix(NamedTuple):
-    """Training with a constant und expert: tokens before the first VAE segments, computed without a backward pass."""
+    """With a frozen und expert: the tokens before the samples' first VAE segments, which need no backward pass."""
 
     hidden: torch.Tensor  # (P, hidden)
     angles: tuple[torch.Tensor, torch.Tensor]
@@ -296,13 +310,15 @@ class FrozenPrefix(NamedTuple):
 
 
 def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Places in the und stream before the samples' first VAE segments (None: there are none), and from there on."""
-    before, rest = [], []
+    """Indices of und tokens before the samples' first VAE segments (None if there are none), and of the others."""
+    before_ids: list[int] = []
+    rest_ids: list[int] = []
     for spans in sequence.spans:
         cut = prefix_length(spans)
-        before += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
-        rest += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
-    before, rest = (torch.tensor(x, dtype=torch.long, device=sequence.input_ids.device) for x in (before, rest))
+        before_ids += [i for span in spans[:cut] for i in range(span.und.start, span.und.stop)]
+        rest_ids += [i for span in spans[cut:] for i in range(span.und.start, span.und.stop)]
+    device = sequence.input_ids.device
+    before, rest = (torch.tensor(ids, dtype=torch.long, device=device) for ids in (before_ids, rest_ids))
     return (before if len(before) else None), rest
 
 
@@ -310,7 +326,7 @@ def _split_prefix(sequence) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """Cosine and signed sine for [`rotate`]: each (tokens, 1, D)."""
+    """Cosines and signed sines for [`rotate`]: each (tokens, 1, D)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angles = position.float()[:, None, None] / theta**exponent  # (tokens, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
@@ -318,7 +334,7 @@ def rotary_angles(position: torch.Tensor, head_dim: int, theta: float, dtype: to
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of (tokens, heads, D) in the half-split convention of Qwen2."""
+    """Apply rotary embeddings to (tokens, heads, D), in the half-split convention of Qwen2."""
     cos, signed_sin = angles
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), signed_sin)
@@ -338,8 +354,7 @@ class BagelFeedForward(nn.Module):
 
 
 class BagelExpert(nn.Module):
-    """Everything of a layer that works token by token, for one of the two streams: [`qkv`] before attention and
-    [`finish`] after it."""
+    """The token-wise part of a layer for one of the two streams: [`qkv`] before attention and [`finish`] after it."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, eps: float):
         super().__init__()
@@ -367,23 +382,26 @@ class BagelExpert(nn.Module):
         return x + self.ff(self.norm2(x))
 
     def compile(self, *args, **kwargs) -> None:
-        """Compile both halves, which `compile_repeated_blocks` does for every expert. Attention between them runs as it
-        is: its calls differ in number and size, what is compiled differs in the number of tokens alone."""
+        """Compile both halves; `compile_repeated_blocks` calls this method for every expert.
+
+        Attention between them is not compiled: the number and the sizes of its calls vary, whereas the compiled parts
+        vary in the number of tokens only.
+        """
         self.qkv = torch.compile(type(self).qkv.__get__(self), *args, **kwargs)
         self.finish = torch.compile(type(self).finish.__get__(self), *args, **kwargs)
 
     def tuning(self) -> str:
-        """How this expert trains: "full" (its own weights), "lora" (an adapter beside them) or "frozen"."""
+        """How this expert trains: "full" (its weights), "lora" (an adapter) or "frozen"."""
         if self.to_q.weight.requires_grad:
             return "full"
         return "lora" if any(p.requires_grad for p in self.parameters()) else "frozen"
 
     def activation_bytes(self, compute: int, rank: int = 0) -> float:
-        """Bytes that one layer keeps per token of this expert for the backward pass, its share of attention included.
+        """Bytes that one layer keeps per token of this expert for the backward pass, including attention.
 
         Args:
-            compute: bytes per value of the inputs of matrix products and attention; below 4 means autocast.
-            rank: of the adapter, where there is one.
+            compute: bytes per value in matrix products and attention; below 4 means autocast.
+            rank: of the adapter, if there is one.
         """
         tuning, f = self.tuning(), self.ff.gate_proj.out_features
         h, k = self.to_q.in_features, self.to_k.out_features
@@ -403,22 +421,23 @@ class BagelExpert(nn.Module):
         return kept
 
     def __getstate__(self):
-        """Copies are not compiled: the compiled halves are bound to this module."""
+        """The state without the compiled halves, which are bound to this module: copies are not compiled."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("qkv", "finish")}
 
 
-def _meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Concatenate tokens. An empty `second` without gradient is skipped, which saves a copy."""
     if second.shape[0] == 0 and not second.requires_grad:
         return first
     return torch.cat([first, second])  # (S, heads, D)
 
 
 class BagelAttnProcessor:
-    """Where the streams meet: one attention call per entry of the plan, und tokens before gen tokens.
+    """Attention over both streams: one call per entry of the plan, with und tokens before gen tokens.
 
-    `set_attention_backend` chooses the kernel of unmasked calls: all of a generation's updates. Masked and causal
-    calls (reading text) always run on PyTorch's own attention: in diffusers 0.42, flex ignores `is_causal`, flash
-    kernels refuse masks, and xformers adds a boolean mask as 0 and 1.
+    `set_attention_backend` sets the kernel of unmasked calls, that is of all denoising updates. Masked and causal calls
+    (texts) always use PyTorch's own attention: in diffusers 0.42, flex ignores `is_causal`, flash kernels do not accept
+    masks, and xformers adds a boolean mask as 0 and 1.
     """
 
     _attention_backend = None
@@ -427,14 +446,17 @@ class BagelAttnProcessor:
     def __call__(self, attn, und, gen, plan, prefix=None):
         if isinstance(plan, FlexPlan):
             return self._flex(und, gen, plan, prefix)
-        # The calls cover both streams in order. One split's backward is one concatenation; a slice for each call would
-        # fill and add a whole stream's gradient each time.
+        # One split per stream, because its backward pass is one concatenation. The backward pass of a slice per call
+        # would fill and add a gradient of the whole stream each time.
         und_parts = zip(*(x.split([call.und for call in plan]) for x in und), strict=True)
         gen_parts = zip(*(x.split([call.gen for call in plan]) for x in gen), strict=True)
-        seen = zip(*(x.split([call.prefix for call in plan]) for x in prefix)) if prefix else [None] * len(plan)
-        attended, earlier = [], []
-        for call, und_part, gen_part, before in zip(plan, und_parts, gen_parts, seen, strict=True):
-            query, *own = map(_meet, und_part, gen_part)
+        prefixes: Any = [None] * len(plan)
+        if prefix:
+            prefixes = zip(*(x.split([call.prefix for call in plan]) for x in prefix), strict=True)
+        attended: list[Any] = []
+        earlier: list[Any] = []  # (keys, values) that following calls of the sample attend to
+        for call, und_part, gen_part, before in zip(plan, und_parts, gen_parts, prefixes, strict=True):
+            query, *own = map(_join, und_part, gen_part)
             if not call.follows:
                 earlier = [] if before is None else [before]
             key, value = (torch.cat(parts) if earlier else parts[0] for parts in zip(*earlier, own, strict=True))
@@ -442,11 +464,11 @@ class BagelAttnProcessor:
                 earlier.append(own)
             if call.cache is not None:
                 key, value = call.cache.update(attn.layer_index, key, value, call.write, call.read)
-            if query.shape[0] == 0:  # nothing to compute, but keys and values stay in the graph like any others
+            if query.shape[0] == 0:  # no queries: keys and values still need a (zero) gradient
                 empty = query + key.sum() + value.sum()
                 attended.append((empty, empty))
                 continue
-            plain = call.mask is None and not call.causal
+            is_unmasked = call.mask is None and not call.causal
             out = dispatch_attention_fn(
                 query[None],
                 key[None],
@@ -454,42 +476,44 @@ class BagelAttnProcessor:
                 attn_mask=None if call.mask is None else call.mask[None, None],
                 is_causal=call.causal,
                 enable_gqa=query.shape[1] != key.shape[1],
-                backend=self._attention_backend if plain else AttentionBackendName.NATIVE,
+                backend=self._attention_backend if is_unmasked else AttentionBackendName.NATIVE,
                 parallel_config=self._parallel_config,
             )[0]  # (S, H, D)
             attended.append(out.split([call.und, call.gen]))
-        # Also for one call: a view in place of a copy would be compiled a second time.
+        # Also for a single call: torch.compile would compile again for a view instead of a copy.
         return tuple(torch.cat(parts) for parts in zip(*attended, strict=True))
 
     @staticmethod
     def _flex(und, gen, plan, prefix):
-        query, key, value = map(_meet, und, gen)
+        query, key, value = map(_join, und, gen)
         if prefix:
-            key, value = _meet(prefix[0], key), _meet(prefix[1], value)
-        heads = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, S, D)
-        attend = _flex_attention(query.device.type)
+            key, value = _join(prefix[0], key), _join(prefix[1], value)
+        attend: Any = _flex_attention(query.device.type)
+        heads = [x.transpose(0, 1)[None] for x in (query, key, value)]  # (1, heads, S, D)
         out = attend(*heads, block_mask=plan.block_mask, enable_gqa=query.shape[1] != key.shape[1])
         return out[0].transpose(0, 1).split([und[0].shape[0], gen[0].shape[0]])
 
 
 class BagelAttention(nn.Module, AttentionModuleMixin):
-    """Attention over both streams. It has no weights of its own: the experts project."""
+    """Attention over both streams. It has no weights: the experts project."""
 
     _default_processor_cls = BagelAttnProcessor
     _available_processors = [BagelAttnProcessor]
     _supports_qkv_fusion = False
+    processor: Any
 
     def __init__(self, layer_index: int):
         super().__init__()
         self.layer_index = layer_index
-        self.set_processor(BagelAttnProcessor())
+        processor: Any = BagelAttnProcessor()  # diffusers lists the known processors in a type
+        self.set_processor(processor)
 
     def forward(self, und, gen, plan, prefix=None):
         return self.processor(self, und, gen, plan, prefix)
 
 
 class BagelBlock(nn.Module):
-    """One layer: the experts `und` and `gen`, and the attention in which their tokens meet."""
+    """One layer: the experts `und` and `gen`, and the attention over the tokens of both."""
 
     def __init__(self, layer_index: int, *sizes):
         super().__init__()
@@ -500,25 +524,25 @@ class BagelBlock(nn.Module):
     def forward(self, hidden_states, encoder_hidden_states, und_angles, gen_angles, plan, prefix=None):
         """`hidden_states` is the gen stream (G, hidden), `encoder_hidden_states` the und stream (U, hidden).
 
-        Returns both, and with a [`FrozenPrefix`] that one, one layer further.
+        Returns both after this layer, and the [`FrozenPrefix`] after this layer if there is one.
         """
-        # A text-only step has nothing for the gen expert; in training it still runs, on zero rows, so that every
-        # parameter takes part in every process's backward pass.
+        # A batch without latent tokens does not need the gen expert. In training it runs on zero tokens, so that every
+        # parameter gets a gradient in every process.
         if hidden_states.shape[0] == 0 and not torch.is_grad_enabled():
-            return hidden_states, self._read(encoder_hidden_states, und_angles, plan)[0]
-        seen = None
+            return hidden_states, self._und_only(encoder_hidden_states, und_angles, plan)[0]
+        prefix_states = None
         if prefix is not None:
             with torch.no_grad():
-                read, seen = self._read(*prefix)
-            prefix = prefix._replace(hidden=read)
+                hidden, prefix_states = self._und_only(*prefix)
+            prefix = prefix._replace(hidden=hidden)
         und = self.und.qkv(encoder_hidden_states, und_angles)
         gen = self.gen.qkv(hidden_states, gen_angles)
-        und_attended, gen_attended = self.attn(und, gen, plan, seen)
+        und_attended, gen_attended = self.attn(und, gen, plan, prefix_states)
         streams = self.gen.finish(hidden_states, gen_attended), self.und.finish(encoder_hidden_states, und_attended)
         return streams if prefix is None else (*streams, prefix)
 
-    def _read(self, hidden, angles, plan):
-        """Tokens of the und expert alone, one layer further, and their keys and values."""
+    def _und_only(self, hidden, angles, plan):
+        """Und tokens after this layer, computed without gen tokens, and their keys and values."""
         und = self.und.qkv(hidden, angles)
         attended, _ = self.attn(und, tuple(x[:0] for x in und), plan)
         return self.und.finish(hidden, attended), und[1:]
@@ -528,28 +552,32 @@ class BagelBlock(nn.Module):
 
 
 class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
-    """BAGEL's language model, generation expert and latent in- and outputs. The defaults are the release's sizes.
+    """BAGEL's language model, generation expert, and latent input and output. The defaults are the release's sizes.
 
     Args:
         hidden_size, intermediate_size, num_layers, num_attention_heads, num_key_value_heads: sizes of both experts.
-        vocab_size: rows of the text embedding and of the language head.
+        vocab_size: size of the text embedding and of the language head.
         rms_norm_eps, rope_theta: as in Qwen2.
-        latent_channels, latent_patch_size: the VAE's channels and the side of a latent token in VAE pixels.
-        max_latent_size: side of the latent position table, in tokens.
+        latent_channels, latent_patch_size: channels of the VAE's latent, and latent pixels per token and side.
+        max_latent_size: entries per side of the latent position table.
     """
 
+    config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
+    layers: Any  # nn.ModuleList of BagelBlock
+
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any
     _no_split_modules = ["BagelBlock"]
     _repeated_blocks = ["BagelExpert"]  # see BagelExpert.compile
     # Quantizing the input and output projections or the time embedding changes results.
     _keep_in_full_precision = ["proj_in", "proj_out", "time_embed", "lm_head"]
     _skip_layerwise_casting_patterns = ["norm", "pos_embed", "embed_tokens", *_keep_in_full_precision]
-    # Regular expressions for LoraConfig(target_modules=...): all matrices of an expert's layers.
+    # Regular expressions for LoraConfig(target_modules=...): all linear layers of an expert.
     _lora_targets = {
         name: rf".*\.({experts})\.(to_q|to_k|to_v|to_out|ff\.gate_proj|ff\.up_proj|ff\.down_proj)"
         for name, experts in (("gen", "gen"), ("und", "und"), ("both", "gen|und"))
     }
-    # Regular expression of a matrix's name -> its name in the original layout, which other trainers' adapters use.
+    # Regular expression of our name -> name in the original layout, which the adapters of other trainers use.
     _original_names = {
         r"layers\.(\d+)\.und\.to_([qkv])": r"language_model.model.layers.\1.self_attn.\2_proj",
         r"layers\.(\d+)\.gen\.to_([qkv])": r"language_model.model.layers.\1.self_attn.\2_proj_moe_gen",
@@ -563,7 +591,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         r"time_embed\.linear_2": "time_embedder.mlp.2",
         r"lm_head": "language_model.lm_head",
     }
-    # Part -> regular expression that its parameters' names begin with; the first match counts.
+    # Part -> regular expression of the beginning of its parameters' names. The first match counts.
     _trainable_parts = {"text": r"(embed_tokens|lm_head)\.", "und": r"(.+\.)?und\.", "gen": ""}
 
     @register_to_config
@@ -605,8 +633,10 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise: the
-        release's 28 GB of bfloat16 would become 56 GB of float32."""
+        """As in diffusers, but weights keep their stored dtype unless `dtype` is given.
+
+        The release's 28 GB of bfloat16 would otherwise become 56 GB of float32.
+        """
         dtype = _read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
         kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
@@ -616,11 +646,11 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     # --- forward pass ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> BagelKVCache:
-        """An empty context."""
+        """An empty cache."""
         return BagelKVCache(self.config.num_layers)
 
     def plan(self, sequence, contexts: list[Context]) -> InferencePlan:
-        """For `forward`, which then need not plan every step over the same rows. Good while no cache gets more room."""
+        """The attention plan for `forward`, which updates over the same rows can share until a cache is enlarged."""
         return InferencePlan(inference_plan(sequence, contexts), self._angles(sequence))
 
     def forward(
@@ -634,30 +664,30 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         plan: InferencePlan | None = None,
         return_dict: bool = True,
     ) -> BagelTransformerOutput | tuple:
-        """One pass over a packed sequence.
+        """Forward pass over a packed sequence.
 
         Args:
-            hidden_states: (G, C) latent tokens of the VAE segments, clean and noised, in the sequence's order.
+            hidden_states: (G, C) latent tokens of the clean and noised VAE segments, in the order of the sequence.
             timestep: (G,) time of each latent token in [0, 1], or (1,) for all: 0 is data (clean), 1 is noise.
-            sequence: the `PackedSequence` (segments_bagel.py) that says what each token is.
-            vision_embeds: (V, hidden) from the vision model.
-            contexts: inference: per row, the cache that it continues and how much of it it sees. Clean segments are
-                appended to their cache. None: training; every row is a whole sample under its mask.
-            logit_index: (n,) und tokens whose next-token logits are wanted.
-            plan: what [`plan`] made of `sequence` and `contexts`, when several steps share it.
-            return_dict: False returns the output as a tuple, `sample` first and without what is None.
+            sequence: a `PackedSequence` (segments_bagel.py), which describes the tokens.
+            vision_embeds: (V, hidden) output of the vision model.
+            contexts: in inference, the context of each row; clean segments are appended to its cache. None: training,
+                where every row is a complete sample.
+            logit_index: (n,) indices of the und tokens whose next-token logits are returned.
+            plan: the result of [`plan`] for `sequence` and `contexts`, to share it between updates.
+            return_dict: False returns the output as a tuple, with `sample` first and without entries that are None.
         """
         und, gen = self._embed(sequence, hidden_states, timestep, vision_embeds)
-        prefix = ()
+        prefix: Any = ()
+        before = rest = None
         if contexts is not None:
             calls, angles = plan or self.plan(sequence, contexts)
         else:
-            before = rest = None
             if not und.requires_grad and self._und_is_frozen():
                 before, rest = _split_prefix(sequence)
             calls, prefix_calls = self._training_plans(sequence, before, rest)
             angles = self._angles(sequence)
-            if before is not None:
+            if before is not None and prefix_calls is not None:
                 prefix = (FrozenPrefix(und[before], tuple(x[before] for x in angles[0]), prefix_calls),)
                 und, angles = und[rest], (tuple(x[rest] for x in angles[0]), angles[1])
         for block in self.layers:
@@ -665,11 +695,11 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
                 gen, und, *prefix = self._gradient_checkpointing_func(block, gen, und, *angles, calls, *prefix)
             else:
                 gen, und, *prefix = block(gen, und, *angles, calls, *prefix)
-        if prefix:
+        if before is not None and rest is not None:
             und = torch.cat([prefix[0].hidden, und])[torch.cat([before, rest]).argsort()]
         und, gen = self.norm_out["und"](und), self.norm_out["gen"](gen)
         if contexts is not None:
-            _advance(sequence, contexts)
+            _advance_caches(sequence, contexts)
         output = BagelTransformerOutput(
             sample=self.proj_out(gen),
             logits=None if logit_index is None else self.lm_head(und[logit_index]),
@@ -678,7 +708,8 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         )
         return output if return_dict else output.to_tuple()
 
-    def _embed(self, sequence, hidden_states, timestep, vision_embeds):
+    def _embed(self, sequence, hidden_states, timestep, vision_embeds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded und tokens (U, hidden) and gen tokens (G, hidden)."""
         und = self.embed_tokens(sequence.input_ids)  # (U, hidden)
         if vision_embeds is not None:
             und = und.index_copy(0, sequence.vision_index, vision_embeds.to(und.dtype))
@@ -686,24 +717,22 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             hidden_states = und.new_zeros(0, self.config.latent_channels * self.config.latent_patch_size**2)
             timestep = und.new_zeros(0, dtype=torch.float32)
         time = self.time_embed(self.time_proj(timestep).to(und.dtype))
-        place = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
-        return und, self.proj_in(hidden_states.to(und.dtype)) + time + place  # (U, hidden), (G, hidden)
+        position = self.pos_embed[sequence.latent_position_ids].to(und.dtype)
+        return und, self.proj_in(hidden_states.to(und.dtype)) + time + position
 
     def _angles(self, sequence) -> tuple:
-        """Rotary angles of the und and of the gen stream."""
+        """Rotary angles of the und stream and of the gen stream."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        made = functools.partial(
-            rotary_angles, head_dim=head_dim, theta=self.config.rope_theta, dtype=self.embed_tokens.weight.dtype
-        )
-        return made(sequence.und_position), made(sequence.gen_position)
+        options = (head_dim, self.config.rope_theta, self.embed_tokens.weight.dtype)
+        return rotary_angles(sequence.und_position, *options), rotary_angles(sequence.gen_position, *options)
 
     def _und_is_frozen(self) -> bool:
-        """Whether nothing that computes und tokens learns, so that a prefix of them alone is a constant."""
+        """Whether the und expert is frozen, so that a prefix of und tokens needs no backward pass."""
         frozen = (not p.requires_grad for block in self.layers for p in block.und.parameters())
         return torch.is_grad_enabled() and all(frozen)
 
     def _training_plans(self, sequence, before, rest):
-        """Plans of a training pass, and of its frozen prefix when there is one."""
+        """The plan of a training pass, and the plan of its frozen prefix (None without a prefix)."""
         device = sequence.input_ids.device
         if self.training_attention == "sdpa" or (self.training_attention == "auto" and device.type != "cuda"):
             if before is None:
@@ -718,17 +747,20 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     # --- settings ----------------------------------------------------------------------------------------------------
 
     def set_training_attention(self, backend: str) -> None:
-        """How training attends: "sdpa" (one masked call per sample), "flex" (one block-sparse call for the batch), or
-        "auto": flex on CUDA, sdpa elsewhere (FlexAttention has no backward pass on CPU)."""
+        """Set the attention of training: "sdpa" (masked calls per sample), "flex" (one block-sparse call) or "auto".
+
+        "auto" is flex on CUDA and sdpa on other devices: FlexAttention has no backward pass on CPU. Raises ValueError
+        for other values.
+        """
         if backend not in ("auto", "sdpa", "flex"):
             raise ValueError(f"Training attention {backend!r} must be one of auto, sdpa, flex.")
         self.training_attention = backend
 
     def enable_cache(self, config) -> None:
-        """As in diffusers, for its `TaylorSeerCacheConfig` and `FirstBlockCacheConfig`, which skip layers in updates
-        that they can guess. Off by default: it changes pictures and takes memory (docs/performance.md).
+        """As in diffusers, with `TaylorSeerCacheConfig` or `FirstBlockCacheConfig`, which skip layers in some updates.
 
-        Raises ValueError for another configuration, and for one that matches no layer: it would do nothing.
+        Off by default: it changes images and needs memory (docs/performance.md). Raises ValueError for other
+        configurations, and for one that matches no layer, because it would have no effect.
         """
         if isinstance(config, FirstBlockCacheConfig):
             _describe_block()
@@ -740,22 +772,22 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
             )
         super().enable_cache(config)
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+    def load_lora_adapter(self, *args, **kwargs):
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
+        _save_requires_grad(self)
+        super().load_lora_adapter(*args, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
+        _save_requires_grad(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
     def unload_lora(self) -> None:
-        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        """As in diffusers, but parameters require gradients again as before the first adapter."""
         super().unload_lora()
-        _restore_what_trained(self)
+        _restore_requires_grad(self)
 
     # --- costs of a training step and of an update -------------------------------------------------------------------
 
@@ -766,8 +798,8 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         those of adapters are too small to count.
 
         Args:
-            spans: the packed sequence's, per sample.
-            num_labels: und tokens with a loss.
+            spans: of the packed sequence, per sample.
+            num_labels: number of und tokens with a loss.
             inputs_train: whether token embeddings or image features need a gradient.
         """
         config, block = self.config, self.layers[0]
@@ -778,26 +810,26 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         total = 0.0
         for sample in spans:
             cut = prefix_length(sample) if prefix_is_frozen else 0
-            seen = 0
+            context = 0
             for index, span in enumerate(sample):
                 und, gen = span.und.stop - span.und.start, span.gen.stop - span.gen.start
                 n, backward = und + gen, index >= cut
-                pairs = n * seen + (n * (n + 1) / 2 if span.causal else n * n)
+                pairs = n * context + (n * (n + 1) / 2 if span.causal else n * n)
                 total += config.num_layers * 4 * config.hidden_size * pairs * (3 if backward else 1)
                 for tokens, expert in ((und, "und"), (gen, "gen")):
                     total += config.num_layers * 2 * weights * tokens * (1 + backward + trains[expert])
-                seen += 0 if span.hidden else n
+                context += 0 if span.hidden else n
         head = config.hidden_size * config.vocab_size
         return total + 2 * head * num_labels * (2 + self.lm_head.weight.requires_grad)
 
     def layer_activation_bytes(
         self, gen: int, und: int, *, compute: int = 4, residual: int = 4, rank: int = 0, masked_samples=()
     ) -> float:
-        """Bytes that one layer keeps for the backward pass of `gen` and `und` tokens; 0 when nothing trains.
+        """Bytes that one layer keeps for the backward pass of `gen` and `und` tokens; 0 if nothing trains.
 
         Args:
-            compute, residual: bytes per value of matrix products, and of the stream between layers.
-            masked_samples: token counts of the samples whose attention runs under a stored mask (CPU).
+            compute, residual: bytes per value in matrix products, and between layers.
+            masked_samples: token counts of the samples whose attention uses a stored mask (CPU).
         """
         block = self.layers[0]
         if block.gen.tuning() == block.und.tuning() == "frozen":
@@ -817,10 +849,10 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         num_labels: int = 0,
         checkpointing: bool = False,
     ) -> float:
-        """Bytes kept between forward and backward pass, by the sizes of the tensors that autograd saves.
+        """Bytes of the tensors that autograd keeps between the forward and backward pass.
 
-        Arguments as in [`layer_activation_bytes`]. With `checkpointing`, only the layers' inputs are counted: the
-        layer that is computed again adds `layer_activation_bytes`.
+        Arguments as in [`layer_activation_bytes`]. With `checkpointing`, only the layers' inputs are counted: a layer
+        that is computed again adds `layer_activation_bytes`.
         """
         layer = self.layer_activation_bytes(
             gen, und, compute=compute, residual=residual, rank=rank, masked_samples=masked_samples
@@ -839,17 +871,17 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         return kept + num_labels * config.vocab_size * (compute + 3 * 4)  # logits, their softmax and gradient
 
     def backward_workspace_bytes(self, tokens: int, compute: int) -> float:
-        """Gradients alive at once inside the widest operation: those of an MLP's three inner tensors."""
+        """Bytes of the gradients that are alive at once in the backward pass: of the three inner tensors of an MLP."""
         return 3.0 * tokens * self.config.intermediate_size * compute
 
     def kv_cache_bytes(self, tokens: int, itemsize: int) -> float:
-        """Keys and values of all layers for contexts of together `tokens` tokens."""
+        """Bytes of the keys and values of all layers for contexts of `tokens` tokens in total."""
         config = self.config
         width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
         return tokens * 2 * config.num_layers * width * itemsize
 
     def update_bytes(self, tokens: int, itemsize: int) -> float:
-        """Peak activations of one update over `tokens` latent tokens of all rows: inside the MLP of a layer.
+        """Bytes of activations at the peak of an update over `tokens` latent tokens of all rows: in the MLP of a layer.
 
         Per token: the layer's input, queries, the attention's result, their sum and its norm (hidden each), keys and
         values, and the MLP's gate, value and product (intermediate each).
@@ -863,28 +895,30 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
 
 def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    """Raise ValueError for an option in config.json that has another type than its default or is not positive."""
+    config: Any = model.config
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value, default = model.config.get(name), parameter.default
+        value, default = config.get(name), parameter.default
         if default is parameter.empty:
             continue
         kind = {int: numbers.Integral, float: numbers.Real, str: str}[type(default)]
-        if not isinstance(value, kind) or isinstance(value, bool) or (not isinstance(value, str) and not value > 0):
-            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a text"}[type(default)]
+        is_valid = isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, str) or value > 0)
+        if not is_valid:
+            wanted = {int: "a whole number above 0", float: "a number above 0", str: "a string"}[type(default)]
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
 
 
-def _read_dtype(dtype) -> torch.dtype | None:
-    """The dtype that a caller asks for, by itself or by name; None, the stored one, for None and "auto"."""
+def _read_dtype(dtype: Any) -> Any:
+    """A dtype from a dtype or its name; None and "auto" mean the stored dtype and give None."""
     if isinstance(dtype, str):
         return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
     return dtype
 
 
 def _stored_dtype(name, **options) -> torch.dtype | None:
-    """The floating dtype that most bytes of a model's files are stored in; None if they hold no floating tensors.
+    """The floating dtype of most bytes of a model's files; None if they have no floating tensors.
 
-    Integers (quantized weights) do not count. Float8 holds weights but cannot compute: it counts as bfloat16.
+    Integers (quantized weights) do not count. Float8 weights give bfloat16, because float8 is not used to compute.
 
     Args:
         name: a folder or a repository of the Hub.
@@ -893,7 +927,7 @@ def _stored_dtype(name, **options) -> torch.dtype | None:
     floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
     known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
-    sizes: Counter = Counter()
+    sizes: Counter[torch.dtype] = Counter()
     for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
@@ -905,9 +939,9 @@ def _stored_dtype(name, **options) -> torch.dtype | None:
 
 
 def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
-    """The safetensors files that diffusers loads a model from, fetched if `name` is a repository of the Hub.
+    """The safetensors files that diffusers loads a model from; those of a Hub repository are downloaded.
 
-    Empty where diffusers finds no such files; it then says so itself.
+    Empty if there are none: diffusers then raises the error.
     """
 
     def find(file: str) -> Path | None:
@@ -931,7 +965,7 @@ def _stored_files(name, subfolder: str | None = None, variant: str | None = None
 
 
 def _exempting(config, names: list[str]):
-    """A quantization configuration that leaves the modules `names` alone, unless it says itself which to leave."""
+    """A copy of a quantization configuration that excludes the modules `names`, unless it excludes others."""
     config = copy.copy(config)
     for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if getattr(config, option, names) is None:
@@ -940,20 +974,20 @@ def _exempting(config, names: list[str]):
 
 
 def _describe_block() -> None:
-    """Tell diffusers' FirstBlockCache what a block returns; there is no public way to."""
+    """Register the outputs of a block for diffusers' FirstBlockCache, which has no public function for it."""
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError as error:
-        raise ValueError(f"FirstBlockCache does not fit this version of diffusers: {error}.") from error
+        raise ValueError(f"FirstBlockCache is not supported with this version of diffusers: {error}.") from error
     TransformerBlockRegistry.register(BagelBlock, TransformerBlockMetadata(0, 1))
 
 
 def _check_taylorseer(config, names: list[str]) -> None:
-    """ValueError for a configuration that would guess nothing, or nothing sensible, of a model with modules `names`."""
+    """Raise ValueError for a configuration that would skip no layers of a model with modules `names`, or fail."""
     if config.disable_cache_before_step < 1:
         raise ValueError(
-            f"disable_cache_before_step={config.disable_cache_before_step}: there is nothing yet to guess the first "
-            "update from; give at least 1."
+            f"disable_cache_before_step={config.disable_cache_before_step}: the first update cannot be extrapolated; use "
+            "at least 1."
         )
     skipped, cached = (
         [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns or ())]
@@ -962,20 +996,21 @@ def _check_taylorseer(config, names: list[str]) -> None:
     layers = any(name.startswith("layers.") for name in skipped + cached)
     if config.use_lite_mode or not cached or not layers:
         raise ValueError(
-            "TaylorSeer would skip no layer, or make up for none: give skip_predict_identifiers=[r'layers\\.\\d+'] and "
-            "cache_identifiers=['proj_out'] (what use_lite_mode and the defaults name does not exist here); got "
+            "TaylorSeer would skip no layer, or not replace a skipped one: use skip_predict_identifiers=[r'layers\\.\\d+'] "
+            "and cache_identifiers=['proj_out'] (this model lacks the modules of use_lite_mode and of the defaults); got "
             f"{config.skip_predict_identifiers} and {config.cache_identifiers}, use_lite_mode={config.use_lite_mode}."
         )
 
 
-def _note_what_trains(model: nn.Module) -> None:
-    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+def _save_requires_grad(model: nn.Module) -> None:
+    """Store `requires_grad` of every parameter before the first adapter, because PEFT freezes the model."""
     if not getattr(model, "peft_config", None):
-        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.__dict__["_requires_grad_before_adapters"] = flags
 
 
-def _restore_what_trained(model: nn.Module) -> None:
-    """Undo what adapters did to `requires_grad`, once they are gone."""
-    before = model.__dict__.pop("_trained_before_adapters", {})
+def _restore_requires_grad(model: nn.Module) -> None:
+    """Restore `requires_grad` of every parameter after the last adapter was removed."""
+    before = model.__dict__.pop("_requires_grad_before_adapters", {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))

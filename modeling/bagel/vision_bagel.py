@@ -135,20 +135,20 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def load_lora_adapter(self, *args, **kwargs):
         """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
+        _save_requires_grad(self)
         super().load_lora_adapter(*args, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
+        _save_requires_grad(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
     def unload_lora(self) -> None:
         """As in diffusers, but parameters require gradients again as before the first adapter."""
         super().unload_lora()
-        _restore_what_trained(self)
+        _restore_requires_grad(self)
 
     def forward(
         self, patches: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], return_dict: bool = True
@@ -224,15 +224,16 @@ def _check_options(model: ConfigMixin) -> None:
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
 
 
-def _note_what_trains(model: nn.Module) -> None:
-    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+def _save_requires_grad(model: nn.Module) -> None:
+    """Store `requires_grad` of every parameter before the first adapter, because PEFT freezes the model."""
     if not getattr(model, "peft_config", None):
-        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.__dict__["_requires_grad_before_adapters"] = flags
 
 
-def _restore_what_trained(model: nn.Module) -> None:
-    """Undo what adapters did to `requires_grad`, once they are gone."""
-    before = model.__dict__.pop("_trained_before_adapters", {})
+def _restore_requires_grad(model: nn.Module) -> None:
+    """Restore `requires_grad` of every parameter after the last adapter was removed."""
+    before = model.__dict__.pop("_requires_grad_before_adapters", {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
 

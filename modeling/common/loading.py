@@ -278,7 +278,8 @@ def qwen_names(module: torch.nn.Module, names: Iterable[str]) -> set[str]:
     """
     stored = (re.sub(r"^model\.(language_model|visual)\.", r"\1.", name) for name in names)
     stored = (re.sub(r"^language_model\.", "model.", name) for name in stored)
-    return {name for name in stored if not (module.config.tie_word_embeddings and name == "lm_head.weight")}
+    config: Any = module.config
+    return {name for name in stored if not (config.tie_word_embeddings and name == "lm_head.weight")}
 
 
 def download_index(repo: str, **options) -> str:

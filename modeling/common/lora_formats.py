@@ -1,4 +1,4 @@
-"""Adapters in the file formats of other trainers: kohya, ComfyUI, and PEFT on the original layout of a model.
+"""Converts adapters of other trainers: kohya, ComfyUI, and PEFT on the original layout of a model.
 
 A file is converted if every name and every alpha in it has one exact meaning for the model. Otherwise it is returned as
 it is, and loading raises the error for the first name without a place.
@@ -101,6 +101,6 @@ def _renamed(settings: dict[str, Any], stems: dict[str, str]) -> dict[str, Any]:
     chosen = {}
     for option, default in (("rank_pattern", settings.get("r", 8)), ("alpha_pattern", settings.get("lora_alpha", 8))):
         patterns = settings.get(option) or {}
-        values = {name: patterns.get(get_pattern_key(patterns.keys(), stem), default) for name, stem in stems.items()}
+        values = {name: patterns.get(get_pattern_key(list(patterns), stem), default) for name, stem in stems.items()}
         chosen[option] = {name: value for name, value in values.items() if value != default}
     return settings | chosen | {"target_modules": sorted(stems), "exclude_modules": None, "layers_to_transform": None}

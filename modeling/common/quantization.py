@@ -33,7 +33,7 @@ class QuantizationMethod:
 
 def _int8() -> Any:
     from diffusers.quantizers.quantization_config import TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports] - optional
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 

@@ -142,7 +142,7 @@ def test_a_cache_comes_close_and_goes_without_a_trace(pipe, cached, config):
         (TaylorSeerCacheConfig(use_lite_mode=True), "use_lite_mode=True"),
         (TaylorSeerCacheConfig(cache_identifiers=["proj_out"]), "would skip no layer"),
         (TaylorSeerCacheConfig(cache_identifiers=[r"blocks\.\d+"]), "would skip no layer"),
-        (TaylorSeerCacheConfig(skip_predict_identifiers=[r"layers\.\d+"]), "make up for none"),
+        (TaylorSeerCacheConfig(skip_predict_identifiers=[r"layers\.\d+"]), "not replace a skipped one"),
         (TaylorSeerCacheConfig(disable_cache_before_step=0, **LAYERS), "disable_cache_before_step=0"),
         (PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2), "not supported"),
         (MagCacheConfig(calibrate=True), "not supported"),
@@ -158,7 +158,7 @@ def test_a_diffusers_without_its_private_registry_loads_all_the_same(pipe, monke
     import sys
 
     monkeypatch.setitem(sys.modules, "diffusers.hooks._helpers", None)
-    with pytest.raises(ValueError, match="does not fit this version of diffusers"):
+    with pytest.raises(ValueError, match="is not supported with this version of diffusers"):
         pipe.transformer.enable_cache(FIRST_BLOCK)
     assert not pipe.transformer.is_cache_enabled
 

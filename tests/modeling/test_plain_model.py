@@ -38,7 +38,7 @@ def test_a_whole_picture_is_the_same(pipe, pictures, names):
     sigmas, tokens = pipe.scheduler.sigmas.tolist(), noise
     picture = noised((4, 4), pipe.special_tokens)
     for t, after in zip(sigmas, sigmas[1:]):
-        branches = contexts[: 1 + sum(guidance.branches(t))]
+        branches = contexts[: 1 + sum(guidance.active(t))]
         tokens = tokens + (after - t) * plain.guided(branches, picture, tokens, t, guidance)
 
     patch = pipe.transformer.config.latent_patch_size
