@@ -129,6 +129,6 @@ def call(transformer, batch: int):
             if packed_at != guidance.active(t):
                 packed_at = guidance.active(t)
                 branch_batch = pack_branches(transformer, images, t, tokens, packed)
-            take_step(scheduler, images, predict_velocity(transformer, images, t, branch_batch), timestep)
+            take_step(scheduler, images, predict_velocity(transformer, branch_batch, t), timestep)
 
     return generate

@@ -124,7 +124,7 @@ class Case:
         branches = (conditional, GuidanceBranch(self.caches[0], 0, 0), image_free)
         images = [NoisyImage(self.noise, self.grid, guidance, *branches) for _ in range(self.pictures)]
         batch = pack_branches(transformer, images, 0.5, self.pipe.special_tokens, self.pipe.pack)
-        return lambda: predict_velocity(transformer, images, 0.5, batch)
+        return lambda: predict_velocity(transformer, batch, 0.5)
 
     def plain_update(self, rows: int):
         return lambda: self.plain.guided(self.contexts[:rows], self.segment, self.noise, 0.5, GUIDED)

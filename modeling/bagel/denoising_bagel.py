@@ -141,19 +141,40 @@ class Prepared:
 
 @dataclass(frozen=True)
 class BranchBatch:
-    """The guidance branches of all images, packed for the transformer. Updates share it until a branch is dropped.
+    """The guidance branches of a group of images, packed for the transformer.
+
+    Updates share it until a branch is dropped.
 
     Args:
+        images: the images of the group.
         sequence: one sample per branch: the noised image.
         contexts: of each branch, for the transformer.
         image_index: index of the image that each branch belongs to.
         plan: the transformer's attention plan for `sequence` and `contexts`.
     """
 
+    images: Sequence[NoisyImage]
     sequence: PackedSequence
     contexts: list
     image_index: list[int]
     plan: Any
+
+
+def group_images(transformer: Any, images: Sequence[NoisyImage], t: float, limit: float) -> list[list[NoisyImage]]:
+    """Split the images, in order, into groups whose activations in an update at time `t` need at most `limit` bytes.
+
+    The branches of an image stay together, so that an image larger than the limit is a group of its own.
+    """
+    groups: list[list[NoisyImage]] = []
+    used = 0.0
+    for image in images:
+        size = transformer.update_bytes(len(image.tokens) * len(image.branches(t)), transformer.dtype.itemsize)
+        if not groups or used + size > limit:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(image)
+        used += size
+    return groups
 
 
 def pack_branches(
@@ -165,13 +186,12 @@ def pack_branches(
     noised = [[image_segment("noise", images[index].grid, tokens)] for index in image_index]
     sequence = pack(noised, [branch.position for branch in branches])
     contexts = [branch.cache.first(branch.length) for branch in branches]
-    return BranchBatch(sequence, contexts, image_index, transformer.plan(sequence, contexts))
+    return BranchBatch(images, sequence, contexts, image_index, transformer.plan(sequence, contexts))
 
 
-def predict_velocity(
-    transformer: Any, images: Sequence[NoisyImage], t: float, batch: BranchBatch
-) -> list[torch.Tensor]:
-    """Guided velocity (noise - data) of every image at time `t`: one (n, C) float32 tensor each."""
+def predict_velocity(transformer: Any, batch: BranchBatch, t: float) -> list[torch.Tensor]:
+    """Guided velocity (noise - data) of every image of a batch at time `t`: one (n, C) float32 tensor each."""
+    images = batch.images
     tokens = torch.cat([images[index].tokens for index in batch.image_index])  # (G, C)
     timestep = torch.full((1,), t, device=tokens.device)
     v = transformer(tokens, timestep, batch.sequence, contexts=batch.contexts, plan=batch.plan).sample.float()

@@ -15,12 +15,21 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
+from ..common.activation_limit import activation_limit
 from ..common.flow_schedulers import check_scheduler
 from ..common.images import to_uint8
 from ..common.loading import PortablePipelineMixin
 from ..common.lora import TransformerLoraMixin, scales_lora
 from ..common.step_cache import cached_update, reset_step_cache
-from .denoising_bagel import EncodedPrompt, NoisyImage, Prepared, pack_branches, predict_velocity, take_step
+from .denoising_bagel import (
+    EncodedPrompt,
+    NoisyImage,
+    Prepared,
+    group_images,
+    pack_branches,
+    predict_velocity,
+    take_step,
+)
 from .inputs_bagel import (
     PromptInputs,
     check_settings,
@@ -75,6 +84,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         ".prompt_encoding_bagel",
         ".segments_bagel",
         ".text_generation_bagel",
+        "..common.activation_limit",
         "..common.flow_schedulers",
         "..common.image_files",
         "..common.images",
@@ -250,16 +260,22 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         images = prepared.noisy_images(self.transformer.config.latent_patch_size, self._execution_device)
         sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
-        active, batch = None, None
+        limit = activation_limit(self._execution_device)
+        active, batches = None, []
         with self._progress(num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 t = float(self.scheduler.sigmas[step])
                 previous, active = active, [image.guidance.active(t) for image in images]
-                if batch is None or active != previous:
+                if active != previous:
                     reset_step_cache(self.transformer)
-                    batch = pack_branches(self.transformer, images, t, self.special_tokens, self.pack)
-                with cached_update(self.transformer):
-                    velocities = predict_velocity(self.transformer, images, t, batch)
+                    groups = group_images(self.transformer, images, t, limit)
+                    batches = [
+                        pack_branches(self.transformer, group, t, self.special_tokens, self.pack) for group in groups
+                    ]
+                velocities = []
+                for group, batch in enumerate(batches):
+                    with cached_update(self.transformer, group):
+                        velocities += predict_velocity(self.transformer, batch, t)
                 take_step(self.scheduler, images, velocities, timestep)
                 if callback_on_step_end is not None:
                     tensors = {"latents": self._latents(images)} if callback_tensors else {}

@@ -9,9 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 
-def cached_update(transformer: Any) -> AbstractContextManager:
-    """Context of a denoising update, in which the step cache may skip layers."""
-    return transformer.cache_context("update") if transformer.is_cache_enabled else nullcontext()
+def cached_update(transformer: Any, group: int = 0) -> AbstractContextManager:
+    """Context of a denoising update, in which the step cache may skip layers.
+
+    Args:
+        group: number of the group of rows that is computed; each has a cache of its own.
+    """
+    return transformer.cache_context(f"update {group}") if transformer.is_cache_enabled else nullcontext()
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _check_flow(pipe, chain: Chain, flow, tensors, check) -> None:
     def velocity(guidance: Guidance, *branches: GuidanceBranch | None) -> tuple[torch.Tensor, object]:
         images = [NoisyImage(tensors["x_t"], grid, guidance, *branches)]
         batch = pack_branches(pipe.transformer, images, flow["t"], pipe.special_tokens, pipe.pack)
-        return predict_velocity(pipe.transformer, images, flow["t"], batch)[0], batch.sequence
+        return predict_velocity(pipe.transformer, batch, flow["t"])[0], batch.sequence
 
     v, sequence = velocity(OFF, conditional, text_free, None)
     check("position_ids", segments_and_positions(sequence)[1], tensors["position_ids"])
