@@ -62,6 +62,7 @@ def _try(scheduler: Any, times: np.ndarray) -> tuple[np.ndarray | None, list[tor
     sigmas = updates = None
     try:
         trial = copy.deepcopy(scheduler)
+        trial.__dict__.pop("step", None)  # a wrapper set on the instance would step the original
         trial.set_timesteps(sigmas=times, device="cpu")
         sigmas = np.asarray([float(sigma) for sigma in trial.sigmas])
         sample, updates = _START, []
