@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from echo4o.dataset_scripts.findings import Remark
 from echo4o.dataset_scripts.images import MAX_IMAGE_BYTES
+from echo4o.dataset_scripts.json_rows import ByteStream
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
 CHUNK_BYTES = 1 << 20
@@ -40,7 +41,7 @@ def is_archive(name: str) -> bool:
 
 
 def read_members(
-    stream: BinaryIO, name: str, wanted: Callable[[str], bool] = lambda name: True
+    stream: ByteStream, name: str, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[ArchiveMember]:
     """The members of the archive in `stream`, in order. `data` is read only for names that are `wanted`."""
     number = -1
@@ -171,7 +172,7 @@ class _StreamWindow:
         return True
 
 
-def _inflate(stream: BinaryIO, name: str) -> Iterator[bytes]:
+def _inflate(stream: ByteStream, name: str) -> Iterator[bytes]:
     """The decompressed chunks. The compression is recognised by the first bytes, not by the name."""
     head = stream.read(CHUNK_BYTES)
     if head.startswith(b"\x1f\x8b"):
@@ -188,7 +189,7 @@ def _inflate(stream: BinaryIO, name: str) -> Iterator[bytes]:
     yield from _decompress(stream, head, make)
 
 
-def _decompress(stream: BinaryIO, data: bytes, make: Callable) -> Iterator[bytes]:
+def _decompress(stream: ByteStream, data: bytes, make: Callable) -> Iterator[bytes]:
     engine, inside, outside = make(), len(data), 0
     while data or not engine.eof:
         chunk = engine.decompress(data, CHUNK_BYTES)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.dataset_scripts.card import write_card
-from echo4o.dataset_scripts.findings import ReadingReport
+from echo4o.dataset_scripts.findings import Finding, ReadingReport
 from echo4o.dataset_scripts.manifest import MANIFEST, make_manifest, read_manifest, versions
 from echo4o.dataset_scripts.names import ALL, SPLIT
 from echo4o.dataset_scripts.shards import ROW_GROUP_BYTES, ShardWriter
@@ -89,7 +89,10 @@ def _terms(source: PublishedSource, options: BuildOptions, reading: ReadOptions)
     row_files = {}
     for file in (file for part in parts for file in part.rows):
         with source.open(file.path) as stream:
-            row_files[file.path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            for chunk in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(chunk)
+            row_files[file.path] = digest.hexdigest()
     plan = {
         folder: {"configuration": p.configuration, "map": p.map and p.map.to_dict()}
         for folder, p in sorted(reading.plan.items())
@@ -160,6 +163,19 @@ def _exclusive(out: Path) -> Iterator[None]:
         lock.release()
 
 
+class _Writers:
+    """The files of a build in progress, cut to the lengths in the last journal entry."""
+
+    def __init__(self, folder: Path, last: dict):
+        self.rejected = JsonLinesWriter(folder / REJECTED, last.get("rejected_bytes", 0))
+        self.remarks = JsonLinesWriter(folder / REMARKS, last.get("remarks_bytes", 0))
+        self.journal = JsonLinesWriter(folder / JOURNAL, last.get("journal_bytes", 0))
+
+    def close(self) -> None:
+        for lines in (self.rejected, self.remarks, self.journal):
+            lines.close()
+
+
 class _Build:
     """A build in progress: its journal, the shard being written, the counts of rows."""
 
@@ -174,11 +190,7 @@ class _Build:
         self.place = ReadPosition(*last.get("place", START))
         self.held_from = last.get("held_from", 0)
         self.report = _report(last)
-        self.rejected = self.remarks = self.journal = None
-        if not self.complete:
-            self.rejected = JsonLinesWriter(self.folder / REJECTED, last.get("rejected_bytes", 0))
-            self.remarks = JsonLinesWriter(self.folder / REMARKS, last.get("remarks_bytes", 0))
-            self.journal = JsonLinesWriter(self.folder / JOURNAL, last.get("journal_bytes", 0))
+        self._open_writers = None if self.complete else _Writers(self.folder, last)
         self.shard: ShardWriter | None = None
         self.shard_name = self.configuration = ""
         self.numbers: list[tuple[int, int]] = []  # of rows done since the last entry
@@ -194,13 +206,20 @@ class _Build:
             entries.append(entry | {"journal_bytes": end})
         return entries
 
+    @property
+    def _writers(self) -> "_Writers":
+        if self._open_writers is None:
+            raise RuntimeError("a complete build is not written to")
+        return self._open_writers
+
     def close(self) -> None:
-        for lines in filter(None, (self.rejected, self.remarks, self.journal)):
-            lines.close()
+        if self._open_writers:
+            self._open_writers.close()
         if self.shard:
             self.shard.give_up()
 
     def run(self, reading: ReadOptions, progress: Callable[[int, ReadingReport], object]) -> None:
+        """Reads the source from the last journal entry on and writes shards."""
         done = {tuple(number) for entry in self.entries for number in entry["numbers"]}
         remarks = [r for r in JsonLines(self.folder / REMARKS) if r["part"] == self.place.part]
         events = read_events(
@@ -231,34 +250,35 @@ class _Build:
         self.place, self.held_from = event.place, event.held_from
         if event.number is not None:
             self.numbers.append(event.number)
+        if event.finding is not None:
+            self._record(event, event.finding)
         if event.row is None:
-            self._record(event)
             return
         self.report.accept(event.configuration)
         if self.shard is None:
-            self._begin_shard(event.configuration)
+            self.shard = self._new_shard(event.configuration)
         self.shard.add(event.row)
         if self.shard.bytes >= self.options.shard_bytes:
             self._end_shard(event.place, event.held_from)
 
-    def _record(self, event: ReadEvent) -> None:
-        self.report.add(event.finding)
+    def _record(self, event: ReadEvent, finding: Finding) -> None:
+        self.report.add(finding)
         if event.number is None:
-            self.remarks.append(event.finding.to_dict() | {"part": event.place.part})
+            self._writers.remarks.append(finding.to_dict() | {"part": event.place.part})
             return
-        self.rejected.append(event.finding.to_dict())
+        self._writers.rejected.append(finding.to_dict())
         if self.max_rejected is not None and self.report.rejected_total > self.max_rejected:
             raise ValueError(
-                f"more than {self.max_rejected} rows are rejected (--max-rejected); the last: {event.finding}; "
+                f"more than {self.max_rejected} rows are rejected (--max-rejected); the last: {finding}; "
                 f"all of them: {self.folder / REJECTED}"
             )
 
-    def _begin_shard(self, configuration: str) -> None:
+    def _new_shard(self, configuration: str) -> ShardWriter:
         number = sum((entry.get("shard") or {}).get("configuration") == configuration for entry in self.entries)
         self.configuration, self.shard_name = configuration, f"data/{configuration}/{SPLIT}-{number:05d}.parquet"
         path = self.folder / self.shard_name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.shard = ShardWriter(path, self.options.row_group_bytes)
+        return ShardWriter(path, self.options.row_group_bytes)
 
     def _end_shard(self, place: ReadPosition, held_from: int, complete: bool = False) -> None:
         """Finish the open shard, if any, and record in the journal that everything up to `place` is done."""
@@ -270,15 +290,16 @@ class _Build:
             except BaseException:
                 shard.give_up()
                 raise
-        self.rejected.sync()
-        self.remarks.sync()
+        writers = self._writers
+        writers.rejected.sync()
+        writers.remarks.sync()
         entry = {
             "shard": facts,
             "numbers": self.numbers,
             "place": place,
             "held_from": held_from,
-            "rejected_bytes": self.rejected.length,
-            "remarks_bytes": self.remarks.length,
+            "rejected_bytes": writers.rejected.length,
+            "remarks_bytes": writers.remarks.length,
             "report": {
                 "accepted": self.report.accepted,
                 "rejected": self.report.rejected,
@@ -286,8 +307,8 @@ class _Build:
             },
             "complete": complete,
         }
-        self.journal.append(entry)
-        self.journal.sync()
+        writers.journal.append(entry)
+        writers.journal.sync()
         self.entries.append(entry | {"numbers": []})  # they are on the disk
         self.numbers, self.place, self.held_from = [], place, held_from
 

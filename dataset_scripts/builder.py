@@ -54,6 +54,7 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [Echo4oImageConfig(name=name) for name in CONFIGURATIONS]
     DEFAULT_CONFIG_NAME = ALL
     DEFAULT_WRITER_BATCH_SIZE = 64
+    config: Echo4oImageConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"dataset_name": "echo-4o-image"} | kwargs)
@@ -72,20 +73,22 @@ class Echo4oImage(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(SPLIT, gen_kwargs={"shares": shares})]
 
     def _options(self) -> ReadOptions:
-        given = self.config.map
-        if isinstance(given, str):
-            return ReadOptions(verify=ImageVerification(self.config.verify), plan=read_plan(given))
-        return ReadOptions(verify=ImageVerification(self.config.verify), row_map=parse_map(given) if given else None)
+        mapping, verify = self.config.map, ImageVerification(self.config.verify)
+        if isinstance(mapping, str):
+            return ReadOptions(verify=verify, plan=read_plan(mapping))
+        return ReadOptions(verify=verify, row_map=parse_map(mapping) if mapping else None)
 
-    def _generate_examples(self, shares):
+    def _generate_examples(self, shares):  # pyright: ignore[reportIncompatibleMethodOverride]  # datasets passes gen_kwargs
         report = ReadingReport()
         only = RowShares(frozenset(shares), SHARES) if len(shares) < SHARES else None
-        for event in read_events(PublishedSource(self.config.data_dir), self.config.name, self._options(), only=only):
+        source = PublishedSource(self.config.data_dir or "")
+        for event in read_events(source, self.config.name, self._options(), only=only):
             if event.row is not None:
                 report.accept(event.configuration)
                 yield event.row["id"], event.row
                 continue
-            report.add(event.finding)
+            if event.finding is not None:
+                report.add(event.finding)
             limit = self.config.max_rejected
             if limit is not None and report.rejected_total > limit:
                 raise ValueError(f"more than max_rejected={limit} rows are rejected; the last: {event.finding}")

@@ -40,7 +40,7 @@ def _present(manifest: dict):
 
 def _configurations(manifest: dict) -> MetadataConfigs:
     files = {name: f"data/{name}/{SPLIT}-*" for name in _present(manifest)}
-    entries = {name: {"data_files": [{"split": SPLIT, "path": path}]} for name, path in files.items()}
+    entries: dict[str, dict] = {name: {"data_files": [{"split": SPLIT, "path": path}]} for name, path in files.items()}
     entries[ALL] = {"data_files": [{"split": SPLIT, "path": list(files.values())}], "default": True}
     return MetadataConfigs(entries)
 

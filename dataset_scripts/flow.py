@@ -3,15 +3,16 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Future | None)
 _END = object()
 
 
-def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Generator[T, None, None]:
     """The same items, read by a thread that is at most `limit` ahead in weight (one item may exceed it)."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     room = threading.Condition()
@@ -53,8 +54,8 @@ def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> It
 
 
 def ordered(
-    submit: Callable[[T], Future | None], items: Iterable[T], weight: Callable[[T], int], limit: int, count: int
-) -> Iterator[tuple[T, Future | None]]:
+    submit: Callable[[T], F], items: Iterable[T], weight: Callable[[T], int], limit: int, count: int
+) -> Iterator[tuple[T, F]]:
     """Items with their futures in the items' order, at most `count` items and `limit` weight ahead."""
     ahead: deque = deque()
     load = 0

@@ -176,6 +176,10 @@ class PartIndex:
         self._lines.append(given.line)
         self._files.append(file_number)
 
+    def images_of(self, number: int) -> tuple[WantedImage, ...]:
+        """The images of a row that was not rejected at once: the target image, then the references."""
+        return self.slots[number] or ()
+
     def _slot(self, path: str) -> WantedImage:
         candidates = self.wanted.setdefault(stem(path), [])
         for slot in candidates:

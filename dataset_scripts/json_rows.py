@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 from echo4o.common import strict_json
 
@@ -25,6 +25,14 @@ _NEXT_LINE = re.compile(r"\}[^\S\n]*,?[^\S\n]*(?=\{)|\n")
 _SLACK = 16  # an error this close to the end of what was read may be an incomplete row
 
 
+class ByteStream(Protocol):
+    """A binary stream that is read from start to end."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Returns up to `size` bytes; -1: all that is left, b"": the end."""
+        ...
+
+
 @dataclass(frozen=True)
 class ParsedRow:
     """One value of a row file: `row`, or the `error` and the text (`raw`) of an unreadable one."""
@@ -35,7 +43,7 @@ class ParsedRow:
     raw: str | None = None
 
 
-def read_rows(stream: BinaryIO) -> Iterator[ParsedRow]:
+def read_rows(stream: ByteStream) -> Iterator[ParsedRow]:
     """The rows of an open file in their order; unreadable ones have an `error`."""
     text = _TextWindow(stream)
     while True:
@@ -118,7 +126,7 @@ def _skip_broken(text: "_TextWindow") -> str:
 class _TextWindow:
     """A window of decoded text that slides over a binary stream. Bytes that are not UTF-8 become lone surrogates."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: ByteStream):
         self.stream, self.decoder = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.buffer, self.start, self.line, self.depth, self.finished = "", 0, 1, 0, False
         self.read_more()
@@ -161,7 +169,8 @@ class _TextWindow:
 
     def skip(self, pattern: re.Pattern) -> None:
         while True:
-            taken = self.take(pattern.match(self.buffer, self.start).end())
+            match = pattern.match(self.buffer, self.start)
+            taken = self.take(match.end() if match else self.start)
             self.depth += taken.count("[") - taken.count("]")
             if self.start < len(self.buffer) or not self.read_more():
                 return

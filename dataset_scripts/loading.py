@@ -12,7 +12,7 @@ within windows of a few groups, so the state holds no rows.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -36,8 +36,9 @@ class RowOrder(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+    def rows(self, epoch: int, position: int) -> Generator[dict, None, None]:
         """The rows from a position on, images not decoded."""
+        ...
 
 
 class TrainingRows:
@@ -62,7 +63,7 @@ class TrainingRows:
                 yield row
         self.epoch, self.position = self.epoch + 1, 0
 
-    def _rows(self) -> Iterator[dict]:
+    def _rows(self) -> Generator[dict, None, None]:
         raw = self.order.rows(self.epoch, self.position)
         if not self.decode:
             yield from raw
@@ -139,7 +140,8 @@ def _load(data: str | Path, configuration: str) -> datasets.Dataset:
 def parquet_files(data: str | Path, configuration: str = ALL) -> list[str]:
     """The shards of a configuration, local paths or hf:// addresses."""
     builder = datasets.load_dataset_builder(str(data), _config_name(data, configuration))
-    return list(builder.config.data_files[SPLIT])
+    data_files = builder.config.data_files or {}
+    return list(data_files[SPLIT])
 
 
 def _config_name(data: str | Path, configuration: str) -> str:
@@ -172,7 +174,7 @@ class _MapOrder:
     def __len__(self) -> int:
         return len(range(self.share[0], len(self.table), self.share[1]))
 
-    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+    def rows(self, epoch: int, position: int) -> Generator[dict, None, None]:
         every = np.arange(len(self.table))
         if self.shuffle:
             every = np.random.default_rng([self.seed, epoch]).permutation(every)
@@ -198,6 +200,6 @@ class _StreamOrder:
     def __len__(self) -> int:
         return len(self.streamed)
 
-    def rows(self, epoch: int, position: int) -> Iterator[dict]:
+    def rows(self, epoch: int, position: int) -> Generator[dict, None, None]:
         for place in range(position, len(self.streamed)):
             yield self.groups.raw(self.streamed.number(epoch, place))

@@ -44,9 +44,7 @@ class RowMap:
 
     def keys(self) -> set[str]:
         """The row keys that are used."""
-        return {
-            _FIELD.fullmatch(part)[1].split(".")[0] for text in self.to_dict().values() for part in text.split(",")
-        }
+        return {_parse(part)[0].split(".")[0] for text in self.to_dict().values() for part in text.split(",")}
 
 
 def recognise(keys: Iterable[str]) -> RowMap | None:
@@ -134,8 +132,16 @@ def paths_of(row: Mapping, fields_: str | None) -> list[str]:
     return paths
 
 
+def _parse(field: str) -> tuple[str, str | None, str | None, str | None, str | None]:
+    """The key of a field, its brackets, and in them the first number, the colon and the last number."""
+    match = _FIELD.fullmatch(field)
+    if match is None:
+        raise ValueError(f"{field!r} is not a field: a field is key, key[0], key[-1] or key[:-1]")
+    return match[1], match[2], match[3], match[4], match[5]
+
+
 def _get(row: Mapping, field: str):
-    key, indexed, first, colon, last = _FIELD.fullmatch(field).groups()
+    key, indexed, first, colon, last = _parse(field)
     value = row.get(key)
     if value is None and "." in key:
         value = row
@@ -148,7 +154,7 @@ def _get(row: Mapping, field: str):
     if colon:
         return value[int(first) if first else None : int(last) if last else None]
     try:
-        return value[int(first)]
+        return value[int(first or 0)]
     except IndexError:
         return None
 

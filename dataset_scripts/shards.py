@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,16 +34,16 @@ class ShardWriter:
         self.bytes = 0  # of all rows
         self.groups: list[int] = []
         self.categories: dict[str, Counter] = {}
-        self.writer = pq.ParquetWriter(
-            self.file,
-            self.schema,
-            compression={name: "none" for name in _IMAGES} | {name: "snappy" for name in (*_WORDS, *_TEXTS)},
-            use_dictionary=list(_WORDS),
-            write_page_index=True,
-            use_content_defined_chunking=CHUNKING,
-        )
+        # The annotations of pyarrow know single values only; per column and with sizes is documented as well.
+        options: dict[str, Any] = {
+            "compression": {name: "none" for name in _IMAGES} | {name: "snappy" for name in (*_WORDS, *_TEXTS)},
+            "use_dictionary": list(_WORDS),
+            "use_content_defined_chunking": CHUNKING,
+        }
+        self.writer = pq.ParquetWriter(self.file, self.schema, write_page_index=True, **options)
 
     def add(self, row: dict) -> None:
+        """Adds a row; writes a row group when enough rows are waiting."""
         size = row_bytes(row)
         self.rows.append(row)
         self.waiting += size
@@ -83,8 +84,8 @@ class ShardWriter:
 
 def row_bytes(row: dict) -> int:
     """Approximate size of a row in bytes."""
-    pictures = sum(len(p["bytes"]) for p in (row["image"], *row["reference_images"]))
-    return pictures + len(row["instruction"]) + len(row["metadata"] or "") + 100
+    images = sum(len(image["bytes"]) for image in (row["image"], *row["reference_images"]))
+    return images + len(row["instruction"]) + len(row["metadata"] or "") + 100
 
 
 def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
@@ -96,18 +97,18 @@ def to_table(rows: list[dict], schema: pa.Schema) -> pa.Table:
             columns.append(_images(values))
         elif name == "reference_images":
             offsets = [0]
-            for pictures in values:
-                offsets.append(offsets[-1] + len(pictures))
-            flat = _images([picture for pictures in values for picture in pictures])
+            for images in values:
+                offsets.append(offsets[-1] + len(images))
+            flat = _images([image for images in values for image in images])
             columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat))
         else:
             columns.append(pa.array(values, pa.string()))
     return pa.Table.from_arrays([c.cast(schema.field(i).type) for i, c in enumerate(columns)], schema=schema)
 
 
-def _images(pictures: list[dict]) -> pa.StructArray:
-    data = pa.array([p["bytes"] for p in pictures], pa.binary())
-    paths = pa.array([p["path"] for p in pictures], pa.string())
+def _images(images: list[dict]) -> pa.StructArray:
+    data = pa.array([image["bytes"] for image in images], pa.binary())
+    paths = pa.array([image["path"] for image in images], pa.string())
     return pa.StructArray.from_arrays([data, paths], fields=list(_IMAGE))
 
 

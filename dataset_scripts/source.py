@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from echo4o.dataset_scripts.archives import is_archive
 from echo4o.dataset_scripts.names import PARTS
@@ -47,7 +47,7 @@ class SourcePart:
 class PublishedSource:
     """A folder or a Hub repository in the published layout. Hidden files are ignored."""
 
-    def __init__(self, location: str):
+    def __init__(self, location: str | Path):
         self.location = os.path.expanduser(str(location)).rstrip("/")
         self.fs, self.root, self.revision = _open(self.location)
         self.name = PurePosixPath(self.root.split("@")[0]).name
@@ -158,13 +158,13 @@ def _natural(path: str) -> tuple:
     return tuple((1, int(s), s) if s.isdigit() and s.isascii() else (0, 0, s) for s in steps), path
 
 
-def _open(location: str):
-    """The file system, the root in it and, on the Hub, the commit."""
+def _open(location: str) -> tuple[Any, str, str | None]:
+    """Returns the file system (of fsspec), the root in it and, on the Hub, the commit."""
     if location.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
         fs = HfFileSystem()
-        resolved = fs.resolve_path(location)
+        resolved: Any = fs.resolve_path(location)
         if not fs.exists(location):
             raise FileNotFoundError(f"{location}: there is no such repository or folder on the Hub")
         commit = fs._api.repo_info(resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision).sha

@@ -151,21 +151,21 @@ def _groups(file: str) -> Iterator[tuple[int, list[dict]]]:
             rows = parquet.read_row_group(group, columns=_TEXTS).to_pylist()
             facts = [_facts(row["metadata"]) for row in rows]
             if not all(facts):  # not in the metadata: read the images
-                pictures = parquet.read_row_group(group, columns=_IMAGES).to_pylist()
-                facts = [known or _look(stored) for known, stored in zip(facts, pictures)]
+                images = parquet.read_row_group(group, columns=_IMAGES).to_pylist()
+                facts = [known or _read_facts(stored) for known, stored in zip(facts, images)]
             yield group, [row | {"facts": known} for row, known in zip(rows, facts)]
 
 
 def _facts(metadata: str | None) -> dict | None:
     try:
         known = json.loads(metadata or "null")
-        known["image"]["width"], known["image"]["height"], known["image"]["format"], known["image"]["bytes"]
-        return {"image": known["image"], "references": len(known["reference_images"])}
+        image = {key: known["image"][key] for key in ("format", "width", "height", "bytes")}
+        return {"image": image, "references": len(known["reference_images"])}
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _look(stored: dict) -> dict:
+def _read_facts(stored: dict) -> dict:
     data = stored["image"]["bytes"]
     with Image.open(io.BytesIO(data)) as image:
         width, height = seen_size(image)

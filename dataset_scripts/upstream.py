@@ -10,10 +10,10 @@ the archives and is reproducible. `read_events` also yields rejected rows and th
 import hashlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from echo4o.common import strict_json
 from echo4o.dataset_scripts.archives import ArchiveMember, read_members
@@ -90,7 +90,7 @@ def read_upstream(
         if event.row is not None:
             report.accept(event.configuration)
             yield event.row
-        else:
+        elif event.finding is not None:
             report.add(event.finding)
     if report.rejected_total:
         log.warning("%s: %s. `echo4o dataset validate` lists them one by one.", src, report)
@@ -107,7 +107,7 @@ def read_events(
     held_from: int = 0,
     remarks: Iterable[dict] = (),
     only: "RowShares | None" = None,
-) -> Iterator[ReadEvent]:
+) -> Generator[ReadEvent, None, None]:
     """All events of a source, in reading order.
 
     To resume, pass the state of the interrupted reading.
@@ -168,8 +168,18 @@ class _Item(NamedTuple):
 class _PartReading:
     """Joins the rows of one part with the images of its archives while they are streamed."""
 
-    def __init__(self, source, part, options, start, done, seen, only):
+    def __init__(
+        self,
+        source: PublishedSource,
+        part: SourcePart,
+        options: ReadOptions,
+        start: ReadPosition,
+        done: Collection[tuple[int, int]],
+        seen: set[str],
+        only: RowShares | None,
+    ):
         self.source, self.part, self.options, self.only = source, part, options, only
+        self.configuration = part.configuration or ""
         self.start, self.seen = start, seen
         self.number = start.part
         self.index = _index(source, part, options)
@@ -180,7 +190,7 @@ class _PartReading:
         self.pending: list[int] = []
         self.held: dict[WantedImage, int] = {}  # slot -> archive
         self.held_bytes = 0
-        self.spool = None
+        self.spool: IO[bytes] | None = None
 
     def __enter__(self) -> "_PartReading":
         return self
@@ -191,6 +201,7 @@ class _PartReading:
             self.spool.close()
 
     def events(self, held_from: int = 0, remarks: Iterable[dict] = ()) -> Iterator[ReadEvent]:
+        """Yields the events of the part, in reading order; see `read_events`."""
         for number, finding in self.index.scan():
             if number is None:
                 if self.start.archive < 0:
@@ -205,7 +216,7 @@ class _PartReading:
                 Remark(remark["reason"]), remark["detail"], remark["archive"], remark.get("member", "")
             )
         if self.only:
-            self._skip_other_shares()
+            self._skip_other_shares(self.only)
         first = held_from if self.start.archive >= 0 else 0
         items = read_ahead(self._items(first), _weight, AHEAD_BYTES)
         workers = max(1, self.options.workers)
@@ -259,7 +270,7 @@ class _PartReading:
     def _join(self, item: _Item, image: CheckedImage | None) -> Iterator[ReadEvent]:
         member, slot = item.member, item.slot
         archive = self.files[item.archive].path
-        if image is None or slot.joined or not slot.left:
+        if image is None or not isinstance(slot, WantedImage) or slot.joined or not slot.left:
             yield from self._skip(member, slot, archive)
             return
         slot.joined, slot.archive, slot.member = True, archive, member.name
@@ -278,7 +289,7 @@ class _PartReading:
             else:
                 waiting = True
         if waiting:
-            self._hold(slot, item.archive)
+            self._hold(slot, image, item.archive)
         elif slot not in self.held:
             slot.image = None
 
@@ -296,7 +307,7 @@ class _PartReading:
         already_reported = self.place <= self.start
         if remark and not already_reported and not self.only:
             yield self._remark(
-                Finding(remark, detail, self.part.configuration, archive=archive, member=member.name or None)
+                Finding(remark, detail, self.configuration, archive=archive, member=member.name or None)
             )
 
     def _record_problem(self, remark: Remark, detail: str, archive: str, member: str) -> None:
@@ -313,12 +324,12 @@ class _PartReading:
     def _complete(self, number: int) -> Iterator[ReadEvent]:
         row, file, line = self.index.row(number)
         fields = self.index.fields_of(row)
-        target, *references = [(slot, self._image(slot)) for slot in self.index.slots[number]]
+        target, *references = [(slot, self._image(slot)) for slot in self.index.images_of(number)]
         identity = row_id(fields.instruction, target[1])
         if identity in self.seen:
             finding = Finding(
                 RejectionReason.DUPLICATE, f"the same instruction and image as an earlier row, id {identity}",
-                self.part.configuration, file, line, target[0].archive, target[0].member, row,
+                self.configuration, file, line, target[0].archive, target[0].member, row,
             )  # fmt: skip
             yield from self._reject(number, finding)
             return
@@ -345,11 +356,11 @@ class _PartReading:
 
     def _bad_image(self, number: int, slot: WantedImage, reason: RejectionReason, detail: str) -> Finding:
         row, file, line = self.index.row(number)
-        slots = self.index.slots[number]
+        slots = self.index.images_of(number)
         if slot is not slots[0]:
             detail = f"reference {slots.index(slot, 1)}: {detail}"
         return Finding(
-            reason, detail, self.part.configuration, file, line, slot.archive, slot.member, row
+            reason, detail, self.configuration, file, line, slot.archive, slot.member, row
         )  # fmt: skip
 
     def _rest(self) -> Iterator[ReadEvent]:
@@ -378,9 +389,9 @@ class _PartReading:
             if not slot.left and slot in self.held:
                 self._release(slot)
 
-    def _skip_other_shares(self) -> None:
+    def _skip_other_shares(self, shares: RowShares) -> None:
         for number, slots in enumerate(self.index.slots):
-            if slots and not self.only.holds(self.index.fields_of(self.index.row(number)[0]).instruction):
+            if slots and not shares.holds(self.index.fields_of(self.index.row(number)[0]).instruction):
                 self._forget(number)
 
     def _remark(self, finding: Finding) -> ReadEvent:
@@ -389,32 +400,37 @@ class _PartReading:
     def _event(self, number: int | None, row: dict | None = None, finding: Finding | None = None) -> ReadEvent:
         first = min(self.held.values(), default=max(self.place.archive, 0))
         key = None if number is None else (self.number, number)
-        return ReadEvent(self.place, key, row, finding, self.part.configuration, first)
+        return ReadEvent(self.place, key, row, finding, self.configuration, first)
 
     # --- images of incomplete rows ---
 
-    def _hold(self, slot: WantedImage, archive: int) -> None:
+    def _hold(self, slot: WantedImage, image: CheckedImage, archive: int) -> None:
+        """Keeps an image for rows that still miss others: in memory, or in a temporary file once memory is used up."""
         self.held[slot] = archive
-        size = len(slot.image.data)
+        size = len(image.data)
         if self.held_bytes + size <= HELD_BYTES:
             self.held_bytes += size
             return
         if self.spool is None:
             self.spool = tempfile.TemporaryFile(dir=self.options.spool_dir, prefix=".images-")
         start = self.spool.seek(0, 2)
-        self.spool.write(slot.image.data)
+        self.spool.write(image.data)
         slot.spooled = (start, size)
-        slot.image = replace(slot.image, data=b"")
+        slot.image = replace(image, data=b"")
 
     def _image(self, slot: WantedImage) -> CheckedImage:
-        if slot.spooled is None:
+        """Returns a checked image that was not released yet."""
+        if slot.image is None:
+            raise RuntimeError(f"the image {slot.path} was released before its last row was complete")
+        if slot.spooled is None or self.spool is None:
             return slot.image
-        self.spool.seek(slot.spooled[0])
-        return replace(slot.image, data=self.spool.read(slot.spooled[1]))
+        start, size = slot.spooled
+        self.spool.seek(start)
+        return replace(slot.image, data=self.spool.read(size))
 
     def _release(self, slot: WantedImage) -> None:
         del self.held[slot]
-        if slot.spooled is None:
+        if slot.spooled is None and slot.image is not None:
             self.held_bytes -= len(slot.image.data)
         slot.image = slot.spooled = None
         if self.spool and not any(s.spooled for s in self.held):
@@ -435,4 +451,4 @@ def _origin(slot: WantedImage, image: CheckedImage) -> dict:
 
 
 def _stored(slot: WantedImage, image: CheckedImage) -> dict:
-    return {"bytes": image.data, "path": base(slot.member)}
+    return {"bytes": image.data, "path": base(slot.member or "")}

@@ -66,7 +66,7 @@ def _source(target: str | Path, configuration: str, options: ReadOptions) -> Ite
 
 def _built(folder: Path, configuration: str, options: ReadOptions) -> Iterator[RowCheck]:
     """The rows of the shards, each with its images decoded; files are checked by `check_shards`."""
-    seen: set[str] = set()
+    seen: set[str | None] = set()
     with ThreadPoolExecutor(max(1, options.workers)) as pool:
         for name, shard in listed_shards(read_manifest(folder)):
             if configuration not in (ALL, name):
@@ -79,14 +79,15 @@ def _built(folder: Path, configuration: str, options: ReadOptions) -> Iterator[R
                 4 * options.workers,
             )
             for (number, row), job in jobs:
-                fault = job.result()
-                if not fault and row["id"] in seen:
-                    fault = RejectionReason.DUPLICATE, f"an earlier row has the id {row['id']}"
+                fault, row_id = job.result(), row["id"] if row else None
+                if not fault and row_id in seen:
+                    fault = RejectionReason.DUPLICATE, f"an earlier row has the id {row_id}"
                 if fault:
+                    reason, detail = fault
                     shown = {key: row[key] for key in ("id", "instruction", "metadata")} if row else None
-                    yield RowCheck(name, Finding(*fault, name, shard["file"], number, row=shown))
+                    yield RowCheck(name, Finding(reason, detail, name, shard["file"], number, row=shown))
                 else:
-                    seen.add(row["id"])
+                    seen.add(row_id)
                     yield RowCheck(name, None)
 
 
@@ -123,7 +124,7 @@ def _check_row(row: dict | None, verify: str) -> tuple[RejectionReason, str] | N
             json.loads(row["metadata"])
         except ValueError as error:
             return RejectionReason.UNREADABLE_ROW, f"metadata is not JSON: {error}"
-    if row["id"] != row_id(row["instruction"], target) and "archive" in (row["metadata"] or ""):
+    if target and row["id"] != row_id(row["instruction"], target) and "archive" in (row["metadata"] or ""):
         return RejectionReason.UNREADABLE_ROW, "the id does not belong to this instruction and image"
     return None
 
@@ -133,5 +134,5 @@ def _check_stored(
 ) -> tuple[CheckedImage | None, tuple[RejectionReason, str] | None]:
     if not stored or stored["bytes"] is None:
         return None, (absent, "there are no bytes")
-    picture = check_image(stored["bytes"], verify)
-    return picture, (picture.reason, picture.detail) if picture.reason else None
+    image = check_image(stored["bytes"], verify)
+    return image, (image.reason, image.detail) if image.reason else None

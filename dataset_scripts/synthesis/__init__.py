@@ -1,6 +1,6 @@
-"""Makes more of Echo-4o-Image with an image API: three recipes, each a chain of small steps whose results are kept.
+"""Generates more rows for Echo-4o-Image with an image API.
 
-A recipe file is read by [`load_recipe`](recipe.py); [`make_tasks`](tasks.py) decides every row before anything is paid
-for; [`Synthesis`](engine.py) makes the rows through the calls it is given and writes them, in the published layout, to
-the shards of a [`SynthesisFolder`](folder.py). `echo4o dataset synthesize` puts these together.
+[`load_recipe`](recipe.py) reads a recipe, [`make_tasks`](tasks.py) plans every row, and [`Synthesis`](engine.py) generates
+the rows with the models that it is given and writes them in the published layout into a [`SynthesisFolder`](folder.py).
+`echo4o dataset synthesize` combines these steps.
 """

@@ -1,4 +1,4 @@
-"""What the engine asks of the outside: words, pictures and verdicts. Who answers, retries and counts is not its matter."""
+"""The interface through which the engine calls models for text, images and verdicts. Retries and costs are behind it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What a judge is asked about a picture: a structure as GenEval++ has it, or else a note in words."""
+    """A question to the judge about an image: a structure in the form of GenEval++, or a note in words."""
 
     instruction: str
     include: tuple[dict, ...] = ()
@@ -16,30 +16,36 @@ class ImageCheck:
 
 @dataclass(frozen=True)
 class ImageCheckResult:
-    """A judge's answer."""
+    """The verdict of a judge."""
 
     right: bool
     reason: str
-    prompt_sha256: str  # of the words that the judge was asked with
+    prompt_sha256: str  # of the judge prompt
 
 
 class ModelCalls(Protocol):
-    """The models of a run. `salt` tells apart what may be asked twice; an equal question is paid for once.
+    """The models of a run. Equal requests with equal `salt` are paid for once.
 
     All raise [`CallRefused`], [`CallUnanswered`] or [`RunEnded`].
     """
 
-    names: dict[str, str]  # role -> model, for the provenance
+    names: dict[str, str]  # role -> model, for the provenance of rows
 
-    async def write(self, prompt: str, salt: str) -> str: ...
+    async def write(self, prompt: str, salt: str) -> str:
+        """Returns the answer of the text model."""
+        ...
 
-    async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes: ...
+    async def generate(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes:
+        """Returns the file of a generated image."""
+        ...
 
-    async def judge(self, check: ImageCheck, picture: bytes, salt: str) -> ImageCheckResult: ...
+    async def judge(self, check: ImageCheck, image: bytes, salt: str) -> ImageCheckResult:
+        """Returns the verdict of the judge."""
+        ...
 
 
 class CallRefused(Exception):
-    """The model, or the moderation before it, declined."""
+    """A model or its moderation refused the request. `by`: text, image, judge or endpoint."""
 
     def __init__(self, by: str, message: str):
         super().__init__(message)
@@ -47,12 +53,12 @@ class CallRefused(Exception):
 
 
 class UnusableAnswer(ValueError):
-    """An answer came, and it is not what was asked for."""
+    """An answer does not have the requested form."""
 
 
 class CallUnanswered(Exception):
-    """No answer came; a later run asks again."""
+    """A call got no answer; a later run repeats it."""
 
 
 class RunEnded(Exception):
-    """The run is over: interrupted, out of budget, or nothing can succeed any more."""
+    """The run ends: it was interrupted, the budget is used up, or no call can succeed."""

@@ -1,4 +1,4 @@
-"""Multi-reference: pictures drawn by subject type, and an instruction that says what to take from which."""
+"""Multi-reference: samples reference images by subject type and writes an instruction that combines them."""
 
 import random
 import re
@@ -13,7 +13,7 @@ from echo4o.dataset_scripts.synthesis.rows import Instruction, PlannedRow, RowSt
 
 @dataclass(frozen=True)
 class MultiReferenceChain:
-    """The recipe with its pictures."""
+    """The settings of this part with the reference images."""
 
     recipe: MultiReferenceSettings
     references: ReferenceImages
@@ -23,11 +23,11 @@ class MultiReferenceChain:
     @classmethod
     def load(cls, recipe: MultiReferenceSettings) -> "MultiReferenceChain":
         references = open_references(recipe.references)
-        available = sum(len(of) for of in references.by_type.values()) - max(0, references.count("scene") - 1)
+        available = sum(len(images) for images in references.by_type.values()) - max(0, references.count("scene") - 1)
         if available < recipe.most:
             raise ValueError(
-                f"{recipe.references.path}: a row takes up to {recipe.most} reference pictures, of which one may be a "
-                f"scene, and there are {available}; add pictures or lower multi_reference.most"
+                f"{recipe.references.path}: a row uses up to {recipe.most} reference images, at most one of them a "
+                f"scene, but the source has {available}; add images or lower multi_reference.most"
             )
         return cls(recipe, references)
 
@@ -35,7 +35,7 @@ class MultiReferenceChain:
         return {"references": self.references.fingerprint}
 
     def sketch(self, number: int, rng: random.Random) -> dict:
-        """Two to four pictures, at most one of them a scene, which comes last."""
+        """Samples two to four reference images; at most one is a scene, which is the last."""
         wanted = rng.randint(self.recipe.least, self.recipe.most)
         others = [kind for kind in self.references.by_type if kind != "scene"]
         chosen: list[ReferenceImage] = []
@@ -50,27 +50,27 @@ class MultiReferenceChain:
         return {"references": chosen, "template": _template(chosen, rng)}
 
     def check(self, task: PlannedRow) -> None:
-        """ValueError when a reference of the row does not decode."""
-        for picture in task.sketch["references"]:
-            self.references.check(picture)
+        """Raises ValueError if a reference image of the row cannot be decoded."""
+        for image in task.sketch["references"]:
+            self.references.check(image)
 
     async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
+        """Writes the instruction of a sketch."""
         chosen, text = task.sketch["references"], task.sketch["template"]
         about = [{"type": p.kind, "label": p.label, "source": p.source} for p in chosen]
         steps.keep("references", result={"references": about, "template": text})
         images = listed([f"image {n}" for n in range(1, len(chosen) + 1)])
         prompt = wording.COMBINE.format(instruction=text, images=images)
         text = await steps.write("instruction", prompt, lambda answer: _naming_all(answer, len(chosen)))
-        data = tuple(self.references.read(picture) for picture in chosen)
+        data = tuple(self.references.read(image) for image in chosen)
         note = f"The picture follows this: {task.sketch['template']}"
         category = "+".join(p.kind for p in chosen)
         return Instruction(text, category, (), note, data, {"references": about, "template": task.sketch["template"]})
 
 
 def _template(chosen: list[ReferenceImage], rng: random.Random) -> str:
-    def take(number: int, picture: ReferenceImage) -> str:
-        label = picture.label if picture.label != picture.kind else picture.kind
-        return f"{wording.TAKES[picture.kind].format(label=label)} from image {number}"
+    def take(number: int, image: ReferenceImage) -> str:
+        return f"{wording.TAKES[image.kind].format(label=image.label)} from image {number}"
 
     taken = [take(n, p) for n, p in enumerate(chosen, start=1) if p.kind != "scene"]
     scene = f", with the place from image {len(chosen)} as its scene" if chosen[-1].kind == "scene" else ""

@@ -1,4 +1,4 @@
-"""Makes the planned rows: instruction, gates, picture, gates, verdict; each ends once, accepted or rejected."""
+"""Generates the planned rows: instruction, gates, image, gates, verdict. Each row is accepted or rejected once."""
 
 import asyncio
 from collections import Counter
@@ -29,20 +29,20 @@ from echo4o.dataset_scripts.synthesis.rows import Instruction, PlannedRow, RowSt
 from echo4o.dataset_scripts.synthesis.tasks import Chain
 
 _REFUSED = {"text": GateReason.TEXT_REFUSED, "judge": GateReason.JUDGE_REFUSED, "endpoint": GateReason.BAD_REQUEST}
-# When nothing but these comes, row after row, it is not the rows.
-_FRUITLESS = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.NO_VERDICT)
-# A picture that is rejected for one of these may be drawn again.
-_AGAIN = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.DUPLICATE_PICTURE, GateReason.NOT_VERIFIED)
+# Consecutive rejections for these reasons point at the models or the recipe, not at the rows.
+_UNUSABLE = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.NO_VERDICT)
+# An image that is rejected for one of these reasons is generated again.
+_RETRIED = (GateReason.UNDECODABLE, GateReason.WRONG_SIZE, GateReason.DUPLICATE_PICTURE, GateReason.NOT_VERIFIED)
 
 
 @dataclass
 class SynthesisOutcome:
-    """What became of the planned rows, over all runs into the folder."""
+    """Results of the planned rows, over all runs into the folder."""
 
     planned: int
     accepted: Counter = field(default_factory=Counter)  # by part
     rejected: Counter = field(default_factory=Counter)  # by reason
-    open: dict[str, str] = field(default_factory=dict)  # row -> why it has no end yet
+    open: dict[str, str] = field(default_factory=dict)  # undecided row -> cause
     remarks: Counter = field(default_factory=Counter)  # of this run
 
     @classmethod
@@ -66,12 +66,12 @@ class SynthesisOutcome:
         text = f"{self.planned} rows planned, {self.accepted.total()} accepted, {self.rejected.total()} rejected"
         text += f" ({reasons})" if reasons else ""
         left = self.planned - self.decided
-        text += f", {left} not made yet" if left else ""
+        text += f", {left} not decided yet" if left else ""
         return text + "".join(f"; {count} x {remark}" for remark, count in sorted(self.remarks.items()))
 
 
 class Synthesis:
-    """A run over the rows that have no end yet."""
+    """A run over the rows that are neither accepted nor rejected yet."""
 
     def __init__(
         self,
@@ -88,24 +88,24 @@ class Synthesis:
         self.fingerprint = recipe.fingerprint()
         self.instructions = InstructionGates.of(recipe.gates, prompts)
         self.instructions.taken |= instructions_of(folder.accepted.values())
-        self.pictures = ImageGates(recipe, {name: folder.look_of(name) for name in folder.accepted})
+        self.images = ImageGates(recipe, {name: folder.thumbnail_of(name) for name in folder.accepted})
         self._failures: list[Exception] = []
-        self._fruitless = 0  # pictures in a row that could not even be judged
+        self._unusable = 0  # consecutive images that could not be judged
         self.outcome = SynthesisOutcome.of(tasks, folder)
 
     async def run(self) -> SynthesisOutcome:
-        """Make the rows, as many at once as the rate allows. When the calls end the run, what is open stays open."""
+        """Generates the rows, in parallel as far as the rate allows. Undecided rows stay open if the calls end the run."""
         waiting = iter([task for task in self.tasks if not self.folder.is_decided(task.id)])
 
         async def work() -> None:
             for task in waiting:
                 try:
-                    await self._make(task)
+                    await self._process(task)
                 except RunEnded:
                     return
                 except CallUnanswered as error:
                     self.outcome.open[task.id] = str(error)
-                except Exception as error:  # the other rows come to the end of what they paid for
+                except Exception as error:  # the other rows finish the calls that are already paid for
                     self._failures.append(error)
                 if self._failures:
                     return
@@ -119,81 +119,82 @@ class Synthesis:
             self.outcome.remarks["instruction near a benchmark prompt"] += self.instructions.contaminated
         return self.outcome
 
-    async def _make(self, task: PlannedRow) -> None:
+    async def _process(self, task: PlannedRow) -> None:
+        """Accepts or rejects one row."""
         steps = RowSteps(task, self.calls, self.folder.keep_step, self.recipe.gates.answers)
         text, last = "", _LastImage()
         try:
-            made = await self._instruct(task, steps)
-            text = made.text
+            instruction = await self._instruct(task, steps)
+            text = instruction.text
             self.instructions.check(task.id, text)
-            picture, drawn = await self._draw(task, made, steps, last)
+            image, attempts = await self._generate(task, instruction, steps, last)
         except RowRejected as rejected:
             self.instructions.release(task.id, text)
-            self._reject(task, steps, rejected, text, last.picture)
+            self._reject(task, steps, rejected, text, last.data)
             return
         except BaseException:
             self.instructions.release(task.id, text)
             raise
-        self._accept(task, made, steps, picture, drawn)
+        self._accept(task, instruction, steps, image, attempts)
 
     async def _instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
         try:
-            made = await self.chains[task.part].instruct(task, steps)
+            instruction = await self.chains[task.part].instruct(task, steps)
         except UnusableAnswer as error:
             raise RowRejected(GateReason.NO_INSTRUCTION, str(error)) from None
         except CallRefused as error:
             raise RowRejected(_REFUSED[error.by], str(error)) from None
-        self.outcome.remarks.update(made.remarks)
-        return made
+        self.outcome.remarks.update(instruction.remarks)
+        return instruction
 
-    async def _draw(
-        self, task: PlannedRow, made: Instruction, steps: RowSteps, last: "_LastImage"
+    async def _generate(
+        self, task: PlannedRow, instruction: Instruction, steps: RowSteps, last: "_LastImage"
     ) -> tuple[CheckedImage, int]:
-        """The first picture that passes every gate, and the how manieth it is."""
-        failed = None
+        """Returns the first image that passes every gate, and the number of images generated so far."""
+        failed = RowRejected(GateReason.NO_VERDICT, "no image was generated")  # gates.pictures is at least 1
         for attempt in range(1, self.recipe.gates.pictures + 1):
             try:
-                last.picture = await self.calls.draw(
-                    made.text, made.references, (task.seed + attempt) % 2**31, f"{task.id} {attempt}"
+                last.data = await self.calls.generate(
+                    instruction.text, instruction.references, (task.seed + attempt) % 2**31, f"{task.id} {attempt}"
                 )
-                picture, _ = self.pictures.check(task.part, last.picture)
-                await self._verify(task, made, steps, picture.data, attempt)
-                picture, seen = self.pictures.check(task.part, last.picture)  # others were accepted meanwhile
+                image, _ = self.images.check(task.part, last.data)
+                await self._verify(task, instruction, steps, image.data, attempt)
+                image, thumbnail = self.images.check(task.part, last.data)  # again: other rows were accepted meanwhile
             except CallRefused as error:
                 reason = _REFUSED.get(error.by, GateReason.PICTURE_REFUSED)
                 steps.keep("picture", attempt, rejected=reason, detail=str(error))
                 raise RowRejected(reason, str(error)) from None
             except RowRejected as rejected:
                 steps.keep("picture", attempt, rejected=rejected.reason, detail=rejected.detail)
-                self._require_fruit(rejected)
-                if rejected.reason not in _AGAIN:
+                self._stop_if_unusable(rejected)
+                if rejected.reason not in _RETRIED:
                     raise
                 failed = rejected
                 continue
-            self._fruitless = 0
-            self.pictures.accept(task.id, seen)
-            steps.keep("picture", attempt, result=picture.sha256.hex(), looks=seen.hex())
-            return picture, attempt
+            self._unusable = 0
+            self.images.accept(task.id, thumbnail)
+            steps.keep("picture", attempt, result=image.sha256.hex(), looks=thumbnail.hex())
+            return image, attempt
         raise failed
 
-    def _require_fruit(self, rejected: RowRejected) -> None:
-        """ValueError when picture after picture is paid for and cannot even be judged: that is no matter of the row."""
-        self._fruitless = self._fruitless + 1 if rejected.reason in _FRUITLESS else 0
-        if self._fruitless >= self.recipe.rate.give_up_after:
+    def _stop_if_unusable(self, rejected: RowRejected) -> None:
+        """Raises ValueError after too many consecutive images that could not be judged."""
+        self._unusable = self._unusable + 1 if rejected.reason in _UNUSABLE else 0
+        if self._unusable >= self.recipe.rate.give_up_after:
             raise ValueError(
-                f"the last {self._fruitless} pictures were all of no use; why this one: {rejected.reason} "
-                f"({rejected.detail}). What was paid for is kept: change the models, their options or the gates in the "
+                f"the last {self._unusable} images could not be used; the last reason: {rejected.reason} "
+                f"({rejected.detail}). Paid results are kept: change the models, their options or the gates in the "
                 "recipe, or raise rate.give_up_after"
             )
 
     async def _verify(
-        self, task: PlannedRow, made: Instruction, steps: RowSteps, picture: bytes, attempt: int
+        self, task: PlannedRow, instruction: Instruction, steps: RowSteps, image: bytes, attempt: int
     ) -> None:
         if not self.recipe.gates.verify:
             return
-        check = ImageCheck(made.text, made.include, made.note, made.references)
+        check = ImageCheck(instruction.text, instruction.include, instruction.note, instruction.references)
         try:
-            verdict = await self.calls.judge(check, picture, f"{task.id} {attempt}")
+            verdict = await self.calls.judge(check, image, f"{task.id} {attempt}")
         except UnusableAnswer as error:
             raise RowRejected(GateReason.NO_VERDICT, str(error)) from None
         steps.prompts["verdict"] = verdict.prompt_sha256
@@ -210,23 +211,25 @@ class Synthesis:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def _accept(self, task: PlannedRow, made: Instruction, steps: RowSteps, picture: CheckedImage, drawn: int) -> None:
+    def _accept(
+        self, task: PlannedRow, instruction: Instruction, steps: RowSteps, image: CheckedImage, attempts: int
+    ) -> None:
         row = {
             "row": task.id,
-            "task_type": "multi_reference" if made.references else "t2i",
-            "instruction": made.text,
-            "type": made.category,
-            **made.facts,
-            "provenance": self._provenance(task, steps) | {"pictures_drawn": drawn},
+            "task_type": "multi_reference" if instruction.references else "t2i",
+            "instruction": instruction.text,
+            "type": instruction.category,
+            **instruction.facts,
+            "provenance": self._provenance(task, steps) | {"pictures_drawn": attempts},
         }
-        pictures = {f"{task.id}.{picture.format.lower()}": picture.data}
-        for number, data in enumerate(made.references, start=1):
-            pictures[f"{task.id}_{number}.{suffix_of(data)}"] = data
-        self.folder.accept(task.part, task.number, row, pictures)
+        images = {f"{task.id}.{image.format.lower()}": image.data}
+        for number, data in enumerate(instruction.references, start=1):
+            images[f"{task.id}_{number}.{suffix_of(data)}"] = data
+        self.folder.accept(task.part, task.number, row, images)
         self.outcome.accepted[task.part] += 1
 
     def _reject(
-        self, task: PlannedRow, steps: RowSteps, rejected: RowRejected, text: str, picture: bytes | None
+        self, task: PlannedRow, steps: RowSteps, rejected: RowRejected, text: str, image: bytes | None
     ) -> None:
         row = {
             "row": task.id,
@@ -236,12 +239,12 @@ class Synthesis:
             "instruction": text,
             "provenance": self._provenance(task, steps),
         }
-        self.folder.reject(row, picture)
+        self.folder.reject(row, image)
         self.outcome.rejected[str(rejected.reason)] += 1
 
 
 @dataclass
 class _LastImage:
-    """The picture that was drawn last, for the folder of rejected rows."""
+    """The last generated image of a row, which is stored if the row is rejected."""
 
-    picture: bytes | None = None
+    data: bytes | None = None

@@ -1,14 +1,14 @@
-"""The folder of a synthesis, which survives being killed at any moment.
+"""The folder of a synthesis. It is consistent after a crash at any time.
 
-dataset/        the accepted rows in the published layout: what `echo4o dataset build` and `validate` take;
-                about.yaml tells their card which models drew them
-rejected.jsonl  the rejected rows, each with its reason; rejected/ holds their last pictures
-steps.jsonl     the intermediate results of all rows; beside pictures, how they look in 8 x 8 pixels
-run.json        the recipe, resolved, and what it draws from
-answers/        everything that was paid for (kept by the calls); spending.jsonl: what it cost
-preview.png     the contact sheet, if one was made
+dataset/        the accepted rows in the published layout, which `echo4o dataset build` and `validate` read;
+                about.yaml names the models that generated them, for the card
+rejected.jsonl  the rejected rows with their reasons; rejected/ holds their last images
+steps.jsonl     the intermediate results of all rows, with 8 x 8 thumbnails of the images
+run.json        the resolved recipe, and hashes of its vocabularies and references
+answers/        all paid answers (written by the calls); spending.jsonl: their costs
+preview.png     the contact sheet, if one was requested
 
-A row is accepted when its line is in its shard: its pictures are on the disk before. A torn line is cut off.
+A row is accepted when its line is in its shard; its images are on the disk before. An incomplete last line is removed.
 """
 
 import json
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
-from echo4o.dataset_scripts.synthesis.gates import look
+from echo4o.dataset_scripts.synthesis.gates import tiny_thumbnail
 from echo4o.model_cards.facts import ABOUT, About
 
 RUN, STEPS, REJECTED, SPENDING, ANSWERS, PREVIEW = (
@@ -37,14 +37,14 @@ ROWS_PER_SHARD = 1000
 
 
 class SynthesisFolder:
-    """Opened by one process at a time; what earlier runs decided is in `accepted` and `rejected`."""
+    """The folder, opened by one process at a time. `accepted` and `rejected` hold the rows of earlier runs as well."""
 
     def __init__(self, path: Path, rows_per_shard: int = ROWS_PER_SHARD):
         self.path, self.rows_per_shard = Path(path), rows_per_shard
         self.accepted: dict[str, dict] = {}
         self.rejected: dict[str, dict] = {}
         self._steps: set[tuple] = set()
-        self._looks: dict[str, str] = {}  # row -> how its last picture looks
+        self._thumbnails: dict[str, str] = {}  # row -> 8 x 8 pixels of its last image, hexadecimal
         self._lines: dict[Path, JsonLinesWriter] = {}
         self._lock = FileLock(self.path / ".lock")
 
@@ -62,24 +62,26 @@ class SynthesisFolder:
         return self
 
     def __exit__(self, *exc) -> None:
-        with ExitStack() as every:  # on a full disk, closing fails, too
+        with ExitStack() as every:  # on a full disk, closing raises, too
             every.callback(self._lock.release)
             for lines in self._lines.values():
                 every.callback(lines.close)
             self._lines.clear()
 
     def begin(self, run: dict, about: About) -> None:
-        """Write what the run rests on, or refuse the folder when its rows rest on something else.
+        """Writes run.json and about.yaml.
 
-        `about` is for the card of the rows. A folder without rows may be begun again: that is how a recipe is
-        corrected that no row came out of.
+        A folder without decided rows can be begun again with a corrected recipe.
+
+        Raises:
+            FileExistsError: the folder has rows from another recipe, vocabulary or source of references.
         """
         path = self.path / RUN
         if self.accepted or self.rejected:
             before = _read_run(path)
             if changed := _differences(before["decides"], run["decides"]):
                 raise FileExistsError(
-                    f"{self.path} was begun with another recipe ({', '.join(changed[:6])}): use that one, or a new folder"
+                    f"{self.path} was begun with another recipe ({', '.join(changed[:6])}): use that recipe, or a new folder"
                 )
             drawn_from = before["drawn_from"] | run["drawn_from"]  # a part may have had no rows until now
             if changed := [name for name, digest in before["drawn_from"].items() if drawn_from[name] != digest]:
@@ -96,10 +98,11 @@ class SynthesisFolder:
         files.write_text(self.path / DATASET / ABOUT, yaml.safe_dump(about.model_dump(), sort_keys=False))
 
     def is_decided(self, row: str) -> bool:
+        """Whether the row is accepted or rejected."""
         return row in self.accepted or row in self.rejected
 
     def keep_step(self, step: dict) -> None:
-        """An intermediate result; one that an interrupted run kept already is not kept twice."""
+        """Records an intermediate result, unless an interrupted run recorded it already."""
         if _step_key(step) not in self._steps:
             self._remember(step)
             self._append(self.path / STEPS, step)
@@ -107,13 +110,13 @@ class SynthesisFolder:
     def _remember(self, step: dict) -> None:
         self._steps.add(_step_key(step))
         if "looks" in step:
-            self._looks[step["row"]] = step["looks"]
+            self._thumbnails[step["row"]] = step["looks"]
 
-    def accept(self, part: str, number: int, row: dict, pictures: dict[str, bytes]) -> None:
-        """Write the pictures (by name, the target's first), then the row."""
+    def accept(self, part: str, number: int, row: dict, images: dict[str, bytes]) -> None:
+        """Writes the images (name -> file, the target image first), then the row."""
         shard = number // self.rows_per_shard
         root, names = self.path / DATASET / FOLDERS[part], []
-        for name, data in pictures.items():
+        for name, data in images.items():
             names.append(f"images/{shard:05d}/{name}")
             files.write_bytes(root / names[-1], data)
         places = {"output_image": names[0]} | ({"input_images": names[1:]} if names[1:] else {})
@@ -121,18 +124,20 @@ class SynthesisFolder:
         self._append(root / f"rows-{shard:05d}.jsonl", line, sync=True)
         self.accepted[row["row"]] = line
 
-    def reject(self, row: dict, picture: bytes | None) -> None:
-        if picture:
-            files.write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(picture)}", picture)
+    def reject(self, row: dict, image: bytes | None) -> None:
+        """Writes the last image of a rejected row, then the row."""
+        if image:
+            files.write_bytes(self.path / "rejected" / f"{row['row']}.{suffix_of(image)}", image)
         self._append(self.path / REJECTED, row, sync=True)
         self.rejected[row["row"]] = row
 
-    def look_of(self, row: str) -> bytes:
-        """How the picture of an accepted row looks."""
-        kept = self._looks.get(row)
-        return bytes.fromhex(kept) if kept else look(self.picture_of(row).read_bytes())
+    def thumbnail_of(self, row: str) -> bytes:
+        """Returns the 8 x 8 thumbnail of an accepted row."""
+        kept = self._thumbnails.get(row)
+        return bytes.fromhex(kept) if kept else tiny_thumbnail(self.image_of(row).read_bytes())
 
-    def picture_of(self, row: str) -> Path:
+    def image_of(self, row: str) -> Path:
+        """Returns the file of an accepted row's image."""
         line = self.accepted[row]
         return self.path / DATASET / FOLDERS[row.rpartition("-")[0]] / line["output_image"]
 
@@ -145,7 +150,7 @@ class SynthesisFolder:
 
 
 def suffix_of(data: bytes) -> str:
-    """What a picture's name ends with."""
+    """Returns the suffix for the name of an image file."""
     return "jpeg" if data.startswith(b"\xff\xd8") else "webp" if data.startswith(b"RIFF") else "png"
 
 
@@ -167,7 +172,7 @@ def _read_run(path: Path) -> dict:
         return {key: dict(value[key]) for key in ("decides", "drawn_from")}
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(
-            f"{path} does not say what the rows of {path.parent} rest on: choose a new folder"
+            f"{path} does not state the recipe of the rows in {path.parent}: choose a new folder"
         ) from None
 
 

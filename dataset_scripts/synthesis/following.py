@@ -1,4 +1,4 @@
-"""Complex instruction following: a structure, its words, and a paraphrase that must keep the structure."""
+"""Complex instruction following: samples a structure, writes it as a sentence, and paraphrases the sentence."""
 
 import random
 import re
@@ -16,7 +16,7 @@ _OTHER_WORDS = ("left", "right", "top", "bottom", "upper", "lower", "larger", "s
 
 @dataclass(frozen=True)
 class InstructionFollowingChain:
-    """The recipe with its words."""
+    """The settings of this part with their vocabularies."""
 
     recipe: InstructionFollowingSettings
     objects: Vocabulary
@@ -35,7 +35,7 @@ class InstructionFollowingChain:
         return {"objects": self.objects.sha256, "colours": self.colours.sha256}
 
     def sketch(self, number: int, rng: random.Random) -> dict:
-        """A structure of the tag whose turn it is, in the terms of a GenEval++ prompt."""
+        """Samples the structure of a row, in the form of a GenEval++ prompt. Tags are used in turn."""
         tag = self.recipe.tags[number % len(self.recipe.tags)]
         include = self._structure(tag, rng)
         things = listed([self.phrase(item) for item in include])
@@ -62,7 +62,7 @@ class InstructionFollowingChain:
         return items
 
     def _counts(self, tag: str, rng: random.Random) -> tuple[int, ...]:
-        """The more kinds of things, the fewer of each: at most `most_count` in all."""
+        """Samples counts whose sum is at most `most_count`: the more kinds of objects, the fewer of each."""
         most = self.recipe.most_count
         if tag == "counting":
             return (rng.randint(2, most),)
@@ -73,13 +73,14 @@ class InstructionFollowingChain:
                 return counts
 
     def phrase(self, item: dict) -> str:
-        """What must stand in the instruction letter by letter: "two red cups on the left"."""
+        """Returns the phrase that the instruction must contain verbatim, for example "two red cups on the left"."""
         words = [item.get("size"), item.get("color"), self.objects.named(item["class"], item["count"])]
         noun = " ".join(filter(None, words))
         noun = article(noun) if item["count"] == 1 else f"{wording.NUMBERS[item['count'] - 1]} {noun}"
-        return " ".join(filter(None, (noun, wording.PLACES.get(item.get("region")))))
+        return " ".join(filter(None, (noun, wording.PLACES.get(item.get("region", "")))))
 
     async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
+        """Writes the instruction of a sketch."""
         sketch, remarks = task.sketch, ()
         text = sketch["template"]
         steps.keep("structure", result={"tag": sketch["tag"], "include": sketch["include"], "template": text})
@@ -97,7 +98,11 @@ class InstructionFollowingChain:
         return Instruction(text, sketch["tag"], include, facts={"structure": facts}, remarks=remarks)
 
     def checked(self, answer: str, include: list[dict]) -> str:
-        """The answer, if it asks for exactly this structure; Unreadable says what it lost or added."""
+        """Returns the answer if it describes exactly this structure.
+
+        Raises:
+            UnusableAnswer: a part of the structure is missing or was added.
+        """
         text = one_line(answer)
         rest = words_of(text)
         for phrase in sorted((words_of(self.phrase(item)) for item in include), key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""Why a row is rejected, and the gates that find out without asking anybody."""
+"""The reasons for which rows are rejected, and the gates that need no model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from echo4o.modeling.common.image_files import open_image
 
 
 class GateReason(StrEnum):
-    """Every planned row is accepted, or rejected for exactly one of these."""
+    """Why a row is rejected. Every planned row is accepted, or rejected for exactly one reason."""
 
     NO_INSTRUCTION = "no usable instruction"
     TEXT_REFUSED = "refused by the text model"
@@ -33,7 +33,7 @@ class GateReason(StrEnum):
 
 
 class RowRejected(Exception):
-    """The row, or (where another one may be drawn) its picture, does not pass."""
+    """A row, or an image that may be generated again, does not pass a gate."""
 
     def __init__(self, reason: GateReason, detail: str):
         super().__init__(detail)
@@ -42,7 +42,7 @@ class RowRejected(Exception):
 
 @dataclass
 class InstructionGates:
-    """Blocked words, benchmark prompts, duplicates of what was accepted or is being made."""
+    """Rejects instructions with blocked words, benchmark prompts, and duplicates."""
 
     gates: GatesSettings
     prompts: PromptIndex | None
@@ -59,12 +59,12 @@ class InstructionGates:
         return cls(gates, prompts, (*words.words, *map(words.plural, words.words)))
 
     def check(self, row: str, text: str) -> None:
-        """Take the instruction for this row, or raise [`RowRejected`]."""
+        """Reserves the instruction for this row. Raises [`RowRejected`] if it does not pass."""
         if found := next((word for word in self.blocked if vocabulary.holds(text, word)), None):
             raise RowRejected(GateReason.BLOCKED, f"the instruction says {found!r}")
         match = next(self.prompts.matches(row, text), None) if self.prompts else None
         if match:
-            if self.gates.contamination.action == "refuse":
+            if self.gates.contamination is None or self.gates.contamination.action == "refuse":
                 near = f"{match.overlap:.2f} of {match.benchmark}'s {match.prompt!r}"
                 raise RowRejected(GateReason.CONTAMINATION, near)
             self.contaminated += 1
@@ -73,55 +73,60 @@ class InstructionGates:
             raise RowRejected(GateReason.DUPLICATE_INSTRUCTION, f"{owner} has the same one")
 
     def release(self, row: str, text: str) -> None:
-        """The row was rejected: another one may have its instruction."""
+        """Releases the instruction of a rejected row, so that another row can have it."""
         if self.taken.get(normalise(text)) == row:
             del self.taken[normalise(text)]
 
 
 class ImageGates:
-    """Decodes, size and aspect, duplicates of accepted pictures (`accepted`: row -> how its picture looks)."""
+    """Rejects images that do not decode, have another size or aspect ratio, or duplicate an accepted image.
+
+    Args:
+        accepted: row -> 8 x 8 thumbnail of its image.
+    """
 
     def __init__(self, recipe: SynthesisRecipe, accepted: dict[str, bytes]):
         self.recipe = recipe
-        self._rows, self._looks = list(accepted), bytearray(b"".join(accepted.values()))
+        self._rows, self._thumbnails = list(accepted), bytearray(b"".join(accepted.values()))
 
     def check(self, part: str, data: bytes) -> tuple[CheckedImage, bytes]:
-        """The picture and how it looks; raises [`RowRejected`]."""
-        picture = check_image(data)
-        if picture.reason is not None:
-            raise RowRejected(GateReason.UNDECODABLE, f"{picture.reason}: {picture.detail}")
+        """Returns the image and its thumbnail. Raises [`RowRejected`]."""
+        image = check_image(data)
+        if image.reason is not None:
+            raise RowRejected(GateReason.UNDECODABLE, f"{image.reason}: {image.detail}")
         if self.recipe.gates.size:
-            _check_size(picture, self.recipe.image_model(part).size)
-        seen, most = look(data), self.recipe.gates.duplicate_pictures
+            _check_size(image, self.recipe.image_model(part).size)
+        thumbnail, most = tiny_thumbnail(data), self.recipe.gates.duplicate_pictures
         if most is not None and self._rows:
-            others = np.frombuffer(bytes(self._looks), np.uint8).reshape(len(self._rows), -1)
-            apart = np.abs(others.astype(np.int16) - np.frombuffer(seen, np.uint8)).mean(1)
+            others = np.frombuffer(bytes(self._thumbnails), np.uint8).reshape(len(self._rows), -1)
+            apart = np.abs(others.astype(np.int16) - np.frombuffer(thumbnail, np.uint8)).mean(1)
             if apart.min() <= most:
                 raise RowRejected(
                     GateReason.DUPLICATE_PICTURE, f"it looks like that of {self._rows[int(apart.argmin())]}"
                 )
-        return picture, seen
+        return image, thumbnail
 
-    def accept(self, row: str, seen: bytes) -> None:
+    def accept(self, row: str, thumbnail: bytes) -> None:
+        """Adds the image of an accepted row."""
         self._rows.append(row)
-        self._looks += seen
+        self._thumbnails += thumbnail
 
 
-def _check_size(picture: CheckedImage, asked: str) -> None:
-    """The size that was asked for, or a larger or smaller one of the same aspect, to half the side at least."""
-    if asked == "auto":
+def _check_size(image: CheckedImage, requested: str) -> None:
+    """Accepts images of the requested aspect ratio (within 2%) with at least half the requested width."""
+    if requested == "auto":
         return
-    width, height = map(int, asked.split("x"))
-    aspect = (picture.width / picture.height) / (width / height)
-    if not 0.98 <= aspect <= 1.02 or picture.width < width / 2:
-        raise RowRejected(GateReason.WRONG_SIZE, f"{picture.width} x {picture.height} instead of {width} x {height}")
+    width, height = map(int, requested.split("x"))
+    aspect = (image.width / image.height) / (width / height)
+    if not 0.98 <= aspect <= 1.02 or image.width < width / 2:
+        raise RowRejected(GateReason.WRONG_SIZE, f"{image.width} x {image.height} instead of {width} x {height}")
 
 
-def look(data: bytes) -> bytes:
-    """A picture in 8 x 8 pixels of three colours."""
+def tiny_thumbnail(data: bytes) -> bytes:
+    """Returns an image as 8 x 8 RGB pixels."""
     return open_image(data).resize((8, 8), Image.Resampling.BOX).tobytes()
 
 
 def instructions_of(rows: Iterable[dict]) -> dict[str, str]:
-    """What [`InstructionGates`] holds after these accepted rows."""
+    """Returns the instructions of accepted rows, normalised, for [`InstructionGates`]."""
     return {normalise(row["instruction"]): row["row"] for row in rows}

@@ -1,4 +1,4 @@
-"""What a recipe will ask for, cost and take, before anything is asked."""
+"""Estimates the calls, cost and time of a synthesis before it starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from echo4o.dataset_scripts.synthesis.recipe import ModelSettings, SynthesisRecipe
 from echo4o.dataset_scripts.synthesis.rows import PlannedRow
 
-# Tokens of a call: asked with and answered, as the prompts of wording.py and the judge's come out. Those of pictures count
-# only where the recipe prices pictures by their tokens.
+# Input and output tokens of a call, estimated from the prompts of wording.py and of the judge. Those of images count only
+# if the recipe prices images by their tokens.
 _TOKENS = {"text": (220, 60), "image": (60, 1100), "edit": (1500, 1100), "judge": (1400, 150)}
 
 
 @dataclass(frozen=True)
 class PlannedCalls:
-    """The calls of one model: if everything passes at once, and if everything is asked as often as the gates allow."""
+    """The number of calls of one model: if everything passes at once, and at most, as the gates allow."""
 
     role: str
     model: str
     least: int
     most: int
-    usd: float | None  # of one call; None: the recipe names no price
+    usd: float | None  # of one call; None if the recipe has no price
     seconds: float
 
 
@@ -31,34 +31,38 @@ class SynthesisPlan:
     calls: tuple[PlannedCalls, ...]
     concurrency: int
     per_minute: int | None
-    repeats: int  # rows that ask for the same as an earlier one
+    repeats: int  # rows with the same content as an earlier row
 
     def cost(self, most: bool = False) -> float | None:
-        """USD, or None where a price is missing."""
-        if any(calls.usd is None for calls in self.calls):
-            return None
-        return sum((calls.most if most else calls.least) * calls.usd for calls in self.calls)
+        """Returns the cost in USD (with `most`, the upper bound); None if a price is missing."""
+        total = 0.0
+        for calls in self.calls:
+            if calls.usd is None:
+                return None
+            total += (calls.most if most else calls.least) * calls.usd
+        return total
 
     def unpriced(self) -> list[str]:
+        """Returns the settings of the missing prices."""
         return [f"models.{calls.role}.price" for calls in self.calls if calls.usd is None]
 
     def seconds(self, most: bool = False) -> float:
-        """The busiest model decides: all of them work at once."""
+        """Returns the duration in seconds: that of the busiest model, because all models work in parallel."""
 
-        def of(calls: PlannedCalls) -> float:
+        def duration(calls: PlannedCalls) -> float:
             number = calls.most if most else calls.least
-            at_once = number * calls.seconds / self.concurrency
-            return max(at_once, number * 60 / self.per_minute if self.per_minute else 0.0)
+            parallel = number * calls.seconds / self.concurrency
+            return max(parallel, number * 60 / self.per_minute if self.per_minute else 0.0)
 
-        return max(map(of, self.calls), default=0.0)
+        return max(map(duration, self.calls), default=0.0)
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Returns the plan as lines of text."""
         parts = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         lines = [f"{sum(self.rows.values()):,} rows: {parts}"]
         if self.repeats:
             lines.append(
-                f"{self.repeats:,} of them ask for the same as an earlier row: give longer lists of words, or fewer rows"
+                f"{self.repeats:,} of them have the same content as an earlier row: use longer lists of words, or fewer rows"
             )
         for calls in self.calls:
             price = "no price in the recipe" if calls.usd is None else f"about {calls.usd:.4f} USD each"
@@ -76,28 +80,28 @@ class SynthesisPlan:
 
 
 def make_plan(recipe: SynthesisRecipe, tasks: Sequence[PlannedRow]) -> SynthesisPlan:
-    """The plan of these rows (those that are not made yet)."""
+    """Returns the plan for these rows, which are those not decided yet."""
     gates, models = recipe.gates, recipe.models
     rows = {part: sum(task.part == part for task in tasks) for part in recipe.rows}
-    properties = {thing for task in tasks for thing in task.sketch.get("objects", ())}  # each is asked for once
+    properties = {thing for task in tasks for thing in task.sketch.get("objects", ())}  # requested once each
     following = recipe.instruction_following
     sentences = rows.get("surreal_fantasy", 0) + rows.get("multi_reference", 0)
     if following is not None and following.paraphrase:
         sentences += rows.get("instruction_following", 0)
     text = len(properties) + sentences
     edits = rows.get("multi_reference", 0)
-    pictures = sum(rows.values()) - edits
-    again = gates.pictures
-    found = [_calls("text", models.text, text, text * gates.answers)]
+    images = sum(rows.values()) - edits
+    attempts = gates.pictures
+    planned = [_calls("text", models.text, text, text * gates.answers)]
     if models.edit is None:
-        found.append(_calls("image", models.image, pictures + edits, (pictures + edits) * again))
+        planned.append(_calls("image", models.image, images + edits, (images + edits) * attempts))
     else:
-        found += [_calls("image", models.image, pictures, pictures * again)]
-        found += [_calls("edit", models.edit, edits, edits * again)]
-    if gates.verify:
-        judged = pictures + edits
-        found.append(_calls("judge", models.judge, judged, judged * again * gates.answers))
-    calls = tuple(calls for calls in found if calls.most)
+        planned += [_calls("image", models.image, images, images * attempts)]
+        planned += [_calls("edit", models.edit, edits, edits * attempts)]
+    if gates.verify and models.judge is not None:
+        judged = images + edits
+        planned.append(_calls("judge", models.judge, judged, judged * attempts * gates.answers))
+    calls = tuple(calls for calls in planned if calls.most)
     repeats = sum(task.repeats for task in tasks)
     return SynthesisPlan(rows, calls, recipe.rate.concurrency, recipe.rate.per_minute, repeats)
 
@@ -107,7 +111,7 @@ def _calls(role: str, model: ModelSettings, least: int, most: int) -> PlannedCal
 
 
 def guess(role: str, model: ModelSettings) -> float | None:
-    """About what one call costs in USD; None where the recipe does not say."""
+    """Estimates the cost of one call in USD; None if the recipe has no price."""
     if model.is_local:
         return 0.0
     return model.price.usd(*_TOKENS[role]) if model.price.known else None

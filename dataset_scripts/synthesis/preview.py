@@ -1,4 +1,4 @@
-"""A contact sheet: what the first rows look like, before the others are paid for."""
+"""Writes a contact sheet of the first rows, to look at before the others are paid for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from echo4o.modeling.common.image_files import open_image
 
 
 def first_tasks(tasks: Sequence[PlannedRow], count: int) -> list[PlannedRow]:
-    """The first rows of every part in turn."""
+    """Returns the first rows, from all parts in turn."""
     ordered = sorted(tasks, key=lambda task: (task.number, task.part))
     return ordered[:count]
 
 
 def write_preview(folder: SynthesisFolder, tasks: Sequence[PlannedRow]) -> Path:
-    """Write the images of the rows with their instructions; a rejected row shows its reason."""
+    """Writes the images of the rows with their instructions; a rejected row shows its reason."""
     path = folder.path / PREVIEW
     contact_sheet([_cell(folder, task) for task in tasks], open_image).save(path, "PNG")
     return path
@@ -24,6 +24,6 @@ def write_preview(folder: SynthesisFolder, tasks: Sequence[PlannedRow]) -> Path:
 
 def _cell(folder: SynthesisFolder, task: PlannedRow) -> tuple[Path | None, str]:
     if task.id in folder.accepted:
-        return folder.picture_of(task.id), folder.accepted[task.id]["instruction"]
+        return folder.image_of(task.id), folder.accepted[task.id]["instruction"]
     rejection = folder.rejected.get(task.id)
-    return None, f"{rejection['reason']}: {rejection['detail']}" if rejection else "not made yet"
+    return None, f"{rejection['reason']}: {rejection['detail']}" if rejection else "not decided yet"

@@ -1,4 +1,4 @@
-"""Where reference pictures come from: a folder with one folder per subject type, or a dataset with a column of types."""
+"""Reads reference images from a folder with one subfolder per subject type, or a dataset with a column of types."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from echo4o.dataset_scripts.synthesis.recipe import ReferencesSettings
 
 @dataclass(frozen=True)
 class ReferenceImage:
-    """One picture: of which type, what it shows, and where it is."""
+    """A reference image: its subject type, what it shows, its source and its location."""
 
     kind: str
     label: str
     source: str
-    place: tuple
+    place: tuple[str] | tuple[str, int, int]  # a file; or a shard, its row group and the row in it
 
 
 @dataclass
 class ReferenceImages:
-    """The pictures of a source by type. Only those that a row takes are read."""
+    """The reference images of a source by type. Images are read when a row uses them."""
 
     by_type: dict[str, tuple[ReferenceImage, ...]]
     column: str
@@ -29,40 +29,43 @@ class ReferenceImages:
 
     @property
     def fingerprint(self) -> str:
-        names = [p.source for of in self.by_type.values() for p in of]
+        names = [image.source for images in self.by_type.values() for image in images]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def count(self, kind: str) -> int:
+        """Returns the number of images of a type."""
         return len(self.by_type.get(kind, ()))
 
-    def read(self, picture: ReferenceImage) -> bytes:
-        file, *row = picture.place
-        return _of_shard(file, *row, self.column) if row else Path(file).read_bytes()
+    def read(self, image: ReferenceImage) -> bytes:
+        """Returns the file of an image."""
+        if len(image.place) == 1:
+            return Path(image.place[0]).read_bytes()
+        file, group, row = image.place
+        return _of_shard(file, group, row, self.column)
 
-    def check(self, picture: ReferenceImage) -> None:
-        """ValueError when it does not decode."""
-        if picture in self._checked:
+    def check(self, image: ReferenceImage) -> None:
+        """Raises ValueError if the image cannot be decoded."""
+        if image in self._checked:
             return
-        checked = check_image(self.read(picture))
+        checked = check_image(self.read(image))
         if checked.reason is not None:
-            raise ValueError(
-                f"the reference picture {picture.source} cannot be used: {checked.reason}: {checked.detail}"
-            )
-        self._checked.add(picture)
+            raise ValueError(f"the reference image {image.source} cannot be used: {checked.reason}: {checked.detail}")
+        self._checked.add(image)
 
 
 def open_references(config: ReferencesSettings) -> ReferenceImages:
-    """Find the pictures of every type.
+    """Lists the images of every type.
 
     Raises:
-        ValueError: there is no such source, or it has no picture of one of the types.
+        ValueError: the source does not exist, or has no image of one of the types.
     """
     root = Path(config.path)
     found = _of_folders(root, config) if root.is_dir() and not any(root.rglob("*.parquet")) else _of_dataset(config)
-    if missing := [kind for kind in config.types if not found.get(kind)]:
-        values = ", ".join(config.types[missing[0]])
+    for kind, values in config.types.items():
+        if found.get(kind):
+            continue
         raise ValueError(
-            f"{config.path} has no picture of the subject type {missing[0]!r} (looked for {values}); it has "
+            f"{config.path} has no image of the subject type {kind!r} (looked for {', '.join(values)}); it has "
             f"{', '.join(sorted(k for k in found if found[k])) or 'none of the types'}: set multi_reference.references.types"
         )
     return ReferenceImages({kind: tuple(found[kind]) for kind in config.types}, config.column)
@@ -83,7 +86,7 @@ def _of_folders(root: Path, config: ReferencesSettings) -> dict[str, list[Refere
 
 
 def _label(file: Path, folder: Path, kind: str) -> str:
-    """A folder inside the type's folder says what it is: animal/owl/3.jpg."""
+    """Returns the name of a folder inside the folder of the type: `owl` for animal/owl/3.jpg."""
     steps = file.relative_to(folder).parts
     return steps[0] if len(steps) > 1 else kind
 

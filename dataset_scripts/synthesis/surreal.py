@@ -1,7 +1,8 @@
-"""Surreal fantasy: a common thing, what everybody knows about it, one break with that, and its instruction."""
+"""Surreal fantasy: takes a common object and its usual properties, and writes an instruction that breaks one of them."""
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from echo4o.dataset_scripts.synthesis import vocabulary, wording
 from echo4o.dataset_scripts.synthesis.calls import UnusableAnswer
@@ -39,7 +40,7 @@ _LISTS = {
 
 @dataclass(frozen=True)
 class SurrealFantasyChain:
-    """The recipe with its words."""
+    """The settings of this part with their vocabularies."""
 
     recipe: SurrealFantasySettings
     objects: Vocabulary
@@ -56,7 +57,7 @@ class SurrealFantasyChain:
         return {"objects": self.objects.sha256, "colours": self.colours.sha256}
 
     def sketch(self, number: int, rng: random.Random) -> dict:
-        """Which things, which break, and the values that it may take, in the order of preference."""
+        """Samples the objects, the kind of break, and its possible values in order of preference."""
         kind = self.recipe.breaks[number % len(self.recipe.breaks)]
         count = {"combination": 2, "several": rng.choice((2, 3))}.get(kind, 1)
         values = list(self.colours.words if kind in ("colour", "several") else ())
@@ -66,13 +67,17 @@ class SurrealFantasyChain:
         return {"break": kind, "objects": rng.sample(self.objects.words, count), "values": values}
 
     async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
+        """Writes the instruction of a sketch."""
         sketch = task.sketch
         steps.keep("objects", result={"objects": sketch["objects"], "break": sketch["break"]})
         known = {thing: await self._properties(thing, steps) for thing in sketch["objects"]}
         values = _values(sketch, known)
         note, must, include = _break(sketch, values)
         steps.keep("break", result={"note": note, "values": values})
-        usual = "; ".join(f"{thing}: {', '.join(f'{k} {v}' for k, v in of.items())}" for thing, of in known.items())
+        usual = "; ".join(
+            f"{thing}: {', '.join(f'{k} {v}' for k, v in usual_values.items())}"
+            for thing, usual_values in known.items()
+        )
         prompt = wording.SURREAL.format(usual=usual, note=note, must=listed([f'"{word}"' for word in must]))
         text = await steps.write("instruction", prompt, lambda answer: _holding(answer, must))
         facts = {
@@ -89,12 +94,12 @@ class SurrealFantasyChain:
         )
 
 
-def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
-    """The first values that are none of the usual ones: one per thing that is broken. Unreadable when there is none."""
-    kind = sketch["break"]
+def _values(sketch: dict[str, Any], known: dict[str, dict[str, str]]) -> list[str]:
+    """Returns the first unusual value for each object. Raises UnusableAnswer if all values are usual."""
+    kind: str = sketch["break"]
     if kind == "combination":
         return []
-    about = {"environment": "surroundings", "several": "colour"}.get(kind, kind)
+    about: str = {"environment": "surroundings", "several": "colour"}.get(kind, kind)
     values, chosen = list(sketch["values"]), []
     for thing in sketch["objects"]:
         unusual = [value for value in values if not holds(known[thing][about], value)]
@@ -106,7 +111,7 @@ def _values(sketch: dict, known: dict[str, dict[str, str]]) -> list[str]:
 
 
 def _break(sketch: dict, values: list[str]) -> tuple[str, list[str], tuple[dict, ...]]:
-    """The break in words, the words that the instruction must hold, and its structure where it has one."""
+    """Returns the break in words, the words that the instruction must contain, and its structure if it has one."""
     things, kind = sketch["objects"], sketch["break"]
     a = article(things[0])
     if kind in ("colour", "several"):
@@ -133,7 +138,7 @@ def _break(sketch: dict, values: list[str]) -> tuple[str, list[str], tuple[dict,
 
 
 def _telling(kind: str, value: str) -> str:
-    """What of a value an instruction cannot do without."""
+    """Returns the part of a value that the instruction must contain."""
     return vocabulary.shipped(_LISTS[kind]).plurals.get(value, value)
 
 

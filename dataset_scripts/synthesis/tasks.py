@@ -1,4 +1,4 @@
-"""Every row is decided before anything is paid for: the same recipe plans the same rows, and more rows keep the first."""
+"""Plans all rows before the first paid call. The same recipe plans the same rows; more rows keep the earlier ones."""
 
 import json
 import random
@@ -16,31 +16,34 @@ _LOADERS = {
     "multi_reference": MultiReferenceChain,
     "instruction_following": InstructionFollowingChain,
 }
-_SAMPLED_AGAIN = 50
+_MAX_SAMPLES = 50  # attempts to find a sketch that no earlier row has
 
 
 class Chain(Protocol):
-    """One of the three recipes."""
+    """One of the three parts: samples sketches and writes their instructions."""
 
     part: str
 
     def hashes(self) -> dict[str, str]:
-        """Of the words and pictures that it draws from."""
+        """Returns hashes of the vocabularies and images from which it samples."""
+        ...
 
     def sketch(self, number: int, rng: random.Random) -> dict:
-        """All that chance decides about a row."""
+        """Samples everything random about a row."""
+        ...
 
     async def instruct(self, task: PlannedRow, steps: RowSteps) -> Instruction:
-        """From the sketch to the instruction."""
+        """Writes the instruction of a sketch."""
+        ...
 
 
 def load_chains(recipe: SynthesisRecipe) -> dict[str, Chain]:
-    """The parts that have rows, with their words and pictures; ValueError says which are missing."""
+    """Loads the parts that have rows. Raises ValueError if words or images are missing."""
     return {part: _LOADERS[part].load(getattr(recipe, part)) for part, rows in recipe.rows.items() if rows}
 
 
 def make_tasks(recipe: SynthesisRecipe, chains: dict[str, Chain]) -> list[PlannedRow]:
-    """The rows of all parts; references are decoded once, so that a broken one is told now."""
+    """Plans the rows of all parts. Raises ValueError if a reference image cannot be decoded."""
     tasks = []
     for part, chain in chains.items():
         for task in _of_part(recipe, chain, recipe.rows[part]):
@@ -53,18 +56,20 @@ def make_tasks(recipe: SynthesisRecipe, chains: dict[str, Chain]) -> list[Planne
 def _of_part(recipe: SynthesisRecipe, chain: Chain, rows: int) -> Iterator[PlannedRow]:
     seen: set[str] = set()
     for number in range(rows):
-        for attempt in range(_SAMPLED_AGAIN):  # what was planned before is not planned again, where there is a choice
+        attempt = 0
+        while True:
             rng = random.Random(f"{recipe.seed} {chain.part} {number} {attempt}")
             sketch = chain.sketch(number, rng)
-            known = json.dumps(_content(sketch), sort_keys=True, default=str)
-            if known not in seen:
+            content = json.dumps(_content(sketch), sort_keys=True, default=str)
+            attempt += 1
+            if content not in seen or attempt == _MAX_SAMPLES:
                 break
         seed = random.Random(f"{recipe.seed} {chain.part} {number}").getrandbits(31)
-        yield PlannedRow(chain.part, number, seed, sketch, repeats=known in seen)
-        seen.add(known)
+        yield PlannedRow(chain.part, number, seed, sketch, repeats=content in seen)
+        seen.add(content)
 
 
 def _content(sketch: dict) -> dict:
-    """What makes two sketches the same, whatever frame their words are in."""
+    """Returns the parts of a sketch by which duplicates are found; the template is not among them."""
     content = {key: value for key, value in sketch.items() if key != "template"}
     return content | ({"values": sketch["values"][:1]} if "values" in sketch else {})

@@ -1,4 +1,4 @@
-"""Words to sample from: those that come along, or files with one per line."""
+"""Vocabularies to sample from: bundled lists, or files with one word per line."""
 
 import hashlib
 import re
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import yaml
 
-_WORD = re.compile(r"(?=.*[^\W\d_])[^\[\]{}\":;,<>]{1,60}")  # a letter at least; no JSON, no table
+_WORD = re.compile(
+    r"(?=.*[^\W\d_])[^\[\]{}\":;,<>]{1,60}"
+)  # with at least one letter, and without characters of JSON or tables
 SHIPPED = Path(__file__).parent / "vocabulary.yaml"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One list of words; `plurals` holds what stands behind a bar: of things, the irregular plurals."""
+    """A list of words. `plurals` holds the text after a bar, which is the irregular plural of an object."""
 
     name: str
     words: tuple[str, ...]
@@ -26,6 +28,7 @@ class Vocabulary:
         return hashlib.sha256("\n".join([*self.words, *map(repr, sorted(self.plurals.items()))]).encode()).hexdigest()
 
     def plural(self, word: str) -> str:
+        """Returns the plural of a word."""
         if word in self.plurals:
             return self.plurals[word]
         if re.search(r"[^aeiou]y$", word):
@@ -33,11 +36,12 @@ class Vocabulary:
         return word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
 
     def named(self, word: str, count: int) -> str:
+        """Returns the word, in the plural if `count` is not 1."""
         return word if count == 1 else self.plural(word)
 
 
 def shipped(name: str) -> Vocabulary:
-    """A list that comes along."""
+    """Returns a bundled list."""
     return parse(name, _shipped_lists()[name], f"the shipped list of {name}")
 
 
@@ -47,33 +51,33 @@ def _shipped_lists() -> dict[str, list[str]]:
 
 
 def load(name: str, file: Path | None, least: int) -> Vocabulary:
-    """The words of a file, or those that come along.
+    """Reads the words of a file; without a file, returns the bundled list.
 
     Raises:
-        ValueError: no text file, a line that is no word, or fewer than `least` words.
+        ValueError: the file is not UTF-8 text, a line is not a word, or there are fewer than `least` words.
     """
     if file is None:
         return shipped(name)
     try:
         lines = Path(file).read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: the vocabulary of {name} is no UTF-8 text ({error.reason})") from None
+        raise ValueError(f"{file}: the vocabulary of {name} is not UTF-8 text ({error.reason})") from None
     words = parse(name, [line for line in lines if not line.lstrip().startswith("#")], str(file))
     if len(words.words) < least:
-        found = f"{len(words.words)} words" if words.words else "no word"
+        found = f"{len(words.words)} words" if words.words else "no words"
         raise ValueError(f"{file}: the vocabulary of {name} holds {found}; at least {least} are needed")
     return words
 
 
 def parse(name: str, lines: Iterable[str], where: str) -> Vocabulary:
-    """Words with what stands behind their bars; ValueError for a line that is none."""
+    """Parses lines of words with optional plurals after a bar. Raises ValueError for an invalid line."""
     words, plurals = {}, {}
     for line in lines:
         word, bar, plural = (part.strip() for part in line.partition("|"))
         if not word and not bar:
             continue
         if not word or "|" in plural or (bar and not plural) or not _WORD.fullmatch(word):
-            raise ValueError(f"{where}: {line[:80]!r} is no word (write one per line: cup, or knife|knives)")
+            raise ValueError(f"{where}: {line[:80]!r} is not a word (write one per line: cup, or knife|knives)")
         words[word] = None
         if bar:
             plurals[word] = plural
@@ -81,11 +85,11 @@ def parse(name: str, lines: Iterable[str], where: str) -> Vocabulary:
 
 
 def words_of(text: str) -> str:
-    """A text as its words in lower case, with single spaces between them and around: for looking words up in it."""
+    """Returns the words of a text in lower case, with one space before, between and after them, to search words in it."""
     words = re.findall(r"\w+", text.casefold())
     return f" {' '.join(words)} "
 
 
 def holds(text: str, words: str) -> bool:
-    """Whether the words stand in the text, whole and in this order."""
+    """Whether the text contains these words, whole and in this order."""
     return words_of(words) in words_of(text)

@@ -1,4 +1,4 @@
-"""The words that models are asked with, and those that rows are made of. Their hashes go into every row."""
+"""The prompts for the models and the phrases of instructions. Their hashes are stored in every row, so they must not change."""
 
 PROPERTIES = """\
 Name what everybody knows about this thing: {thing}

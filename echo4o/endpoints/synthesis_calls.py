@@ -171,8 +171,8 @@ class SynthesisCalls:
         text = without_reasoning(answer.text)
         return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be stored
 
-    async def draw(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes:
-        """The image of an instruction, by the edit model where there are references and one is given."""
+    async def generate(self, instruction: str, references: tuple[bytes, ...], seed: int, salt: str) -> bytes:
+        """Generates the image of an instruction; with references, by the edit model if one is configured."""
         role = "edit" if references and "edit" in self.models else "image"
         sends_seed = getattr(self.recipe.models, role).send_seed
         request = ImageRequest(instruction, references, seed if sends_seed else None)
@@ -182,13 +182,13 @@ class SynthesisCalls:
             raise CallRefused("image", answer.refusal)
         return image_bytes(answer)
 
-    async def judge(self, check: ImageCheck, picture: bytes, salt: str) -> ImageCheckResult:
+    async def judge(self, check: ImageCheck, image: bytes, salt: str) -> ImageCheckResult:
         """The judge's verdict on an image; asks again, up to `gates.answers` times, if an answer is unreadable."""
         checker = self.checker
         if checker is None:
             raise RuntimeError("there is no judge among the roles of this synthesis")
         references = () if check.include else tuple(self._image_file(data) for data in check.references)
-        request, facts = checker.question(check, self._image_file(picture), references)
+        request, facts = checker.question(check, self._image_file(image), references)
         hashes = [labelled.image.sha256 for labelled in request.images]
         content = ["judge", request.system, request.text, hashes, facts, salt]
 

@@ -21,10 +21,10 @@ WRONG = {
         "models.image.key_variable: this is the name of an environment variable",
     ),
     "the key among the options": ({"models__image__options": {"api_key": API_KEY}}, "holds the key of OPENAI_API_KEY"),
-    "half a price": ({"models__text__price": {"input": 1.0}}, "models.text.price: give both input and output"),
+    "half a price": ({"models__text__price": {"input": 1.0}}, "models.text.price: set both input and output"),
     "two prices": (
         {"models__image__price": {"picture": 1, "input": 1, "output": 1}},
-        "give picture, or input and output",
+        "set either picture, or input and output",
     ),
     "words priced as pictures": ({"models__judge__price": {"picture": 1}}, "words are billed by tokens"),
     "endless price": ({"models__image__price": {"picture": float("inf")}}, "models.image.price.picture"),
@@ -68,11 +68,11 @@ def test_a_vocabulary_that_is_not_there(server, recipe, tmp_path):
 @pytest.mark.parametrize(
     "content, why",
     [
-        ("café\nthé\nœuf\n".encode("cp1252"), "is no UTF-8 text"),
-        (b'{"categories": [\n', "'{\"categories\": [' is no word"),
-        (b"cup,12\n", "'cup,12' is no word"),
-        (b"12\n???\n", "'12' is no word"),
-        (b"x" * 61, "is no word"),
+        ("café\nthé\nœuf\n".encode("cp1252"), "is not UTF-8 text"),
+        (b'{"categories": [\n', "'{\"categories\": [' is not a word"),
+        (b"cup,12\n", "'cup,12' is not a word"),
+        (b"12\n???\n", "'12' is not a word"),
+        (b"x" * 61, "is not a word"),
     ],
 )
 def test_a_vocabulary_that_is_none(server, recipe, tmp_path, content, why):
@@ -89,7 +89,7 @@ def test_a_recipe_that_is_no_text(server, tmp_path):
 def test_references_without_the_subject_types(server, recipe, tmp_path):
     types = {"person": ["person"], "scene": ["landscape"]}
     said = told(server, tmp_path, recipe(multi_reference__references__types=types))
-    assert "no picture of the subject type 'scene' (looked for landscape); it has person" in said
+    assert "no image of the subject type 'scene' (looked for landscape); it has person" in said
 
 
 def _bomb() -> bytes:
@@ -113,7 +113,7 @@ def test_references_that_do_not_decode(server, recipe, tmp_path, data, why):
     for picture in (tmp_path / "given" / "references" / "animal").rglob("*.png"):
         picture.write_bytes(data())
     said = told(server, tmp_path, recipe(multi_reference__rows=12))
-    assert "the reference picture animal/" in said and "cannot be used: " in said and why in said
+    assert "the reference image animal/" in said and "cannot be used: " in said and why in said
 
 
 def test_too_few_references(server, recipe, tmp_path):
@@ -121,7 +121,7 @@ def test_too_few_references(server, recipe, tmp_path):
     for picture in list((tmp_path / "given" / "references" / "person" / "heart").glob("*.png"))[1:]:
         picture.unlink()
     said = told(server, tmp_path, recipe(multi_reference__references__types=types))
-    assert "a row takes up to 4 reference pictures" in said and "there are 2" in said
+    assert "a row uses up to 4 reference images" in said and "the source has 2" in said
 
 
 def test_no_such_source(server, recipe, tmp_path):

@@ -81,7 +81,7 @@ def test_what_never_works_is_not_paid_for_row_after_row(server, recipe, tmp_path
         server.inject(EndpointFault("wrong_fields", times=999, match="made from this instruction"))
     file = one_part(recipe, rows=40, rate__give_up_after=5, **changes)
     said = " ".join(run("synthesize", file, "--out", tmp_path / "made", code=2).split())
-    assert "the last 5 pictures were all of no use; why this one: " in said and "change the models" in said
+    assert "the last 5 images could not be used; the last reason: " in said and "change the models" in said
     drawn = sum(call.kind == "generate" for call in server.calls)
     assert 5 <= drawn <= 5 + 2 * 4, "no more than were open"
     assert len(ends(tmp_path / "made")) < 5
@@ -130,7 +130,7 @@ def test_a_refusal_of_words_that_only_its_code_tells(server, recipe, tmp_path):
 def test_one_call_that_is_told_to_wait_a_day_does_not_hold_up_the_others(server, recipe, tmp_path):
     server.inject(EndpointFault("http_429", retry_after=86_400, call_kind="generate"))
     said = run("synthesize", one_part(recipe, rows=12), "--out", tmp_path / "made", code=1)
-    assert "11 accepted" in said and "1 not made yet" in said
+    assert "11 accepted" in said and "1 not decided yet" in said
 
 
 def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, recipe, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_models_that_take_no_temperature(server, recipe, tmp_path):
 def test_a_preview_with_open_rows_is_not_finished(server, recipe, tmp_path):
     server.inject(EndpointFault("http_500", times=6, call_kind="generate"))
     file = one_part(recipe)
-    assert "2 not made yet" in run("synthesize", file, "--out", tmp_path / "made", "--preview", 2, code=1)
+    assert "2 not decided yet" in run("synthesize", file, "--out", tmp_path / "made", "--preview", 2, code=1)
     assert (tmp_path / "made" / "preview.png").is_file()
 
 
@@ -193,7 +193,7 @@ def test_an_endless_answer_is_no_instruction(server, recipe, tmp_path):
 def test_words_that_are_used_up_are_told_before_they_are_paid_for(server, recipe, tmp_path):
     (tmp_path / "given" / "objects.txt").write_text("cup\nhat\nbus\n")
     few = one_part(recipe, rows=30, instruction_following__tags=["counting"])
-    assert "12 of them ask for the same as an earlier row" in run("synthesize", few, "--plan")
+    assert "12 of them have the same content as an earlier row" in run("synthesize", few, "--plan")
     assert "earlier row" not in run("synthesize", one_part(recipe, rows=10), "--plan")
 
 
