@@ -62,17 +62,18 @@ def check_image(data: bytes, verify: str = ImageVerification.full, reencode: boo
 
 def _check_opened(image: Image.Image, data: bytes, digest: bytes, verify: str) -> CheckedImage:
     name = "JPEG" if image.format == "MPO" else image.format or ""
-    facts = (data, digest, name, *seen_size(image))
     if image.width * image.height > MAX_PIXELS:
         detail = f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded"
-        return CheckedImage(*facts, reason=RejectionReason.DECOMPRESSION_BOMB, detail=detail)
+        return CheckedImage(
+            data, digest, name, *seen_size(image), reason=RejectionReason.DECOMPRESSION_BOMB, detail=detail
+        )
     if name not in FORMATS:
         return _as_png(image)
     if cut := _cut_short(name, data):
-        return CheckedImage(*facts, reason=RejectionReason.TRUNCATED, detail=cut)
+        return CheckedImage(data, digest, name, *seen_size(image), reason=RejectionReason.TRUNCATED, detail=cut)
     if verify == ImageVerification.full:
-        image.load()
-    return CheckedImage(*facts)
+        image.load()  # before anything else reads the image: Pillow reports damage once
+    return CheckedImage(data, digest, name, *seen_size(image))
 
 
 def _as_png(image: Image.Image) -> CheckedImage:

@@ -53,7 +53,12 @@ def to_rgb(image: Image.Image, place: str = "image", max_pixels: int = MAX_PIXEL
 
 
 def seen_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an image after its EXIF orientation is applied, without decoding it."""
+    """(width, height) of an image after its EXIF orientation is applied, without decoding it.
+
+    A PNG can have EXIF data behind its pixels; it is seen only if the image was decoded before.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return image.size  # getexif() would decode the image, and the error of a damaged one would be lost
     try:
         is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
     except (*_DECODING_ERRORS, TypeError, KeyError):

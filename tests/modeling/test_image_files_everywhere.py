@@ -10,7 +10,7 @@ from PIL import Image
 
 from echo4o.dataset_scripts import stats, stats_page
 from echo4o.dataset_scripts.images import MAX_PIXELS, check_image
-from echo4o.dataset_scripts.synthesis.gates import look
+from echo4o.dataset_scripts.synthesis.gates import tiny_thumbnail
 from echo4o.endpoints.chat_endpoint import ChatRequest, ImageFile, LabelledImage
 from echo4o.endpoints.image_endpoint import holds_image
 from echo4o.evaluation import generate, images, score_report
@@ -152,9 +152,9 @@ def test_sizes_and_looks_of_datasets(file):
     data, want = file.read_bytes(), open_image(file)
     checked = check_image(data)
     assert checked.reason is None and (checked.width, checked.height) == want.size
-    facts = stats._look({"image": {"bytes": data}, "reference_images": None})["image"]
+    facts = stats._read_facts({"image": {"bytes": data}, "reference_images": None})["image"]
     assert (facts["width"], facts["height"]) == want.size
-    assert look(data) == want.resize((8, 8), Image.Resampling.BOX).tobytes()
+    assert tiny_thumbnail(data) == want.resize((8, 8), Image.Resampling.BOX).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

@@ -14,23 +14,26 @@ WRONG = {
     "secret in the wrong place": ({"models__image__api_key": API_KEY}, "models.image.api_key: unknown key"),
     "secret in the url": (
         {"models__image__url": f"https://x.invalid/v1?key={API_KEY}"},
-        "the key belongs into the environment variable",
+        "put the key into the environment variable",
     ),
     "the key instead of its variable": (
         {"models__image__key_variable": "sk-loopback-0123456789-secret"},
         "models.image.key_variable: this is the name of an environment variable",
     ),
-    "the key among the options": ({"models__image__options": {"api_key": API_KEY}}, "holds the key of OPENAI_API_KEY"),
+    "the key among the options": (
+        {"models__image__options": {"api_key": API_KEY}},
+        "contains the key of OPENAI_API_KEY",
+    ),
     "half a price": ({"models__text__price": {"input": 1.0}}, "models.text.price: set both input and output"),
     "two prices": (
         {"models__image__price": {"picture": 1, "input": 1, "output": 1}},
         "set either picture, or input and output",
     ),
-    "words priced as pictures": ({"models__judge__price": {"picture": 1}}, "words are billed by tokens"),
+    "words priced as pictures": ({"models__judge__price": {"picture": 1}}, "text is billed by tokens"),
     "endless price": ({"models__image__price": {"picture": float("inf")}}, "models.image.price.picture"),
     "nothing to compare with": (
         {"gates__contamination": {"benchmarks": []}},
-        "contamination: null switches the gate off",
+        "contamination: null disables the gate",
     ),
     "no rows": ({"surreal_fantasy": None, "multi_reference": None, "instruction_following": None}, "no part has rows"),
     "unknown break": ({"surreal_fantasy__breaks": ["gravity"]}, "surreal_fantasy.breaks"),
@@ -58,7 +61,7 @@ def told(server, tmp_path, file, *more) -> str:
 
 def test_an_empty_vocabulary(server, recipe, tmp_path):
     (tmp_path / "given" / "objects.txt").write_text("\n# nothing\n")
-    assert "the vocabulary of objects holds no word; at least 3" in told(server, tmp_path, recipe())
+    assert "the vocabulary of objects holds no words; at least 3" in told(server, tmp_path, recipe())
 
 
 def test_a_vocabulary_that_is_not_there(server, recipe, tmp_path):

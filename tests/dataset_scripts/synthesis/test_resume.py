@@ -42,7 +42,9 @@ def test_what_is_not_answered_stays_open_until_it_is(server, recipe, tmp_path):
     out = tmp_path / "made"
     said = run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out, code=1)
     left = 3 - len(ends(out))
-    assert left and f"{left} not decided yet" in said and "is not decided yet: image: the server was told to fail" in said
+    assert (
+        left and f"{left} not decided yet" in said and "is not decided yet: image: the server was told to fail" in said
+    )
     run("synthesize", one_part(recipe, rate__concurrency=1), "--out", out)
     assert len(ends(out)) == 3 and max(server.paid.values()) == 1
 

@@ -187,7 +187,7 @@ def test_an_endless_answer_is_no_instruction(server, recipe, tmp_path):
     strict = one_part(recipe, instruction_following__otherwise="reject")
     out = tmp_path / "made"
     assert "3 no usable instruction" in run("synthesize", strict, "--out", out)
-    assert "letters, at most 1,000" in lines(out / "rejected.jsonl")[0]["detail"]
+    assert "characters; at most 1,000" in lines(out / "rejected.jsonl")[0]["detail"]
 
 
 def test_words_that_are_used_up_are_told_before_they_are_paid_for(server, recipe, tmp_path):
@@ -212,7 +212,7 @@ def test_files_of_the_folder_that_somebody_changed(server, recipe, tmp_path):
         assert "steps.jsonl, line 1 is not" in run("synthesize", file, "--out", out, code=2)
     (out / "steps.jsonl").write_text(steps)
     (out / "run.json").write_text("{}")
-    assert "run.json does not say what the rows" in run("synthesize", file, "--out", out, code=2)
+    assert "run.json does not state the recipe of the rows" in run("synthesize", file, "--out", out, code=2)
 
 
 def test_looks_of_accepted_pictures_are_found_again(server, recipe, tmp_path):
