@@ -23,13 +23,22 @@ from echo4o.cli.evaluate_options import (
     ScoreOptions,
     spread,
 )
-from echo4o.cli.evaluate_output import judging_progress, print_agreement, print_comparison, print_result, progress
+from echo4o.cli.evaluate_output import (
+    judging_progress,
+    print_agreement,
+    print_audit,
+    print_comparison,
+    print_result,
+    progress,
+)
 from echo4o.cli.frame import Command, finish, say
 from echo4o.cli.models import check_model, choose_device, load_pipeline
 from echo4o.common import strict_json
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
+    from echo4o.evaluation.judges import Judge
+    from echo4o.evaluation.judging import JudgingOptions
 
 
 class _RunByDefault(TyperGroup):
@@ -356,24 +365,10 @@ class _Steps:
     ) -> Callable[[], None]:
         """Checks the options of the judge. Returns a function that judges the images."""
         from echo4o.evaluation.judge_prompts import load_judge_prompts
-        from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
-        from echo4o.evaluation.run import require_fitting
 
-        name = judging.judge or self.benchmark.default_judge or DEFAULT_JUDGE
-        judge = make_judge(
-            name,
-            model,
-            load_pipeline=lambda model: load_pipeline(
-                model, choose_device(device_options.device), device_options.dtype
-            ),
-            device=device_options.device,
-            max_tokens=judging.max_tokens,
-            detector=detector.settings(),
-            **(judging.endpoint() if name.startswith("openai") else {}),
-        )
-        require_fitting(self.benchmark, judge)
-        options = judging.options(name, judge.paid)
+        judge, options = self._judge(judging, detector, device_options, model)
         questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
+        audit = self._auditing(judging, detector, device_options, model, images) if judging.audit else None
 
         def judge_images() -> None:
             from echo4o.evaluation.run import judge_folder
@@ -391,17 +386,78 @@ class _Steps:
                     judge_prompts=questions,
                     allow_missing=judging.allow_missing,
                 )
+            if audit is not None:
+                audit()
 
         return judge_images
 
+    def _judge(
+        self, judging: JudgeOptions, detector: DetectorOptions, device_options: DeviceOptions, model: str | None
+    ) -> "tuple[Judge, JudgingOptions]":
+        """Returns the judge and its options. Raises ValueError if it cannot judge this benchmark."""
+        from echo4o.evaluation.judges import DEFAULT_JUDGE, make_judge
+        from echo4o.evaluation.run import require_fitting
+
+        name = judging.judge or self.benchmark.default_judge or DEFAULT_JUDGE
+        judge = make_judge(
+            name,
+            model,
+            load_pipeline=lambda model: load_pipeline(
+                model, choose_device(device_options.device), device_options.dtype
+            ),
+            device=device_options.device,
+            max_tokens=judging.max_tokens,
+            detector=detector.settings(),
+            **(judging.endpoint() if name.startswith("openai") else {}),
+        )
+        require_fitting(self.benchmark, judge)
+        return judge, judging.options(name, judge.paid)
+
+    def _auditing(
+        self,
+        judging: JudgeOptions,
+        detector: DetectorOptions,
+        device_options: DeviceOptions,
+        model: str | None,
+        images: Path | None,
+    ) -> Callable[[], None]:
+        """Checks the options of the audit. Returns a function that judges a share of the prompts again."""
+        from echo4o.evaluation.audit_run import audit_folder, sampled_prompts
+        from echo4o.evaluation.judge_prompts import load_judge_prompts
+
+        judge, options = self._judge(judging.auditor(), detector, device_options, model)
+        questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
+        sampled_prompts(self.prompts.prompts, judging.audit_share, judging.audit_seed)
+
+        def audit_images() -> None:
+            with judging_progress(options, "audit") as shown:
+                audit_folder(
+                    self.benchmark,
+                    self.prompts,
+                    judge,
+                    self.out,
+                    judging.audit_share,
+                    judging.audit_seed,
+                    self.per_prompt,
+                    images,
+                    questions,
+                    judging.allow_missing,
+                    shown,
+                )
+
+        return audit_images
+
     def score(self, scoring: ScoreOptions) -> None:
         """Computes the scores, writes the report and prints both."""
+        from echo4o.common.files import read_json
+        from echo4o.evaluation.folder import AUDIT, COSTS
         from echo4o.evaluation.score import score_folder
         from echo4o.evaluation.score_report import write_report
 
         result = score_folder(self.out, scoring.min_coverage, scoring.bootstrap_seed)
         report = write_report(self.out)
         print_result(result)
+        print_audit(result.get("audit"), read_json(self.out / AUDIT / COSTS))
         finish(
             [self.out / "result.json", report], shlex.join(["echo4o", "evaluate", "compare", "OTHER", str(self.out)])
         )

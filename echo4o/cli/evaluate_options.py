@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -125,6 +125,19 @@ class JudgeOptions:
     concurrency: Annotated[int, typer.Option(min=1, help="Maximum number of parallel calls.")] = 16
     tries: Annotated[int, typer.Option(min=1, help="Maximum attempts per call.")] = 6
     timeout: Annotated[float, typer.Option(min=1, help="Timeout of a call in seconds.")] = 120.0
+    audit: Annotated[
+        str | None,
+        typer.Option(help="A second judge for a random share of the prompts: estimates its score on everything."),
+    ] = None
+    audit_share: Annotated[float, typer.Option(help="Share of the prompts of each group that the audit judges.")] = 0.1
+    audit_seed: Annotated[int, typer.Option(min=0, help="Seed of the audited prompts.")] = 0
+    audit_url: Annotated[
+        str | None, typer.Option(help="URL of the audit's endpoint.", show_default="that of --judge-url")
+    ] = None
+    audit_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable with its key.", show_default="that of --judge-key-env")
+    ] = None
+    audit_price: Annotated[str | None, typer.Option(help="Its price in USD per million tokens: IN,OUT.")] = None
     price: Annotated[str | None, typer.Option(help="Price in USD per million tokens: IN,OUT.")] = None
     budget: Annotated[float | None, typer.Option(min=0, help="Maximum cost of the folder in USD, over all runs.")] = (
         None
@@ -146,6 +159,17 @@ class JudgeOptions:
             "temperature": _temperature(self.temperature),
             "timeout": self.timeout,
         }
+
+    def auditor(self) -> "JudgeOptions":
+        """The options of the judge that audits."""
+        return replace(
+            self,
+            judge=self.audit or "",
+            judge_url=self.audit_url or self.judge_url,
+            judge_key_env=self.audit_key_env or self.judge_key_env,
+            price=self.audit_price,
+            repeats=1,
+        )
 
     def options(self, judge_name: str, paid: bool) -> "JudgingOptions":
         from echo4o.endpoints.budget import KNOWN_PRICES

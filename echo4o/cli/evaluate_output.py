@@ -25,9 +25,9 @@ def progress(what: str, shown: bool = True):
 
 
 @contextmanager
-def judging_progress(options):
+def judging_progress(options, what: str = "judgements"):
     """Show a progress bar with the cost of the judgements. Yields the options with its callbacks."""
-    with progress("judgements") as advance:
+    with progress(what) as advance:
 
         def on_progress(done, total, ledger):
             spent = "" if ledger.spent is None else f", {ledger.spent:.3f} USD"
@@ -111,3 +111,24 @@ def print_agreement(found: dict) -> None:
         f"({low:+.3f} to {high:+.3f})"
     )
     say(f"{found['images']} of {found['of']} judged images are scored in both, {len(found['differ'])} of them differ")
+
+
+def print_audit(audit: dict | None, costs: dict | None) -> None:
+    """Print what the second judge would give on everything, and what the audit saved, on stderr."""
+    if audit is None:
+        return
+    name = audit["judge"]["judge"]
+    for field, of in audit["agreement"].items():
+        say(f"{name} agrees on {of['equal']:.1%} of {of['values']} audited judgements ({field.replace('_', ' ')})")
+    score = audit["score"]
+    if score is None or score["estimate"] is None:
+        say(f"no estimate of its score: {audit['withheld'] or 'a group has no audited prompt'}")
+        return
+    limits = score["interval"]
+    interval = "" if limits is None else f" ({limits[0]:.3f} to {limits[1]:.3f})"
+    say(
+        f"score that {name} would give: {score['estimate']:.3f}{interval}, from {audit['prompts']} of {audit['of']} prompts"
+    )
+    if costs is not None:
+        usd = "" if costs["usd_saved"] is None else f", about {costs['usd_saved']:.2f} USD"
+        say(f"the audit saved about {costs['calls_saved']} calls of {name}{usd}")

@@ -100,6 +100,11 @@ def _pairs(a: Evaluation, b: Evaluation) -> list[_Pair]:
     return pairs
 
 
+def agreement_of(a: Evaluation, b: Evaluation, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Agreement of two judges by field, over the images that both scored. Raises ValueError for other images."""
+    return _fields(a, b, _pairs(a, b), seed)
+
+
 def _fields(a: Evaluation, b: Evaluation, pairs: Sequence[_Pair], seed: int) -> dict[str, dict[str, Any]]:
     """Agreement by field. Values that both judges gave for one thing stand beside each other."""
     values: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))

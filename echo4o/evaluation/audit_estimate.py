@@ -15,9 +15,10 @@ MIN_GROUP = 30  # audited prompts from which a group has an interval of its own
 _LEVEL = 0.95
 # Small strata borrow the common variance with this weight, in observations.
 _BORROWED = 4.0
-# A sample without a disagreement is not proof that there is none: the residuals count as much as four images that differ
-# by the whole scale, at least. With fewer, rare disagreements are covered too seldom (simulated).
-_PSEUDO_IMAGES = 4.0
+# A sample without a disagreement is not proof that there is none: three images that differ by the whole scale are added to
+# the residuals, which count as much as four of them at least. With less, rare disagreements are covered too seldom
+# (simulated in the tests).
+_ADDED_IMAGES, _PSEUDO_IMAGES = 3.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _variance(
 ) -> float:
     squares = {name: float(((of - of.mean()) ** 2).sum()) for name, of in residuals.items()}
     degrees = sum(len(of) - 1 for of in residuals.values())
-    common = max(sum(squares.values()), _PSEUDO_IMAGES * scale**2 / images) / max(1, degrees)
+    unit = scale**2 / images  # one image that differs by the whole scale
+    common = max(sum(squares.values()) + _ADDED_IMAGES * unit, _PSEUDO_IMAGES * unit) / max(1, degrees)
     total = 0.0
     for name, group in groups.items():
         own = (squares[name] + _BORROWED * common) / (len(residuals[name]) - 1 + _BORROWED)

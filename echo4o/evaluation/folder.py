@@ -9,8 +9,10 @@ detections.jsonl  what the judge `detector` found, by the hash of the image
 spending.json     tokens and costs; not part of the result, which is the same for the same inputs
 result.json       the scores
 report.html       the scores to look at
+audit/            the same files of a second judge that judged a share of the prompts; costs.json: what that saved
 """
 
 PROMPTS, GENERATION, JUDGE = "prompts.jsonl", "generation.json", "judge.json"
 RECORDS, SPENDING, RESULT, REPORT = "records.jsonl", "spending.jsonl", "result.json", "report.html"
 IMAGES, DETECTIONS = "images", "detections.jsonl"
+AUDIT, COSTS = "audit", "costs.json"

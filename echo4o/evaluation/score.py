@@ -169,6 +169,11 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
     measure = measure_of(evaluation)
     if measure is not None:
         result["measure"] = asdict(measure)
+    from echo4o.evaluation.audit import audit_result
+
+    audit = audit_result(evaluation, withheld, seed)
+    if audit is not None:
+        result["audit"] = audit
     details = benchmark.details([(sample.prompt, sample.records) for sample in samples if sample.score is not None])
     return result | details | _origin(evaluation)
 

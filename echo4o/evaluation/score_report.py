@@ -5,7 +5,7 @@ from typing import Any
 
 from echo4o.common.files import read_json, write_text
 from echo4o.common.thumbnails import thumbnail_uri
-from echo4o.evaluation.folder import REPORT, RESULT
+from echo4o.evaluation.folder import AUDIT, COSTS, REPORT, RESULT
 from echo4o.evaluation.images import image_name
 from echo4o.evaluation.score import Evaluation, JudgedImage, measure_of, read_evaluation
 from echo4o.modeling.common.image_files import open_image
@@ -35,6 +35,7 @@ def write_report(out: Path) -> Path:
         cards=cards(evaluation),
         types=list(dict.fromkeys(prompt.type or prompt.group for prompt in evaluation.prompts)),
         outcomes=_outcomes(evaluation),
+        costs=read_json(out / AUDIT / COSTS),
         hidden=max(0, len(evaluation.samples) - MAX_CARDS),
     )
     write_text(out / REPORT, page)
