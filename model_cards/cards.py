@@ -117,6 +117,28 @@ def metric_card(repo: str, title: str, description: str, citation: str, inputs: 
     return _card("metric", data, repo=repo, title=title, description=description, citation=citation, inputs=inputs, example=example)  # fmt: skip
 
 
+def app_card(repo: str, models: list[str], gradio_version: str) -> str:
+    """Returns the card of a Space with the app.
+
+    Args:
+        models: the Hub repositories of the model and of its adapters.
+        gradio_version: the version of gradio that the Space runs with.
+    """
+    data = SpaceCardData(
+        title=repo.split("/")[-1],
+        emoji="🖼️",
+        sdk="gradio",
+        sdk_version=gradio_version,
+        python_version="3.11",
+        app_file="app.py",
+        pinned=False,
+        models=models,
+        tags=["echo-4o", "text-to-image"],
+        description=f"Images with {models[0]}",
+    )
+    return _card("app", data, repo=repo, models=models)
+
+
 def results_card(repo: str, result: Result, model: str | None, images: int) -> str:
     """Returns the card of a benchmark result: a dataset of `images` rows, one generated image with its judgement each."""
     data = DatasetCardData(

@@ -165,7 +165,14 @@ class MetricYaml(_Common):
     short_description: Text | None = None
 
 
+class AppYaml(MetricYaml):
+    """YAML of the card of a Space with the app."""
+
+    models: list[Text] = Field(min_length=1)
+
+
 SCHEMAS = {
+    "app": (AppYaml, ("Usage",)),
     "pipeline": (PipelineYaml, ("Usage", "Weights", "Intended use", "Limits", "Licenses")),
     "adapter": (AdapterYaml, ("Usage", "Intended use", "Limits", "Licenses")),
     "dataset": (DatasetYaml, ("Usage", "Columns", "Intended use", "Limits", "Licenses")),

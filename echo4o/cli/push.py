@@ -1,6 +1,7 @@
 """``echo4o push``."""
 
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ def push(
     folder: Annotated[
         str,
         typer.Argument(
-            help="A pipeline, adapter, dataset or evaluation folder, a finished run, or the name of a metric.",
+            help="A pipeline, adapter, dataset or evaluation folder, a finished run, the name of a metric, or app.",
             show_default=False,
         ),
     ],
@@ -29,6 +30,17 @@ def push(
     results: Annotated[
         list[Path] | None,
         typer.Option(help="A folder of echo4o evaluate; the card shows its scores. Repeatable.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For app: the Hub repository of the model that it serves.", show_default=False)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]REPO[:SCALE]",
+            help="For app: the Hub repository of an adapter; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
     dry_run: Annotated[
@@ -46,10 +58,11 @@ def push(
     ] = False,
     verify: Annotated[bool, typer.Option(help="Load the upload back from the Hub and verify it.")] = True,
 ) -> None:
-    """Upload a pipeline, adapter, dataset, evaluation or metric to the Hub with a card. Run it again to resume.
+    """Upload a pipeline, adapter, dataset, evaluation, metric or app to the Hub with a card. Run it again to resume.
 
     Example: [bold]echo4o push runs/lora owner/my-lora --base-model owner/echo-4o --dry-run[/bold]
     A metric: [bold]echo4o push genevalpp owner/genevalpp --public[/bold]
+    The app of echo4o serve as a Space: [bold]echo4o push app owner/my-app --model owner/echo-4o[/bold]
     """
     from echo4o.common.hub_names import require_repository_name
     from echo4o.hub.kinds.base import PushDetails
@@ -57,7 +70,28 @@ def push(
     for name in [*([base_model] if base_model else []), *(dataset or [])]:
         require_repository_name(name)
     details = PushDetails(base_model, tuple(dataset or ()), tuple(results or ()))
-    send(folder, repo, details, public, dry_run, branch=branch, message=message, overwrite=overwrite, verify=verify)
+    options = {"branch": branch, "message": message, "overwrite": overwrite, "verify": verify}
+    if folder == "app" and model is not None:
+        _push_app(repo, model, lora or [], details, public, dry_run, options)
+        return
+    if model is not None or lora:
+        raise ValueError(f"--model and --lora belong to an app: echo4o push app {repo} --model owner/name")
+    send(folder, repo, details, public, dry_run, **options)
+
+
+def _push_app(
+    repo: str, model: str, lora: list[str], details: "PushDetails", public: bool, dry_run: bool, options: dict
+) -> None:
+    from echo4o.cli.serve import read_adapter
+    from echo4o.common.hub_names import require_repository_name
+    from echo4o.hub.kinds.app import write_app
+
+    adapters = [read_adapter(text) for text in lora]
+    for name in (model, *(place for _, place, _ in adapters)):
+        require_repository_name(name)
+    with tempfile.TemporaryDirectory() as folder:
+        app = write_app(Path(folder, "app"), model, adapters)
+        send(app, repo, details, public, dry_run, **options)
 
 
 def send(folder: str | Path, repo: str, details: "PushDetails", public: bool, dry_run: bool, **options) -> None:

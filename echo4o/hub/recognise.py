@@ -9,7 +9,14 @@ from echo4o.hub.facts import LOG, RECIPE, run_of
 from echo4o.hub.kinds.base import Kind
 
 # In this order: the files that identify a kind may also occur in a folder of a later kind.
-KINDS = {"pipeline": "Pipeline", "adapter": "Adapter", "dataset": "Dataset", "results": "Results", "metric": "Metric"}
+KINDS = {
+    "pipeline": "Pipeline",
+    "adapter": "Adapter",
+    "dataset": "Dataset",
+    "results": "Results",
+    "app": "App",
+    "metric": "Metric",
+}
 _HARMLESS = {"README.md", ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
@@ -42,6 +49,7 @@ _IDENTIFYING_FILES = {
     "adapter": [("pytorch_lora_weights.safetensors",), ("adapter_model.safetensors", "adapter_config.json")],
     "dataset": [("manifest.json",)],
     "results": [("result.json", "records.jsonl"), ("result.json", "metadata.jsonl")],
+    "app": [("app.py", "echo4o_app.json")],
     "metric": [("app.py", "formula.py"), ("app.py", "requirements.txt")],
 }
 

@@ -57,6 +57,9 @@ class ServedModel:
         self.one_size = not (self.takes_size and "list" in str(arguments["height"].annotation))
         self.defaults = {n: arguments[n].default for n in self.image_options if arguments[n].default is not None}
         self._active: Adapters | None = None
+        # Replaces `call_pipeline` where the call runs in another process, which has the GPU; without progress.
+        self.call: Callable[..., tuple[list[Image.Image], list[str | None]]] | None = None
+        self.call_chat: Callable[..., list[str]] | None = None
         pipe.set_progress_bar_config(disable=True)
 
     # --- what the model offers ---
@@ -228,20 +231,26 @@ class ServedModel:
         Raises:
             Cancelled: every task was cancelled; and what the pipeline raises.
         """
-        self._activate(tasks[0].adapters)
-        started = time.monotonic()
-        result = self.pipe(
-            **self._inputs(tasks),
-            **self._sizes(tasks),
-            **tasks[0].options,
-            generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
-            **self._callback(tasks, started),
-        )
-        plans = getattr(result, "texts", None) or [None] * len(tasks)
+        arguments = self._inputs(tasks) | self._sizes(tasks) | tasks[0].options
+        seeds, adapters = [task.seed for task in tasks], tasks[0].adapters
+        if self.call is None:
+            images, plans = self.call_pipeline(arguments, seeds, adapters, self._callback(tasks, time.monotonic()))
+        else:
+            images, plans = self.call(arguments, seeds, adapters)
         return [
             GeneratedImage(image, task.seed, self._settings(task, image), plan, len(tasks))
-            for task, image, plan in zip(tasks, result.images, plans, strict=True)
+            for task, image, plan in zip(tasks, images, plans, strict=True)
         ]
+
+    def call_pipeline(
+        self, arguments: dict[str, Any], seeds: list[int], adapters: Adapters, callback: dict[str, Any] | None = None
+    ) -> tuple[list[Image.Image], list[str | None]]:
+        """Call the pipeline; returns the images and the plans. Everything but `callback` can be pickled."""
+        self._activate(adapters)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with torch.no_grad():
+            result = self.pipe(**arguments, generator=generators, **(callback or {}))
+        return result.images, getattr(result, "texts", None) or [None] * len(seeds)
 
     def _inputs(self, tasks: Sequence[Task]) -> dict[str, Any]:
         if self.takes_inputs:
@@ -292,9 +301,8 @@ class ServedModel:
         if "generator" in supported_options(type(self.pipe).chat):
             options["generator"] = [torch.Generator().manual_seed(task.seed) for task in tasks]
         images = [task.references for task in tasks]
-        answers = self.pipe.chat(
-            [task.text for task in tasks], **({"image": images} if any(images) else {}), **options
-        )
+        call = self.call_chat or self.pipe.chat
+        answers = call([task.text for task in tasks], **({"image": images} if any(images) else {}), **options)
         done = []
         for task, text in zip(tasks, answers, strict=True):
             tokens = self.count_tokens(text)

@@ -38,14 +38,22 @@ def mount_app(api: FastAPI, engine: Engine, key: str | None = None) -> FastAPI:
         path="/",
         auth=allowed if key else None,
         auth_message="The password is the key of the server; the user name can be anything." if key else None,
-        max_file_size=engine.model.limits.upload_bytes,
-        footer_links=[],
         run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
+        **launch_options(engine),
     )
+
+
+def launch_options(engine: Engine) -> dict[str, Any]:
+    """What the page looks like and accepts, for `mount_gradio_app` and `launch`."""
+    return {
+        "max_file_size": engine.model.limits.upload_bytes,
+        "footer_links": [],
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        # Fonts of the machine: the page loads nothing from other servers.
+        "theme": gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        "css": CSS,
+    }
 
 
 def build_page(engine: Engine, title: str | None = None) -> gr.Blocks:
