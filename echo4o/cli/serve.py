@@ -77,9 +77,10 @@ def serve(
 
     listening = bind(host, port)  # before the model is loaded, which can take minutes
 
+    from echo4o.common.revisions import model_revision, public_name
     from echo4o.serving.engine import Engine
     from echo4o.serving.limits import Limits
-    from echo4o.serving.served_model import ServedModel
+    from echo4o.serving.served_model import ModelOrigin, ServedModel
     from echo4o.serving.server import build_server, run
 
     pipe = load_pipeline(model, where, dtype)
@@ -88,7 +89,14 @@ def serve(
         pipe.load_lora_weights(place, adapter_name=adapter)
     limits = Limits(batch=max_batch, queue=max_queue, upload_bytes=max_upload * 2**20)
     scales = tuple((adapter, scale) for adapter, _, scale in adapters)
-    served = ServedModel(pipe, name, public_name(model), scales, limits)
+    origin = ModelOrigin(
+        revision=model_revision(model, None if Path(model).exists() else pipe),
+        adapters={
+            adapter: {"name": public_name(place), "revision": model_revision(place)} for adapter, place, _ in adapters
+        },
+        loading={"dtype": dtype.value, "device": where.type},
+    )
+    served = ServedModel(pipe, name, public_name(model), scales, limits, origin)
     local = is_loopback(host)
     if not local and key is None:
         say(f"warning: everybody who reaches {host} can use this server; set {KEY_VARIABLE} to require a key")
@@ -133,12 +141,6 @@ def read_adapter(text: str) -> tuple[str, str, float]:
     if not re.fullmatch(r"[\w-]{1,64}", name):
         raise ValueError(f"--lora {text}: the name {name!r} must consist of letters, digits, '-' and '_'")
     return name, place, scale
-
-
-def public_name(model: str) -> str:
-    """The name of a model without local paths: a Hub repository, or the name of a folder."""
-    folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
 
 
 def is_loopback(host: str) -> bool:

@@ -31,7 +31,9 @@ def write_wheel(folder: Path) -> Path:
 
         for path, source in sorted(_package_files().items()):
             add(path, source.read_bytes())
-        add(f"{info}/METADATA", (package.read_text("METADATA") or "").encode())
+        # setuptools' own folder in a checkout has PKG-INFO.
+        metadata = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+        add(f"{info}/METADATA", metadata.encode())
         add(f"{info}/WHEEL", b"Wheel-Version: 1.0\nGenerator: echo4o\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         add(f"{info}/entry_points.txt", b"[console_scripts]\necho4o = echo4o.cli:main\n")
         records.append(f"{info}/RECORD,,")

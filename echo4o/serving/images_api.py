@@ -10,6 +10,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from echo4o.common.image_metadata import to_png
 from echo4o.serving.engine import Engine
 from echo4o.serving.errors import ApiError
 from echo4o.serving.requests import Fields, read_form, read_json, read_size
@@ -121,11 +122,12 @@ def read_parts(parts: list[Any], place: str, model: ServedModel) -> list[str | I
     return items
 
 
-def encode(image: Image.Image, as_format: str = "png", quality: int = 100) -> bytes:
-    """An image as the bytes of a file."""
+def encode(generated: GeneratedImage, as_format: str = "png", quality: int = 100) -> bytes:
+    """An image as the bytes of a file; PNG files store what the image was generated from."""
+    if as_format == "png":
+        return to_png(generated.image, generated.metadata)
     stream = io.BytesIO()
-    options = {} if as_format == "png" else {"quality": quality}
-    image.save(stream, _FORMATS[as_format], **options)
+    generated.image.save(stream, _FORMATS[as_format], quality=quality)
     return stream.getvalue()
 
 
@@ -133,7 +135,7 @@ def _answer(images: list[GeneratedImage], as_format: str, quality: int) -> dict[
     data = []
     for generated in images:
         entry = {
-            "b64_json": base64.b64encode(encode(generated.image, as_format, quality)).decode(),
+            "b64_json": base64.b64encode(encode(generated, as_format, quality)).decode(),
             "seed": generated.seed,
             "settings": generated.settings,
         }

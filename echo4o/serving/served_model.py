@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, versions
 from echo4o.modeling.pipelines import supported_options
 from echo4o.serving.limits import Limits
 from echo4o.serving.tasks import Adapters, Answer, ChatTask, GeneratedImage, ImageTask, Progress, Task, Text
@@ -31,6 +33,21 @@ class Cancelled(Exception):
     """Raised inside a pipeline call when nobody waits for its results."""
 
 
+@dataclass(frozen=True)
+class ModelOrigin:
+    """Where a model comes from, for the metadata of its images.
+
+    Args:
+        revision: the commit of a Hub repository, or the fingerprint of a folder.
+        adapters: by name: the public name and the revision of each adapter.
+        loading: how it was loaded: dtype, device type and so on.
+    """
+
+    revision: str = "unknown"
+    adapters: dict[str, dict[str, str]] = field(default_factory=dict)
+    loading: dict[str, Any] = field(default_factory=dict)
+
+
 class ServedModel:
     """A pipeline of any class of this package.
 
@@ -40,16 +57,26 @@ class ServedModel:
         source: the folder or Hub repository that it was loaded from.
         adapters: the adapters that act unless a request selects others, with their scales.
         limits: what requests may ask for.
+        origin: what the metadata of an image says about the model.
     """
 
     def __init__(
-        self, pipe: Any, name: str = "echo4o", source: str = "", adapters: Adapters = (), limits: Limits | None = None
+        self,
+        pipe: Any,
+        name: str = "echo4o",
+        source: str = "",
+        adapters: Adapters = (),
+        limits: Limits | None = None,
+        origin: ModelOrigin | None = None,
     ):
         self.pipe, self.name, self.source = pipe, name, source
+        self.origin = origin or ModelOrigin()
         self.default_adapters, self.limits = adapters, limits or Limits()
         self.image_options = _options(type(pipe).__call__)
         self.can_chat = hasattr(type(pipe), "chat")
         self.chat_options = _options(type(pipe).chat) if self.can_chat else {}
+        if self.can_chat:
+            self.default_new_tokens = inspect.signature(type(pipe).chat).parameters["max_new_tokens"].default
         arguments = inspect.signature(type(pipe).__call__).parameters
         self.takes_references = "image" in arguments
         self.takes_inputs = "inputs" in arguments
@@ -203,23 +230,23 @@ class ServedModel:
         """A task for a question about images, or about none. Raises ValueError for what the model does not allow."""
         if not self.can_chat:
             raise ValueError(f"{type(self.pipe).__name__} generates images; it does not answer questions")
-        self._check_items([*images, prompt])
+        self._check_items([*images, prompt], chat=True)
         return ChatTask(
             [*images, prompt], dict(options or {}), read_seed(seed), self.default_adapters, stops=stops or []
         )
 
-    def _check_items(self, items: list[str | Image.Image]) -> None:
+    def _check_items(self, items: list[str | Image.Image], chat: bool = False) -> None:
         texts = [item for item in items if isinstance(item, str)]
         images = len(items) - len(texts)
         if not any(text.strip() for text in texts):
             raise ValueError("prompt: is empty; write what to generate")
         if sum(map(len, texts)) > self.limits.prompt_letters:
             raise ValueError(f"prompt: has more than {self.limits.prompt_letters} letters, this server's limit")
-        if images and not self.takes_references:
+        if images and not chat and not self.takes_references:
             raise ValueError("image: this model takes no reference images")
         if self.max_references is not None and images > self.max_references:
             raise ValueError(f"image: {images} reference images; this model takes at most {self.max_references}")
-        if not self.takes_inputs and (len(texts) != 1 or not isinstance(items[-1], str)):
+        if not chat and not self.takes_inputs and (len(texts) != 1 or not isinstance(items[-1], str)):
             raise ValueError("inputs: this model takes reference images followed by one text")
 
     # --- running tasks ---
@@ -238,7 +265,7 @@ class ServedModel:
         else:
             images, plans = self.call(arguments, seeds, adapters)
         return [
-            GeneratedImage(image, task.seed, self._settings(task, image), plan, len(tasks))
+            GeneratedImage(image, task.seed, self._settings(task, image), self._metadata(task), plan, len(tasks))
             for task, image, plan in zip(tasks, images, plans, strict=True)
         ]
 
@@ -275,6 +302,25 @@ class ServedModel:
         size = {"height": image.height, "width": image.width}
         return known | size | {"adapters": [{"name": name, "scale": scale} for name, scale in task.adapters]}
 
+    def _metadata(self, task: ImageTask) -> ImageMetadata:
+        """What `echo4o generate --like` needs: each image can be made again alone."""
+        size = {name: value for name in ("height", "width") if (value := getattr(task, name)) is not None}
+        sources = self.origin.adapters
+        return ImageMetadata(
+            prompt=task.text,
+            seeds=(task.seed,),
+            settings=task.options | size,
+            references=tuple(map(pixels_sha256, task.references)),
+            model=self.source,
+            revision=self.origin.revision,
+            adapters=tuple(
+                {"name": name, "scale": scale, "revision": "unknown"} | sources.get(name, {})
+                for name, scale in task.adapters
+            ),
+            loading=self.origin.loading,
+            versions=versions(),
+        )
+
     def _activate(self, adapters: Adapters) -> None:
         if adapters == self._active or not self.adapter_names:
             return
@@ -286,12 +332,12 @@ class ServedModel:
         self._active = adapters
 
     def _callback(self, tasks: Sequence[ImageTask], started: float) -> dict[str, Any]:
-        if "callback_on_step_end" not in inspect.signature(type(self.pipe).__call__).parameters:
+        arguments = supported_options(type(self.pipe).__call__)
+        if "callback_on_step_end" not in arguments:
             return {}
         watcher = _StepWatcher(self.pipe, tasks, started)
-        return {"callback_on_step_end": watcher} | (
-            {"callback_on_step_end_tensor_inputs": ["latents"] if watcher.previews else []}
-        )
+        names = {"callback_on_step_end_tensor_inputs": ["latents"] if watcher.previews else []}
+        return {"callback_on_step_end": watcher} | {name: names[name] for name in names if name in arguments}
 
     @torch.no_grad()
     def chat(self, tasks: Sequence[ChatTask]) -> list[Answer]:
@@ -307,7 +353,7 @@ class ServedModel:
         for task, text in zip(tasks, answers, strict=True):
             tokens = self.count_tokens(text)
             kept = before_stop(text, task.stops)
-            cut = kept == text and tokens >= options.get("max_new_tokens", 512)
+            cut = kept == text and tokens >= options.get("max_new_tokens", self.default_new_tokens)
             task.notify(Text(kept))
             done.append(Answer(kept, tokens, cut))
         return done

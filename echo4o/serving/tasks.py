@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from echo4o.common.image_metadata import ImageMetadata
+
 Adapters = tuple[tuple[str, float], ...]
 
 
@@ -40,6 +42,7 @@ class GeneratedImage:
 
     Args:
         settings: every argument of the pipeline that has a value, the size and the adapters.
+        metadata: what a PNG file of it stores.
         plan: the plan in words of `think`.
         batch: number of images that were generated in the same call.
     """
@@ -47,6 +50,7 @@ class GeneratedImage:
     image: Image.Image
     seed: int
     settings: dict[str, Any]
+    metadata: ImageMetadata
     plan: str | None = None
     batch: int = 1
 

@@ -47,6 +47,16 @@ def test_an_image_has_its_seed_and_settings_and_can_be_made_again(client, tiny):
     assert difference(opened(again), direct) == 0
 
 
+def test_png_files_store_what_they_were_generated_from(client, tmp_path):
+    from echo4o.common.image_metadata import read_metadata
+
+    entry = client.images.edit(image=("a.png", png(), "image/png"), prompt="like this", extra_body=FAST).data[0]
+    (tmp_path / "a.png").write_bytes(base64.b64decode(entry.b64_json))
+    stored = read_metadata(tmp_path / "a.png")
+    assert (stored.prompt, stored.seed, stored.settings) == ("like this", 5, {"num_inference_steps": 2})
+    assert len(stored.references) == 1
+
+
 def test_settings_reach_the_pipeline(client):
     def generate(**options):
         body = FAST | options

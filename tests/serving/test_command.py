@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from echo4o.cli import app
-from echo4o.cli.serve import is_loopback, public_name, read_adapter, read_key
+from echo4o.cli.serve import is_loopback, read_adapter, read_key
 from tests.serving.running import BASE
 
 
@@ -41,8 +41,7 @@ def test_the_key_comes_from_the_environment_and_is_not_repeated(monkeypatch):
     assert "sk-secret" not in str(error.value)
 
 
-def test_names_hold_no_paths(tmp_path):
-    assert public_name(str(tmp_path)) == tmp_path.name and public_name("owner/model") == "owner/model"
+def test_hosts_of_this_machine():
     assert is_loopback("127.0.0.1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
 
 

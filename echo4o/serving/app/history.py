@@ -68,7 +68,7 @@ class History:
     def add(self, token: str, generated: GeneratedImage, prompt: str, references: int) -> Entry:
         """Store an image. Its visitor's oldest images are removed when there are too many."""
         file = Path(self._folder.name, f"{secrets.token_hex(8)}-seed-{generated.seed}.png")
-        file.write_bytes(encode(generated.image))
+        file.write_bytes(encode(generated))
         entry = Entry(file, prompt, generated.seed, generated.settings, references)
         with self._lock:
             entries = self._visitors.setdefault(token, [])
