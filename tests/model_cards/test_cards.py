@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from echo4o.dataset_scripts.card import make_card
-from echo4o.model_cards.cards import adapter_card, metric_card, pipeline_card, results_card
+from echo4o.model_cards.cards import adapter_card, app_card, metric_card, pipeline_card, results_card
 from echo4o.model_cards.facts import About, Dataset, ModelFamily, Result, Training, read_about, read_family
 from echo4o.model_cards.merge import BEGIN, END, merged, own_words, split
 from echo4o.model_cards.schema import SCHEMAS, usage_blocks, validate
@@ -44,6 +44,7 @@ def cards() -> dict[str, str]:
         "adapter": adapter_card("ns/x", BAGEL, LORA, True, base_model="ns/base"),
         "dataset": make_card(MANIFEST, "ns/x"),
         "metric": metric_card("ns/x", "X", "X measures.\nMore.", "@article{}", ["correct"], "metric.compute()"),
+        "app": app_card("ns/x", ["ns/model", "ns/lora"], "6.31.0"),
         "results": results_card("ns/x", Result("GenEval++", VALUES), "model", 3),
     }
 
