@@ -46,6 +46,11 @@ def check_rows(sources: Sequence[Any], max_references: int | None) -> None:
                 many += [id for id, n in zip(ids, _lengths(batch.column("reference_images"))) if n > max_references]
     if empty:
         raise RecipeError(f"{_some(empty)} no instruction (an empty text): correct or drop them.")
+    if many and max_references == 0:
+        raise RecipeError(
+            f"{_some(many)} references ({len(many)} in all), and this model trains text to image only: leave them out, "
+            "for example with data.where.task=text_to_image."
+        )
     if many:
         raise RecipeError(f"{_some(many)} more references than the model takes: {max_references} (max_references).")
 

@@ -190,6 +190,7 @@ def _pipeline_index(original: Original, config: dict[str, Any]) -> dict[str, Any
         "_diffusers_version": diffusers.__version__,
         "default_size": 1024,
         "tokenizer_max_length": config.get("tokenizer_model_max_length", 512),
+        "max_references": 0,
         **components,
     }
 

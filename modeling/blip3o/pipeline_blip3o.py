@@ -64,6 +64,7 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
             `from_pretrained` to leave its weights out (8.7 GB in the release).
         default_size: pixels per side of an image whose size is not given.
         tokenizer_max_length: tokens of a training row, queries included; longer captions are cut there.
+        max_references: reference images of a prompt: none.
     """
 
     model_cpu_offload_seq = "vision_model->language_model->transformer->unet->vae"
@@ -103,6 +104,7 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
         vision_model=None,
         default_size: int = 1024,
         tokenizer_max_length: int = 512,
+        max_references: int = 0,
     ):
         super().__init__()
         self.register_modules(
@@ -117,7 +119,11 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
             vision_model=vision_model,
         )
         check_whole_numbers(default_size=default_size, tokenizer_max_length=tokenizer_max_length)
-        self.register_to_config(default_size=default_size, tokenizer_max_length=tokenizer_max_length)
+        if max_references != 0:
+            raise ValueError(f"max_references={max_references}: BLIP3-o generates from text only; it must be 0.")
+        self.register_to_config(
+            default_size=default_size, tokenizer_max_length=tokenizer_max_length, max_references=max_references
+        )
         self._interrupt = False
         self._num_timesteps = 0
         if tokenizer is not None:
