@@ -74,6 +74,8 @@ def load_pipeline(recipe: TrainingRecipe, backbone: type[Backbone] | None = None
                 for name in backbone.trained_components:
                     cls: Any = backbone.component_classes[name]
                     components[name] = cls.from_config(cls.load_config(recipe.model, subfolder=name))
+        for name in backbone.quantized_components(recipe):
+            components[name] = _load_nf4_encoder(recipe.model, backbone.component_classes[name], name)
         dtype = {"default": torch.float32} | dict.fromkeys(backbone.trained_components, frozen)
         dtype |= dict.fromkeys(backbone.encoder_components, encoder_dtype(recipe))
         pipeline = pipeline_type.from_pretrained(recipe.model, dtype=dtype, **components)
@@ -95,13 +97,16 @@ def empty_component(cls: Any, config: dict) -> nn.Module:
 def _allocate(module: nn.Module, folder: Path) -> None:
     """Allocate an empty module and read its buffers, which other processes do not send.
 
-    Parameters get addresses, by which Accelerate tells them apart, but no memory before the first write.
+    Parameters get addresses, by which Accelerate tells them apart, but no memory before the first write. Those in the
+    class's `_encoding_parameters` are read as well: encoding rows needs them.
     """
     module.to_empty(device="cpu")
     stored = component_tensors(folder)
-    for name, buffer in module.named_buffers():
-        with safe_open(stored[name].file, "pt") as file:
-            buffer.copy_(file.get_tensor(name))
+    needed = dict(module.named_buffers())
+    needed |= {n: p for n, p in module.named_parameters() if n in getattr(type(module), "_encoding_parameters", ())}
+    for name, tensor in needed.items():
+        with safe_open(stored[name].file, "pt") as file, torch.no_grad():
+            tensor.copy_(file.get_tensor(name))
 
 
 def base_folder(model: str) -> Path:
@@ -120,11 +125,6 @@ def encoder_dtype(recipe: TrainingRecipe) -> torch.dtype:
     return torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
 
 
-def leaves_encoders(recipe: TrainingRecipe) -> bool:
-    """Whether the backbone's `encoder_components` stay on the CPU: a cache holds what they would compute."""
-    return recipe.latents is not None and recipe.images is None
-
-
 def _load_nf4(model: str, cls: Any) -> nn.Module:
     from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 
@@ -140,6 +140,22 @@ def _load_nf4(model: str, cls: Any) -> nn.Module:
         text = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"tune.quantize: nf4 needs a GPU and bitsandbytes (pip install bitsandbytes): {text}"
+        ) from error
+
+
+def _load_nf4_encoder(model: str, cls: Any, component: str) -> nn.Module:
+    """A frozen transformers model in 4 bit."""
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    try:
+        return cls.from_pretrained(
+            base_folder(model) / component, quantization_config=settings, dtype=torch.bfloat16, use_safetensors=True
+        )
+    except (ImportError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"{component} in 4 bit needs a GPU and bitsandbytes (pip install bitsandbytes): {text}"
         ) from error
 
 

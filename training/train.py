@@ -36,7 +36,7 @@ from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, mixing_weights, o
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights, reshard
 from echo4o.training.held_out import split_rows
-from echo4o.training.model import TrainedModel, cast, leaves_encoders, load_backbone, set_up, trainable
+from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
 from echo4o.training.optimizers import build_optimizers, learning_rate_factor
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
 from echo4o.training.precompute import CachedBackbone, undecoded
@@ -130,7 +130,7 @@ class Trainer:
         """Move the components that only encode rows to the device of the trained ones, without gradients."""
         for name, component in self.pipeline.components.items():
             if isinstance(component, torch.nn.Module) and name not in self.backbone.trained_components:
-                stays = name in self.backbone.encoder_components and leaves_encoders(self.recipe)
+                stays = name in self.backbone.idle_components(self.recipe)
                 component.to("cpu" if stays else self.accelerator.device).requires_grad_(False)
 
     def _check_output(self) -> None:

@@ -272,21 +272,22 @@ def _peak(stored: StoredPipeline, plan: GenerationMemoryPlan, option: Option, dt
     update = plan.memory.update
     if option.matrix_bytes == 1 and "fp8" in option.name:  # one matrix at a time is widened to compute
         update += max(matrices(stored.tensors["transformer"]).values()) * dtype.itemsize
-    resident = {"transformer": sum(sizes.values()), "vae": sum(sizes.values())}
+    resident = {"update": sum(sizes.values()), "vae": sum(sizes.values())}
+    updating = stored.backbone.updated_by
     if option.offload == "model":  # a VAE that encoded references stays until the transformer is done
         vae_too = sizes["vae"] if plan.call.references else 0
-        resident = {"transformer": sizes["transformer"] + vae_too, "vae": sizes["vae"]}
+        resident = {"update": sizes[updating] + vae_too, "vae": sizes["vae"]}
     if option.offload in ("blocks", "leaves"):  # what computes, and what comes next
-        tensors = {n: math.prod(s) * dtype.itemsize for n, (_, s) in stored.tensors["transformer"].items()}
-        layers = stored.components["transformer"].config["num_layers"]
+        tensors = {n: math.prod(s) * dtype.itemsize for n, (_, s) in stored.tensors[updating].items()}
+        layers = stored.components[updating].config.get("num_layers", 1)  # a UNet moves as a whole
         inside = sum(size for n, size in tensors.items() if n.startswith("layers."))
         blocks = sum(tensors.values()) - inside + inside * min(2, layers) / layers
         leaves = 2.0 * max(tensors.values())
-        resident = {"transformer": blocks if option.offload == "blocks" else leaves, "vae": sizes["vae"]}
+        resident = {"update": blocks if option.offload == "blocks" else leaves, "vae": sizes["vae"]}
     phases = {f"reading prompts ({name})": _reading(stored, name, sizes, option, dtype) for name in _encoders(stored)}
     phases |= {
         "encoding references": resident["vae"] + plan.encode,
-        "an update": resident["transformer"] + plan.memory.caches + update,
+        "an update": resident["update"] + plan.memory.caches + update,
         "decoding": resident["vae"] + plan.memory.caches + plan.decode,
     }
     phase = max(phases, key=lambda name: phases[name])

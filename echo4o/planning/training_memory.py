@@ -21,7 +21,7 @@ from echo4o.common.sizes import parse_bytes
 from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, Precision, StepMemory
-from echo4o.training.model import clean_name, empty_component, encoder_dtype, frozen_dtype, leaves_encoders, set_up
+from echo4o.training.model import clean_name, empty_component, encoder_dtype, frozen_dtype, set_up
 from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import bundled_names, bundled_recipe, load_recipe
 
@@ -134,12 +134,14 @@ def stored_bytes(recipe: TrainingRecipe, built: Skeleton, ways: int = 1) -> floa
     for name, module in built.components.items():
         if name in built.backbone.trained_components:
             continue
-        is_encoder = name in built.backbone.encoder_components
-        if is_encoder and leaves_encoders(recipe):
+        if name in built.backbone.idle_components(recipe):
             continue
-        itemsize = encoder_dtype(recipe).itemsize if is_encoder else 4
-        tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}  # tied ones once
-        total += sum(t.numel() * itemsize for t in tensors.values())
+        itemsize = encoder_dtype(recipe).itemsize if name in built.backbone.encoder_components else 4
+        in_4_bit = name in built.backbone.quantized_components(recipe)
+        tensors = {id(t): (n, t) for n, t in module.state_dict(keep_vars=True).items()}  # tied ones once
+        for key, tensor in tensors.values():
+            small = in_4_bit and tensor.ndim == 2 and "embed" not in key and "lm_head" not in key
+            total += tensor.numel() * (NF4_BYTES if small else itemsize)
     return total
 
 

@@ -129,6 +129,7 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
     _keep_in_full_precision = ["patch_embedder", "caption_projection", "time_caption_embed", "norm_out"]
     _skip_layerwise_casting_patterns = ["norm", "queries", *_keep_in_full_precision]
     _trainable_parts = {"queries": r"queries\.", "head": ""}
+    _encoding_parameters = ("queries.weight",)  # encoding a prompt needs these of the model's parameters
     _lora_targets = {
         "attention": r"layers\.\d+\.attn[12]\.(to_[qkv]|to_out\.0)",
         "all": r"layers\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|feed_forward\.linear_[123])",

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import load_from_disk
 
 from echo4o.modeling.blip3o.convert import convert_to_diffusers
 from echo4o.modeling.blip3o.pipeline_blip3o import Blip3oPipeline
 from echo4o.modeling.blip3o.prompts_blip3o import generation_text
+from echo4o.training import precompute as precompute_module
 from echo4o.training.backbones.blip3o import Blip3oBackbone, Blip3oRecipe, collate
 from echo4o.training.precompute import CacheError, precompute
 from echo4o.training.recipe import RecipeError
 from echo4o.training.train import Trainer
 
 from .conftest import make_rows, row
-from .running import assert_same, log_of, losses_of, torchrun, weights_of
+from .running import assert_same, log_of, losses_of, torchrun, train_here, weights_of
 
 CHECKPOINT = Path(__file__).parents[1] / "parity" / "golden_blip3o" / "checkpoint"
 LORA = {"method": "lora", "rank": 4, "alpha": 4}
@@ -329,3 +331,73 @@ def test_sharded_runs_equal_replicated_ones(tmp_path, folder, rows_folder):
     assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-3) for n in weights[0])
     pipe = Blip3oPipeline.from_pretrained(tmp_path / "sharded/run/pipeline")
     assert torch.isfinite(features_of(pipe)).all()
+
+
+@pytest.mark.slow
+def test_the_precompute_command_stores_what_the_recipe_needs(tmp_path, folder, rows_folder):
+    """It reads no weights of the head but the queries."""
+    plain = tmp_path / "rows"
+    rows = load_from_disk(str(rows_folder))
+    rows.select([i for i, task in enumerate(rows["task"]) if task == "text_to_image"]).save_to_disk(plain)
+    changes = {"tune.method": "lora"}
+    assert precompute_module.run(str(plain), str(folder), tmp_path / "cache", changes=changes) == 4
+    losses = []
+    for name, latents in (("live", {}), ("cached", {"latents": str(tmp_path / "cache")})):
+        own = tmp_path / name
+        own.mkdir()
+        file = recipe_file(own, folder, plain, tune=LORA, data={"path": str(plain)}, **latents)
+        assert train_here(file) == 0
+        losses.append(losses_of(own / "run"))
+    assert losses[0] == losses[1]
+
+
+# --- plans ---
+
+
+@pytest.mark.slow
+def test_plans_of_the_release():
+    from echo4o.planning.training_memory import plan, skeleton
+    from echo4o.training.recipe_files import load_recipe
+
+    def planned(name: str, **changes):
+        settings = load_recipe(name, {"model": "release"} | changes)
+        return plan(settings, 80e9, settings.processes, skeleton(settings))
+
+    head, queries, language = 1_365_010_336, 229_376, 7_612_777_984 + 676_550_144
+    lora = planned("blip3o_lora_single_gpu")
+    adapter = lora.gradients / 4
+    assert lora.weights == pytest.approx(2 * (head + queries + language + 4_350_208_256) + 4 * adapter, rel=1e-3)
+    cached = planned("blip3o_lora_single_gpu", latents="cache")
+    assert cached.weights == pytest.approx(2 * (head + queries) + 4 * adapter, rel=1e-3)
+    full = planned("blip3o_full_8gpu", latents="cache")
+    states = full.weights + full.gradients + full.optimizer
+    assert states == pytest.approx(16 * (head + queries) + 2 * language, rel=1e-3)
+    small = planned("blip3o_full_8gpu", latents="cache", quantize_language_model="nf4")
+    assert 9.5e9 < full.weights - small.weights < 11e9  # three quarters of 14 GB of matrices in 16 bit
+    sharded = planned("blip3o_full_8gpu", latents="cache", sharding="fsdp2")
+    assert full.total - sharded.total > 15e9
+
+
+@pytest.mark.slow
+def test_plans_of_a_call():
+    from echo4o.planning.generation_memory import make_plan, read_stored
+    from echo4o.training.backbones.base import ImageCall
+
+    release = make_plan(read_stored("release:blip3o"), 24e9, ImageCall(1024, 1024, references=0))
+    assert release.weights["unet"]["parameters"] == 2_525_520_644
+    assert release.recommended is not None
+    with pytest.raises(ValueError, match="from text only"):
+        make_plan(read_stored("release:blip3o"), 24e9, ImageCall(1024, 1024, references=1))
+
+
+def test_settings_without_effect_are_errors():
+    from echo4o.training.recipe_files import load_recipe
+
+    for changes, words in (
+        ({"tune.targets": "queries"}, "tune.targets"),
+        ({"objective.template": "both"}, "objective.template"),
+        ({"objective.condition_dropout": 2}, "condition_dropout"),
+        ({"latents": "cache", "quantize_language_model": "nf4"}, "quantize_language_model has no effect"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_recipe("blip3o_lora_single_gpu", changes)

@@ -142,10 +142,24 @@ class Backbone(ABC):
     trained_components: ClassVar[tuple[str, ...]]  # those whose weights or adapters can train
     # Frozen components that encode rows in 16 bit where the run computes in 16 bit
     encoder_components: ClassVar[tuple[str, ...]] = ()
+    updated_by: ClassVar[str] = "transformer"  # the component that an update of the image's latents runs
     release_configs: ClassVar[dict[str, dict]]  # configurations of the released checkpoint, by component
 
     def __init__(self, pipeline, recipe: TrainingRecipe):
         self.pipeline, self.recipe = pipeline, recipe
+
+    @classmethod
+    def idle_components(cls, recipe: Any) -> tuple[str, ...]:
+        """Frozen components that a run does not compute with; they stay on the CPU.
+
+        By default the encoders, if a cache holds what they would compute and no sample images are generated.
+        """
+        return cls.encoder_components if recipe.latents is not None and recipe.images is None else ()
+
+    @classmethod
+    def quantized_components(cls, recipe: Any) -> tuple[str, ...]:
+        """Frozen components that the recipe loads in 4 bit."""
+        return ()
 
     @abstractmethod
     def encoder_settings(self) -> dict[str, Any]:

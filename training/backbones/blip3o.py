@@ -200,12 +200,15 @@ class Blip3oBackbone(Backbone):
     }
     trained_components = ("transformer",)
     encoder_components = ("language_model", "vision_model")
+    updated_by = "unet"
     release_configs = release_configs("8B")
 
     def __init__(self, pipeline, recipe: Blip3oRecipe):
         super().__init__(pipeline, recipe)
         self.objective, self.seed, self.special = recipe.objective, recipe.seed, pipeline.token_ids
         self.trains_queries = recipe.trains_queries
+        # A copy: sharding splits the parameter.
+        self.queries = None if self.trains_queries else pipeline.transformer.queries().detach().clone()
         self.table = TimeTable.of(pipeline.scheduler.config)
         config = pipeline.transformer.config
         self.room = pipeline.config.tokenizer_max_length - config.num_queries - 1  # tokens of a text
@@ -254,10 +257,11 @@ class Blip3oBackbone(Backbone):
     @cached_property
     def _hashes(self) -> dict[str, str]:
         model = self.pipeline.language_model
-        parts = {"vision_model": self._vision_model}
-        if not self.trains_queries:
-            parts |= {"language_model": model.model.language_model, "queries": self.pipeline.transformer.queries}
-        return {name: weights_hash(module) for name, module in parts.items()}
+        hashes = {"vision_model": weights_hash(self._vision_model.state_dict())}
+        if self.queries is not None:
+            hashes["language_model"] = weights_hash(model.model.language_model.state_dict())
+            hashes["queries"] = weights_hash({"queries": self.queries})
+        return hashes
 
     @property
     def _vision_model(self) -> nn.Module:
@@ -316,8 +320,8 @@ class Blip3oBackbone(Backbone):
         Texts are encoded one by one: in a padded batch, the last bits would depend on the neighbours.
         """
         model = self.pipeline.language_model
-        queries = self.pipeline.transformer.queries().to(model.device)
-        return query_states(model, [tokens], queries, self.special.pad)[0].cpu()
+        assert self.queries is not None
+        return query_states(model, [tokens], self.queries.to(model.device), self.special.pad)[0].cpu()
 
     # --- samples ---
 
@@ -370,10 +374,10 @@ class Blip3oBackbone(Backbone):
     call_memory = staticmethod(blip3o_costs.call_memory)
 
 
-def weights_hash(module: nn.Module) -> str:
-    """A hash of a component's weights in float32, whatever dtype they are stored in."""
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """A hash of a state dict in float32, whatever dtype it is stored in."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
