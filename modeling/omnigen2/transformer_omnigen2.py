@@ -145,9 +145,12 @@ def rotary_angles(
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary embedding of (T, heads, D): channels 2i and 2i+1 are one complex number. Computed in float32."""
-    cos, sin = angles
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), angles
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers
+        real, imaginary = pairs.unbind(-1)
+        rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:  # one multiplication; ten times as fast on a CPU
+        rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     return rotated.flatten(-2).to(x.dtype)
 
 
@@ -240,6 +243,15 @@ class OmniGen2Attention(nn.Module, AttentionModuleMixin):
         return self.processor(self, query, key, value, lengths)
 
 
+class Modulation(NamedTuple):
+    """What the time embedding makes of a block: (T, hidden), or (1, hidden) if all tokens have one time."""
+
+    attention_scale: torch.Tensor
+    attention_gate: torch.Tensor
+    forward_scale: torch.Tensor
+    forward_gate: torch.Tensor
+
+
 class OmniGen2ModulatedNorm(nn.Module):
     """RMS norm, and the scales and gates that a block takes from the time embedding."""
 
@@ -285,33 +297,31 @@ class OmniGen2TransformerBlock(nn.Module):
             temb: (N, time) embeddings of the times.
             token_time: (T,) index of each token's time; None: one time for all.
         """
-        query, key, value = self.before_attention(hidden_states, angles, temb, token_time)
+        modulation = self._modulation(temb, token_time) if self.is_modulated else None
+        query, key, value = self.before_attention(hidden_states, angles, modulation)
         attended = self.attn(query, key, value, lengths)
-        return self.after_attention(hidden_states, attended, temb, token_time)
+        return self.after_attention(hidden_states, attended, modulation)
 
-    def before_attention(self, x, angles, temb, token_time):
+    def before_attention(self, x, angles, modulation: Modulation | None):
         """Queries, keys and values of (T, hidden)."""
-        if not self.is_modulated:
+        if modulation is None:
             return self.attn.project(self.norm1(x), angles)
-        scale, _ = self._modulation(temb, token_time, 0)
-        return self.attn.project(self.norm1.norm(x) * scale, angles)
+        return self.attn.project(self.norm1.norm(x) * modulation.attention_scale, angles)
 
-    def after_attention(self, x, attended, temb, token_time):
+    def after_attention(self, x, attended, modulation: Modulation | None):
         """The rest of the block: (T, hidden), (T, H, D) -> (T, hidden)."""
         attended = self.norm2(self.attn.to_out[0](attended.flatten(1)))
-        if not self.is_modulated:
+        if modulation is None:
             x = x + attended
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        _, gate = self._modulation(temb, token_time, 0)
-        x = x + gate * attended
-        scale, gate = self._modulation(temb, token_time, 1)
-        return x + gate * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale))
+        x = torch.addcmul(x, modulation.attention_gate, attended)
+        forwarded = self.feed_forward(self.ffn_norm1(x) * modulation.forward_scale)
+        return torch.addcmul(x, modulation.forward_gate, self.ffn_norm2(forwarded))
 
-    def _modulation(self, temb, token_time, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and gate, each (T, hidden) or (1, hidden), of attention (part 0) or of the feed-forward (part 1)."""
-        values = self.norm1.linear(nn.functional.silu(temb)).chunk(4, dim=-1)
-        scale, gate = 1 + values[2 * part], values[2 * part + 1].tanh()
-        return (scale, gate) if token_time is None else (scale[token_time], gate[token_time])
+    def _modulation(self, temb, token_time) -> Modulation:
+        scale, gate, forward_scale, forward_gate = self.norm1.linear(nn.functional.silu(temb)).chunk(4, dim=-1)
+        values = (1 + scale, gate.tanh(), 1 + forward_scale, forward_gate.tanh())
+        return Modulation(*values) if token_time is None else Modulation(*(value[token_time] for value in values))
 
     def compile(self, *args, **kwargs) -> None:
         """Compile everything but attention, whose calls differ in number and size from batch to batch."""
