@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 
 from echo4o.common.files import replacing_folder
 from echo4o.modeling.common import lora_files
+from echo4o.modeling.common.conversion import shard_files, write_index
 from echo4o.modeling.common.lora_files import DIFFUSERS_FILE
 from echo4o.modeling.common.weights import component_tensors
 from echo4o.modeling.pipelines import pipeline_class
@@ -112,18 +112,9 @@ def write_pipeline(
 def _write_component(folder: Path, base: Path, shapes: dict, read_trained, trained_names: set[str], dtype) -> None:
     stored = component_tensors(base)
     check_keys(str(base), shapes, {*stored, *trained_names})
-    groups, sizes = [[]], 0
-    for name, empty in shapes.items():
-        size = empty.numel() * dtype.itemsize
-        if sizes + size > SHARD_BYTES and groups[-1]:
-            groups.append([])
-            sizes = 0
-        groups[-1].append(name)
-        sizes += size
-    index = {}
-    for number, group in enumerate(groups, 1):
-        several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        file = f"diffusion_pytorch_model{several}.safetensors"
+    sizes = {name: empty.numel() * dtype.itemsize for name, empty in shapes.items()}
+    files = shard_files(sizes, lambda name: sizes[name], SHARD_BYTES)
+    for file, group in files.items():
         tensors = read_trained([n for n in group if n in trained_names])
         for name in group:
             if name not in tensors:
@@ -134,11 +125,8 @@ def _write_component(folder: Path, base: Path, shapes: dict, read_trained, train
                     f"{name} has the shape {tuple(tensors[name].shape)}, not {tuple(shapes[name].shape)}."
                 )
         save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(group, file)
-    if len(groups) > 1:
-        total = sum(t.numel() * dtype.itemsize for t in shapes.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text + "\n", "utf-8")
+    if len(files) > 1:
+        write_index(folder, {name: file for file, group in files.items() for name in group}, sum(sizes.values()))
 
 
 # --- from a checkpoint ---------------------------------------------------------------------------------------------

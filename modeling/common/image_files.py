@@ -63,7 +63,8 @@ def seen_size(image: Image.Image) -> tuple[int, int]:
         is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
     except (*_DECODING_ERRORS, TypeError, KeyError):
         is_turned = False
-    return image.size[::-1] if is_turned else image.size
+    width, height = image.size
+    return (height, width) if is_turned else (width, height)
 
 
 def is_plain(image: Image.Image) -> bool:

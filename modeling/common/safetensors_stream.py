@@ -1,23 +1,24 @@
-"""Writes safetensors files by copying bytes from others.
+"""Writes safetensors files by copying bytes from other files.
 
-A converter only renames and reshapes, so nothing needs decoding: every dtype is kept bit for bit, and memory holds one
-chunk at a time, whatever the checkpoint's size.
+Tensors are renamed and reshaped without decoding them: their bits do not change, and memory holds one chunk at a time.
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from echo4o.common import files
+
 from .weights import DTYPES, StoredTensor, read_header
 
 CHUNK_BYTES = 8 << 20
-# Unsigned view and mask of each float dtype: a value is infinite or NaN when all masked bits are set.
+# Unsigned view and mask of each float dtype: a value is infinite or NaN if all masked bits are set.
 _NONFINITE = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
@@ -30,7 +31,7 @@ _NONFINITE = {
 
 @dataclass(frozen=True)
 class TensorCopy:
-    """One tensor of a file to be written: the bytes of `source` under a new name and shape of equal size."""
+    """A tensor to write: the bytes of `source` under another name and a shape of the same size."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,39 +40,34 @@ class TensorCopy:
 
 @dataclass(frozen=True)
 class LoadedTensor(StoredTensor):
-    """A tensor of a file that is not in the safetensors format; `values` may be mapped from the file."""
+    """A tensor of a file in another format. `values` may be memory-mapped."""
 
     values: torch.Tensor
 
     @classmethod
     def of(cls, name: str, values: torch.Tensor, file: Path) -> "LoadedTensor":
-        """Raises ValueError for a dtype that safetensors has no name for."""
+        """A tensor with these values. Raises ValueError for a dtype that safetensors does not support."""
         names = {dtype: n for n, dtype in DTYPES.items()}
         if values.dtype not in names:
             raise ValueError(f"{file} holds {name!r} as {values.dtype}, which safetensors cannot store.")
         return cls(name, names[values.dtype], tuple(values.shape), file, 0, values.nbytes, values.contiguous())
 
 
-def write_file(path: Path, outputs: Iterable[TensorCopy], progress: Callable[[int], object] = lambda n: None) -> None:
-    """Write a safetensors file under a temporary name and rename it when it is complete.
+def write_file(path: Path, copies: Iterable[TensorCopy], progress: Callable[[int], object] = lambda n: None) -> None:
+    """Write a safetensors file durably: `path` exists only when the file is complete and flushed to the disk.
 
-    `progress` is told the number of bytes after each chunk. Raises ValueError at the first tensor with NaN or
-    infinity; nothing is left behind then.
+    `progress` is called with the number of bytes of each chunk. Raises ValueError at the first tensor with NaN or
+    infinity and removes the unfinished file.
     """
-    ordered = sorted(outputs, key=_file_order)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(_header(ordered))
-            for chunk in _chunks(ordered):
-                stream.write(chunk)
-                progress(len(chunk))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    ordered = sorted(copies, key=_file_order)
+    with files.replacing(path) as partial, open(partial, "wb") as stream:
+        files.write(stream, _header(ordered))
+        for chunk in _chunks(ordered):
+            files.write(stream, chunk)
+            progress(len(chunk))
 
 
-def is_written(path: Path, outputs: Iterable[TensorCopy]) -> bool:
+def is_written(path: Path, copies: Iterable[TensorCopy]) -> bool:
     """Whether `path` is a complete file with exactly these names, dtypes and shapes."""
     if not path.is_file():
         return False
@@ -79,35 +75,22 @@ def is_written(path: Path, outputs: Iterable[TensorCopy]) -> bool:
         found = {(t.name, t.dtype, t.shape) for t in read_header(path).values()}
     except ValueError:
         return False
-    return found == {(o.name, o.source.dtype, o.shape) for o in outputs}
+    return found == {(o.name, o.source.dtype, o.shape) for o in copies}
 
 
-def split_shards(outputs: Iterable[TensorCopy], max_bytes: int) -> list[list[TensorCopy]]:
-    """Consecutive groups of at most `max_bytes` of data each; a larger tensor gets a group of its own."""
-    shards: list[list[TensorCopy]] = [[]]
-    size = 0
-    for output in outputs:
-        if shards[-1] and size + output.source.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(output)
-        size += output.source.nbytes
-    return shards
+def _file_order(copy: TensorCopy) -> tuple[int, str]:
+    # The order of the safetensors library: with wide dtypes first, every tensor is aligned to its width.
+    return -DTYPES[copy.source.dtype].itemsize, copy.name
 
 
-def _file_order(output: TensorCopy) -> tuple[int, str]:
-    # As the safetensors library does: wide dtypes first keeps every tensor aligned to its own width.
-    return -DTYPES[output.source.dtype].itemsize, output.name
-
-
-def _header(outputs: list[TensorCopy]) -> bytes:
+def _header(copies: list[TensorCopy]) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for output in outputs:
-        stop = offset + output.source.nbytes
-        entries[output.name] = {
-            "dtype": output.source.dtype,
-            "shape": list(output.shape),
+    for copy in copies:
+        stop = offset + copy.source.nbytes
+        entries[copy.name] = {
+            "dtype": copy.source.dtype,
+            "shape": list(copy.shape),
             "data_offsets": [offset, stop],
         }
         offset = stop
@@ -116,25 +99,26 @@ def _header(outputs: list[TensorCopy]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _chunks(outputs: list[TensorCopy]) -> Iterator[bytes]:
-    file = stream = None
+def _chunks(copies: list[TensorCopy]) -> Iterator[bytes]:
+    stream: BinaryIO | None = None
+    file: Path | None = None
     try:
-        for output in outputs:
-            if isinstance(output.source, LoadedTensor):
-                yield from _loaded_chunks(output.source)
+        for copy in copies:
+            if isinstance(copy.source, LoadedTensor):
+                yield from _loaded_chunks(copy.source)
                 continue
-            if output.source.file != file:
+            if stream is None or copy.source.file != file:
                 if stream is not None:
                     stream.close()
-                file = output.source.file
+                file = copy.source.file
                 stream = open(file, "rb")
-            yield from _tensor_chunks(stream, output.source)
+            yield from _tensor_chunks(stream, copy.source)
     finally:
         if stream is not None:
             stream.close()
 
 
-def _tensor_chunks(stream, tensor: StoredTensor) -> Iterator[bytes]:
+def _tensor_chunks(stream: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
     stream.seek(tensor.start)
     left = tensor.nbytes
     while left:

@@ -257,7 +257,7 @@ def test_target_must_be_free_and_roomy(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="not empty"):
         convert_to_diffusers(CHECKPOINT, tmp_path / "full")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(OSError, match="has room for 0.0 GB"):
+    with pytest.raises(OSError, match="has 0.0 GB free"):
         convert_to_diffusers(CHECKPOINT, tmp_path / "small")
 
 
