@@ -6,8 +6,7 @@ import pytest
 
 from echo4o.modeling.bagel import convert
 from echo4o.modeling.bagel.convert import convert_to_diffusers, convert_to_original
-
-from .test_convert import CHECKPOINT, MODEL_FILES, copy_checkpoint, refused
+from tests.modeling.checkpoints import CHECKPOINT, MODEL_FILES, copy_checkpoint, refused
 
 VAE = {"z_channels": 16, "scale_factor": 0.3611, "shift_factor": 0.1159, "ch": 32, "ch_mult": [1, 1, 2, 1]}
 VAE |= {"num_res_blocks": 1}

@@ -6,8 +6,7 @@ import torch
 from peft import LoraConfig
 
 from echo4o import Echo4oPipeline
-
-from .test_lora import adapters, config, draw, fresh  # noqa: F401
+from tests.modeling.lora_adapters import config, draw
 
 
 def test_metadata_has_the_prefix_of_the_weights_and_loads_as_in_diffusers(fresh, adapters):

@@ -11,9 +11,9 @@ from torch import nn
 
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.common.lora_files import matrix_names
+from tests.modeling.lora_adapters import draw
 
 from .conftest import GOLDEN
-from .test_lora import draw
 
 FILE = "pytorch_lora_weights.safetensors"
 NAMES = BagelTransformer2DModel._original_names

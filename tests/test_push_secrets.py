@@ -1,0 +1,208 @@
+"""`echo4o push`: pickles, secrets, links and folders that do not load are not uploaded."""
+
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from echo4o.hub import safety, secrets
+from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+from tests.push_fixtures import FAKE, REPO, send
+
+pytest_plugins = ["tests.push_fixtures"]
+
+
+def refused(folder, api, hub, match: str, **options) -> str:
+    with pytest.raises(ValueError, match=match) as caught:
+        send(folder, api, **options)
+    assert not hub.repos and not [r for r in hub.requests if r[0] not in ("GET", "HEAD")], "something was sent"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["suffix", "protocol 0", "protocol 2", "protocol 5", "torch.save"])
+def test_pickles_are_refused_by_name_and_by_content(how, folder, hub, api):
+    file = folder / "transformer" / ("old.bin" if how == "suffix" else "notes.txt")
+    if how == "torch.save":
+        torch.save({"w": torch.zeros(2)}, file)
+    elif how == "suffix":
+        file.write_bytes(b"anything")
+    else:
+        large = b"x" * 2_000_000 if how != "protocol 0" else b""
+        file.write_bytes(pickle.dumps([Path("x"), large], protocol=int(how[-1])))
+    refused(folder, api, hub, rf"pickles can run code.*transformer/{file.name}")
+
+
+def test_a_broken_archive_is_refused_by_name(folder, api, hub):
+    (folder / "notes.txt").write_bytes(b"PK\x03\x04 and no more")
+    refused(folder, api, hub, "notes.txt starts like a zip archive")
+
+
+def test_text_that_ends_with_a_dot_is_no_pickle(tmp_path):
+    for number, text in enumerate(["It is a text.", "(a) and (b).", "I1\n.", "", ".", "c\nd."]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    safety.require_safe(safety.list_files(tmp_path))
+
+
+@pytest.mark.parametrize("what", FAKE)
+def test_secrets_are_named_by_place_and_never_shown(what, folder, hub, api):
+    (folder / "notes.md").write_text(f"first\n\nkey: {FAKE[what]} and more\n")
+    said = refused(folder, api, hub, rf"notes\.md, line 3: {what}")
+    assert FAKE[what] not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("chunk", [64, 1 << 22])
+def test_secrets_are_found_in_every_encoding_of_text(encoding, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_CHUNK", chunk)
+    monkeypatch.setattr(secrets, "_LONGEST", 400)
+    text = "first\r\n" + "ä" * 40 + "\r\nHF_TOKEN=" + FAKE["a Hugging Face token"] + "\r\nlast"
+    (tmp_path / "n.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="n.txt, line 3: a Hugging Face token") as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    assert FAKE["a Hugging Face token"] not in str(caught.value)
+    assert str(caught.value).count("line 3") == 1
+
+
+OLD_AZURE = [
+    'AZURE_OPENAI_API_KEY = "' + "0a1b2c3d" * 4 + '"',
+    "api-key: " + "0A1b2c3d" * 4,
+    "AccountName=x;Account" + "Key=" + "aB3+" * 21 + "aB==",
+    "secret abc8Q~" + "aB3." * 8 + "x",
+]
+
+
+@pytest.mark.parametrize("text", OLD_AZURE)
+def test_azure_keys_of_every_kind(text, tmp_path):
+    (tmp_path / "n.env.txt").write_text(text)
+    with pytest.raises(ValueError, match="line 1: an Azure key"):
+        safety.require_safe(safety.list_files(tmp_path))
+
+
+def archives_of(name: str, data: bytes) -> dict[str, bytes]:
+    """Archives that hold the file, by their names."""
+    zipped, tarred = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    with tarfile.open(fileobj=tarred, mode="w") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    packed = {f"a.tar.{kind.__name__}": kind.compress(tarred.getvalue()) for kind in (gzip, bz2, lzma)}
+    return packed | {"a.zip": zipped.getvalue(), "a.tar": tarred.getvalue(), "a.dat": zipped.getvalue()}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_secrets_are_found_in_archives(encoding, tmp_path):
+    text = ("a\n" * 9 + "key=" + FAKE["a Google API key"] + "\n").encode(encoding)
+    files = archives_of("in/k.txt", text)
+    files["two.zip"] = archives_of("a.tgz", archives_of("in/k.txt", text)["a.tar.gzip"])["a.zip"]
+    files["k.txt.gz"] = gzip.compress(text)
+    for name, data in files.items():
+        assert list(secrets.find_secrets(name, data)) == [
+            (f"{'' if name == 'k.txt.gz' else 'a.tgz, in/k.txt, ' if name == 'two.zip' else 'in/k.txt, '}line 10",
+             "a Google API key")
+        ], name  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.tar, in/k.txt, line 10") as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1 + len(files)
+
+
+def test_archives_that_are_damaged_or_encrypted(tmp_path):
+    gz = gzip.compress(b"harmless " * 1000)
+    (tmp_path / "half.gz").write_bytes(gz[: len(gz) // 2])
+    (tmp_path / "n.txt").write_bytes(b"BZh no archive, PK neither; AIza is a word, api-key: none")
+    safety.require_safe(safety.list_files(tmp_path))
+    data = bytearray(archives_of("k.txt", b"x")["a.zip"])
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + place] |= 1
+    assert list(secrets.find_secrets("a.zip", bytes(data))) == [
+        ("k.txt", "an encrypted file, which cannot be searched for secrets")
+    ]
+
+
+def test_secrets_are_found_across_chunks_in_headers_and_in_rows(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    secret = FAKE["a Hugging Face token"]
+    monkeypatch.setattr(secrets, "_CHUNK", 64)
+    monkeypatch.setattr(secrets, "_LONGEST", 50)
+    (tmp_path / "a.txt").write_text("line\n" * 20 + "." * 37 + " " + secret + "\n" + "x" * 300)
+    save_file({"w": torch.zeros(1)}, tmp_path / "b.safetensors", {"note": secret})
+    pq.write_table(pa.table({"id": ["a", "b"], "metadata": ["{}", f"key {secret}"]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError) as caught:
+        safety.require_safe(safety.list_files(tmp_path))
+    said = str(caught.value).splitlines()[1:]
+    places = ["a.txt, line 21", "b.safetensors, line 1", "c.parquet, row 1, column metadata"]
+    assert [line.strip() for line in dict.fromkeys(said)] == [f"{place}: a Hugging Face token" for place in places]
+    assert secret not in str(caught.value)
+
+
+def test_a_secret_in_a_handwritten_card_of_the_repository_stays_there(folder, hub, api):
+    hub.create(REPO).files["README.md"] = hub.store("README.md", f"mine {FAKE['a GitHub token']}\n".encode())
+    hub.repo(REPO).commit("words")
+    with pytest.raises(ValueError, match=r"README.md, line \d+: a GitHub token"):
+        send(folder, api)
+
+
+def test_links_that_lead_outside_and_hidden_files(folder, hub, api, tmp_path):
+    (folder / ".env").write_text("PASSWORD=x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("x")
+    messages = []
+    assert not any(part.startswith(".") for part in send(folder, api, dry_run=True, log=messages.append).upload)
+    assert "2 hidden files and caches are not uploaded" in messages
+    (folder / "inside.txt").symlink_to(folder / "model_index.json")
+    assert "inside.txt" in send(folder, api, dry_run=True).upload
+    (tmp_path / "private.txt").write_text("mine")
+    (folder / "outside.txt").symlink_to(tmp_path / "private.txt")
+    refused(folder, api, hub, "outside.txt is a link to a file outside")
+    (folder / "outside.txt").unlink()
+    (folder / "outside").symlink_to(tmp_path)
+    refused(folder, api, hub, "outside is a link to a file outside")
+
+
+def test_folders_that_do_not_load(folder, hub, api):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if k != "proj_in.bias"}, file)
+    refused(folder, api, hub, "transformer: missing proj_in.bias")
+    save_file(tensors, file)
+    (folder / "transformer" / "transformer_bagel.py").unlink()
+    refused(folder, api, hub, "lacks transformer/transformer_bagel.py, so it would not load with trust_remote")
+
+
+def test_large_weights_are_compared_without_being_loaded(folder, api, monkeypatch):
+    monkeypatch.setattr("echo4o.hub.kinds.pipeline.SMALL_BYTES", 10)
+    monkeypatch.setattr("echo4o.hub.push.SMALL_BYTES", 10)
+    monkeypatch.setattr(Echo4oPipeline, "from_pretrained", None)
+    done = send(folder, api, verify=True)
+    assert "too large to load here" in done.checked and done.verified.endswith("too large to download and load")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() > 1)
+    save_file(tensors | {name: tensors[name].reshape(-1).clone()}, file)
+    with pytest.raises(ValueError, match=f"vae: {name} has the shape"):
+        send(folder, api)
+    save_file({n: t for n, t in tensors.items() if n != name} | {"other": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=f"vae: missing {name}\n  vae: unexpected other"):
+        send(folder, api)
+
+
+@pytest.mark.parametrize("repo", ["model", "a/b/c", "ns/..", "ns/two words", "ns/name.git", ""])
+def test_bad_names(repo, folder, hub, api):
+    refused(folder, api, hub, "repo", repo=repo)
+
+
+def test_a_card_that_does_not_validate(folder, hub, api):
+    (folder / "README.md").write_text("---\nlicence: mit\n---\n\nMy words.\n")
+    refused(folder, api, hub, "README.md is not a valid card of this pipeline:\n  licence: unknown key")
