@@ -26,6 +26,7 @@ from ..common.conversion import (
     write_json,
     write_weights,
 )
+from ..common.images import vae_scale_factor
 from ..common.publishing import (
     INDEX_NAME,
     ComponentCode,
@@ -45,6 +46,7 @@ from ..common.weights import (
     read_json,
     refuse_pickles,
 )
+from .options_bagel import read_options
 from .original_configs import (
     JSON_FILES,
     Configs,
@@ -249,10 +251,14 @@ def _original_weights(folder: Path) -> dict[str, StoredTensor]:
 # --- parts of the folders --------------------------------------------------------------------------------------------
 
 
-def _class_entry(component: str) -> dict[str, str]:
+def _class_entry(component: str) -> dict[str, Any]:
     from diffusers import __version__
 
-    return {"_class_name": CLASS_NAMES[component], "_diffusers_version": __version__}
+    entry: dict[str, Any] = {"_class_name": CLASS_NAMES[component], "_diffusers_version": __version__}
+    if component in OWN_CODE:
+        stem, name = OWN_CODE[component]
+        entry["auto_map"] = {"AutoModel": f"{stem}.{name}"}
+    return entry
 
 
 def _scheduler_config() -> dict[str, Any]:
@@ -261,19 +267,21 @@ def _scheduler_config() -> dict[str, Any]:
     return json.loads(FlowMatchEulerDiscreteScheduler(shift=3.0).to_json_string())
 
 
-@dataclass
-class _ConfigOnly:
-    """A component without weights: the pipeline reads only the configuration to determine its limits."""
-
-    config: SimpleNamespace
-
-
 def _pipeline_index(configs: Configs) -> dict[str, Any]:
     """model_index.json with all presets and limits, so that users can see and change them."""
-    components: dict[str, Any] = {name: _ConfigOnly(SimpleNamespace(**config)) for name, config in configs.items()}
-    settings = dict(Echo4oPipeline(**components, scheduler=None, tokenizer=None).config)
-    classes = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
+    transformer, vision = configs["transformer"], configs["vision_model"]
+    stride = vae_scale_factor(SimpleNamespace(**configs["vae"])) * transformer["latent_patch_size"]
     parameters = inspect.signature(Echo4oPipeline.__init__).parameters
+    settings = read_options(
+        presets=None,
+        think_prompts=None,
+        vae_image_limits=None,
+        vision_image_limits=None,
+        max_references=parameters["max_references"].default,
+        vae_table=(transformer["max_latent_size"], stride),
+        vision_table=(vision["max_patches_per_side"], vision["patch_size"]),
+    )
+    classes = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
     options = {name: settings[name] for name in parameters if name in settings and name not in classes}
     version = _class_entry("vae")["_diffusers_version"]
     index = {"_class_name": ["pipeline", Echo4oPipeline.__name__], "_diffusers_version": version}
@@ -305,7 +313,10 @@ def _write_original_jsons(src: Path, dst: Path, configs: Configs, dtype: torch.d
 
 
 def _plain_configs(configs: Configs) -> Configs:
-    return {c: {k: v for k, v in config.items() if not k.startswith("_")} for c, config in configs.items()}
+    return {
+        c: {k: v for k, v in config.items() if k != "auto_map" and not k.startswith("_")}
+        for c, config in configs.items()
+    }
 
 
 def _write_vocabulary(dst: Path) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..common.image_files import to_rgb
+from ..common.images import to_images
 from .guidance_bagel import Guidance, is_real
 from .image_processor_bagel import ImageLimits
 
@@ -45,14 +47,25 @@ def read_prompts(prompt, image, inputs, max_references: int) -> list[list[str | 
     if inputs is not None:
         if image is not None:
             raise ValueError("`image` belongs to `prompt`; with `inputs`, put the images into the list.")
-        conversations = _read_inputs(inputs)
+        conversations = _read_inputs(_as_images(inputs, "`inputs`"))
     else:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or not prompts:
             raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        image = _as_images(image, "`image`")
         references = _read_references(image, len(prompts), single=isinstance(prompt, str))
         conversations = [[*images, text] for images, text in zip(references, prompts, strict=True)]
     return [_check_items(items, index, max_references) for index, items in enumerate(conversations)]
+
+
+def _as_images(value, place: str):
+    """The value with its arrays and tensors as PIL images; a batch of them is a list."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_as_images(item, place) for item in value)
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        images = to_images(value, place)
+        return images if value.ndim == 4 else images[0]
+    return value
 
 
 def _read_inputs(inputs) -> list[list]:
@@ -215,6 +228,51 @@ def read_latents(latents, shapes: list[tuple[int, int, int]]) -> list[torch.Tens
         if not torch.isfinite(noise).all():
             raise ValueError(f"`latents` of image {index} holds values that are not finite.")
     return given
+
+
+def read_sigmas(sigmas, timesteps, steps: int, train_timesteps: int = 1000) -> list[float]:
+    """The times of the updates before the scheduler's shift, from 1 (noise) downwards; by default `steps` equal ones.
+
+    Args:
+        sigmas: given times in (0, 1], decreasing.
+        timesteps: the same, times `train_timesteps`.
+    """
+    if sigmas is None and timesteps is None:
+        return [float(t) for t in np.linspace(1.0, 0.0, steps + 1)[:-1]]
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("Give either `sigmas` or `timesteps`, not both.")
+    name, given, scale = ("sigmas", sigmas, 1) if timesteps is None else ("timesteps", timesteps, train_timesteps)
+    values = given.tolist() if isinstance(given, (np.ndarray, torch.Tensor)) else given
+    if not isinstance(values, (list, tuple)) or not values or not all(is_real(v) for v in values):
+        raise ValueError(f"`{name}` must be a non-empty list of numbers, got {given!r:.80}.")
+    times = [float(v) / scale for v in values]
+    if not all(0 < t <= 1 for t in times) or any(b >= a for a, b in zip(times, times[1:])):
+        raise ValueError(
+            f"`{name}` must decrease within (0, {scale}] (the last update ends at 0), got {values!r:.80}."
+        )
+    return times
+
+
+def check_components(**components) -> None:
+    """Raise ValueError naming a component that is absent, or a VAE that does not fit the transformer."""
+    for name, component in components.items():
+        if component is None:
+            raise ValueError(f"The pipeline has no {name} ({name}=None), which it needs here.")
+    transformer, vae = components["transformer"], components["vae"]
+    vae = getattr(vae, "_orig_mod", vae)
+    name, config = type(vae).__name__, vae.config
+    if "AutoencoderKL" not in {c.__name__ for c in type(vae).__mro__}:
+        raise ValueError(f"The VAE is a {name}; BAGEL needs an AutoencoderKL, as in the checkpoint.")
+    channels = transformer.config.latent_channels
+    if config.latent_channels != channels:
+        raise ValueError(f"The VAE has {config.latent_channels} latent channels, and the transformer {channels}.")
+    for option in ("scaling_factor", "shift_factor"):
+        if not is_real(config.get(option)):
+            raise ValueError(
+                f"The VAE's {option} is {config.get(option)!r}; it must be a number (release: 0.3611, 0.1159)."
+            )
+    if getattr(vae, "encoder", None) is None or getattr(vae, "decoder", None) is None:
+        raise ValueError(f"The VAE ({name}) lacks its encoder or its decoder; the pipeline needs both.")
 
 
 def check_settings(*, do_sample: bool, temperature: float, output_type: str = "pil", **counts: int) -> None:

@@ -4,6 +4,7 @@ Published as `pipeline.py` (common/publishing.py). It calls components through t
 files, so that it works in the package and beside component folders on the Hub.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
 from ..common.activation_limit import activation_limit
+from ..common.concurrency import in_use
 from ..common.flow_schedulers import check_scheduler
 from ..common.images import to_uint8
 from ..common.loading import PortablePipelineMixin
 from ..common.lora import TransformerLoraMixin, scales_lora
-from ..common.step_cache import cached_update, reset_step_cache
+from ..common.step_cache import cached_update, check_step_cache, reset_step_cache
 from .denoising_bagel import (
     EncodedPrompt,
     NoisyImage,
@@ -32,16 +34,33 @@ from .denoising_bagel import (
 )
 from .inputs_bagel import (
     PromptInputs,
+    check_components,
     check_settings,
     read_generators,
     read_latents,
     read_prompt_inputs,
     read_prompts,
+    read_sigmas,
 )
 from .options_bagel import read_options
 from .prompt_encoding_bagel import PromptEncodingMixin
 from .segments_bagel import KVCache, Segment, SpecialTokens, patchify, unpatchify
 from .text_generation_bagel import generate_text
+
+
+def runs_alone(call):
+    """Decorator of the pipeline's call: raises RuntimeError if another thread uses the pipeline or its scheduler, and
+    forgets the state of the call when it ends."""
+
+    @functools.wraps(call)
+    def alone(self, *args, **kwargs):
+        with in_use(alone=(self, self.scheduler)):
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                self._guidance_scale = self._current_timestep = self._attention_kwargs = None
+
+    return alone
 
 
 @dataclass
@@ -85,6 +104,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         ".segments_bagel",
         ".text_generation_bagel",
         "..common.activation_limit",
+        "..common.concurrency",
         "..common.flow_schedulers",
         "..common.image_files",
         "..common.images",
@@ -114,6 +134,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
     ):
         super().__init__()
         self.scheduler: Any
+        check_components(transformer=transformer, vision_model=vision_model, vae=vae)
         self.register_modules(
             transformer=transformer, vision_model=vision_model, vae=vae, scheduler=scheduler, tokenizer=tokenizer
         )
@@ -129,6 +150,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         )
         self.register_to_config(**options)
         self._num_timesteps, self._interrupt = 0, False
+        self._guidance_scale = self._current_timestep = self._attention_kwargs = None
         if tokenizer is not None:
             SpecialTokens.from_tokenizer(tokenizer)
             if len(tokenizer) > transformer.config.vocab_size:
@@ -142,6 +164,26 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         return self._num_timesteps
 
     @property
+    def guidance_scale(self) -> float | None:
+        """The largest guidance scale of the call that runs; None between calls."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call that runs guides any of its images."""
+        return self._guidance_scale is not None and self._guidance_scale > 1
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's timestep of the update that runs, from 1000 to 0; None outside of updates."""
+        return self._current_timestep
+
+    @property
+    def attention_kwargs(self) -> dict | None:
+        """The argument of the call that runs."""
+        return self._attention_kwargs
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
@@ -149,6 +191,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
 
     @torch.no_grad()
     @scales_lora
+    @runs_alone
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -175,6 +218,9 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         *,
         attention_kwargs: dict | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        negative_prompt: str | list[str] | None = None,
     ) -> Echo4oPipelineOutput | tuple:
         """Generate images.
 
@@ -202,6 +248,9 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every update. It can
                 return changed latents, and can end the loop by setting `pipeline._interrupt = True`.
             attention_kwargs: {"scale": s} multiplies the weights of the active adapters by `s` for this call.
+            sigmas: times of the updates instead of `num_inference_steps` equal ones: they decrease from 1, before the
+                scheduler's shift. `timesteps`: the same times 1000.
+            negative_prompt: not supported; guidance compares with the same inputs without their last text.
 
         Returns:
             [`Echo4oPipelineOutput`], or (images, texts) with `return_dict=False`.
@@ -218,7 +267,16 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             temperature=temperature,
             output_type=output_type,
         )
+        if negative_prompt is not None and negative_prompt != "":
+            raise ValueError(
+                "negative_prompt is not supported: BAGEL's guidance compares with the same inputs without their last "
+                "text, and was not trained with another one. Describe what the image should show instead."
+            )
+        check_components(**self.components)
         check_scheduler(self.scheduler)
+        sigmas = read_sigmas(sigmas, timesteps, num_inference_steps)
+        num_inference_steps = len(sigmas)
+        check_step_cache(self.transformer, num_inference_steps)
         prompts = read_prompt_inputs(
             read_prompts(prompt, image, inputs, self.config["max_references"]),
             height,
@@ -240,6 +298,8 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         noise = read_latents(latents, shapes)
         callback_tensors = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._num_timesteps, self._interrupt = num_inference_steps, False
+        self._guidance_scale = max(p.guidance.scale for p in prompts)
+        self._attention_kwargs = attention_kwargs
 
         # 2. Encode the prompts and sample the noise
         room = max_think_tokens + 2 if think else 0  # for the plan, with its start and end token
@@ -258,8 +318,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
 
         # 4. Denoise
         images = prepared.noisy_images(self.transformer.config.latent_patch_size, self._execution_device)
-        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        self.scheduler.set_timesteps(sigmas=np.array(sigmas), device=self._execution_device)
         limit = activation_limit(self._execution_device)
         active, batches = None, []
         with self._progress(num_inference_steps) as progress:
@@ -272,9 +331,10 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                     batches = [
                         pack_branches(self.transformer, group, t, self.special_tokens, self.pack) for group in groups
                     ]
+                self._current_timestep = timestep
                 velocities = []
                 for group, batch in enumerate(batches):
-                    with cached_update(self.transformer, group):
+                    with cached_update(self.transformer, group, step):
                         velocities += predict_velocity(self.transformer, batch, t)
                 take_step(self.scheduler, images, velocities, timestep)
                 if callback_on_step_end is not None:
@@ -285,6 +345,8 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                 progress.update()
                 if self._interrupt:
                     break
+
+        self._current_timestep = None
 
         # 5. Decode
         decoded = self._decode(images, output_type)
@@ -326,6 +388,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             ValueError: an argument is invalid; raised before any computation.
         """
         check_settings(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature)
+        check_components(**{name: part for name, part in self.components.items() if name != "scheduler"})
         prompts = read_prompts(prompt, image, None, self.config["max_references"])
         generators = read_generators(generator, len(prompts))
         rows = []

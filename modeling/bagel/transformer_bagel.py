@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.hooks.mag_cache import MagCacheConfig
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -566,6 +568,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
     layers: Any  # nn.ModuleList of BagelBlock
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"  # diffusers.AutoModel loads the published folder of this component
     _gradient_checkpointing_func: Any
     _no_split_modules = ["BagelBlock"]
     _repeated_blocks = ["BagelExpert"]  # see BagelExpert.compile
@@ -630,6 +633,11 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.training_attention = "auto"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, without a warning about `auto_map`, by which `AutoModel` finds this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -757,18 +765,21 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
         self.training_attention = backend
 
     def enable_cache(self, config) -> None:
-        """As in diffusers, with `TaylorSeerCacheConfig` or `FirstBlockCacheConfig`, which skip layers in some updates.
+        """As in diffusers, with a configuration of FirstBlockCache, MagCache, PyramidAttentionBroadcast or TaylorSeer.
 
-        Off by default: it changes images and needs memory (docs/performance.md). Raises ValueError for other
+        They skip layers or attention in some updates. Off by default: it changes images and needs memory (docs/performance.md). Raises ValueError for other
         configurations, and for one that matches no layer, because it would have no effect.
         """
-        if isinstance(config, FirstBlockCacheConfig):
+        if isinstance(config, (FirstBlockCacheConfig, MagCacheConfig)):
             _describe_block()
+        elif isinstance(config, PyramidAttentionBroadcastConfig):
+            config = _checked_broadcast(config, [name for name, _ in self.named_modules()])
         elif isinstance(config, TaylorSeerCacheConfig):
             _check_taylorseer(config, [name for name, _ in self.named_modules()])
         else:
             raise ValueError(
-                f"{type(config).__name__} is not supported: use TaylorSeerCacheConfig or FirstBlockCacheConfig."
+                f"{type(config).__name__} is not supported: use FirstBlockCacheConfig, MagCacheConfig, "
+                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig."
             )
         super().enable_cache(config)
 
@@ -974,12 +985,31 @@ def _exempting(config, names: list[str]):
 
 
 def _describe_block() -> None:
-    """Register the outputs of a block for diffusers' FirstBlockCache, which has no public function for it."""
+    """Register the outputs of a block for diffusers' FirstBlockCache and MagCache, which have no public function for it."""
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError as error:
         raise ValueError(f"FirstBlockCache is not supported with this version of diffusers: {error}.") from error
     TransformerBlockRegistry.register(BagelBlock, TransformerBlockMetadata(0, 1))
+
+
+def _checked_broadcast(config, names: list[str]):
+    """A PyramidAttentionBroadcast configuration that skips attention in updates alone.
+
+    Raises ValueError without a callback, and for identifiers that match no attention layer.
+    """
+    callback = config.current_timestep_callback
+    if callback is None:
+        raise ValueError("PyramidAttentionBroadcast needs current_timestep_callback=lambda: pipe.current_timestep.")
+    patterns = config.spatial_attention_block_identifiers if config.spatial_attention_block_skip_range else ()
+    if not any(re.search(pattern, name) for pattern in patterns for name in names if name.endswith(".attn")):
+        raise ValueError(
+            "PyramidAttentionBroadcast would skip no attention: give spatial_attention_block_skip_range (there is no "
+            "temporal or cross attention), and spatial_attention_block_identifiers=('layers',)."
+        )
+    config = copy.copy(config)
+    config.current_timestep_callback = lambda: 0 if callback() is None else callback()  # None outside of updates
+    return config
 
 
 def _check_taylorseer(config, names: list[str]) -> None:

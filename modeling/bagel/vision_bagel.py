@@ -81,6 +81,7 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"  # diffusers.AutoModel loads a published folder of this component
     _gradient_checkpointing_func: Any
     _no_split_modules = ["SiglipEncoderLayer"]
     _repeated_blocks = ["SiglipEncoderLayer"]
@@ -123,6 +124,11 @@ class BagelVisionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         table = get_2d_sincos_pos_embed(output_size, max_patches_per_side, output_type="pt").float()
         self.register_buffer("pos_embed", table.reshape(max_patches_per_side**2, output_size))
         self.gradient_checkpointing = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, without a warning about `auto_map`, by which `AutoModel` finds this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

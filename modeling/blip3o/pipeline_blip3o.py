@@ -80,6 +80,7 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
         ".inputs_blip3o",
         ".prompts_blip3o",
         ".sampling_blip3o",
+        "..common.concurrency",
         "..common.image_files",
         "..common.images",
         "..common.loading",

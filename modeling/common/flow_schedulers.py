@@ -25,7 +25,7 @@ _TOLERANCE = 2e-6  # UniPC starts at 1 - 1e-6
 def check_scheduler(scheduler: Any) -> None:
     """Raise ValueError, naming the scheduler and the setting, unless it can sample a flow-matching model.
 
-    Two updates of a small tensor, made with a copy, are compared with Euler's formula: x + (sigma' - sigma) * v at
+    Two updates of a small tensor, made by a scheduler of the same class and configuration, are compared with Euler's formula: x + (sigma' - sigma) * v at
     sigma = shift * s / (1 + (shift - 1) * s) for the given times s.
     """
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))

@@ -22,6 +22,32 @@ def resize(image: Image.Image, size: tuple[int, int], resample=Image.Resampling.
     return image.resize(between, resample).resize(size, resample)
 
 
+def to_images(value, place: str = "image") -> list[Image.Image]:
+    """PIL images from an array or a tensor in the form that pipelines of diffusers return.
+
+    Args:
+        value: an array (H, W), (H, W, C) or (B, H, W, C), or a tensor (H, W), (C, H, W) or (B, C, H, W); C is 1, 3 or
+            4. Floating values are in [0, 1], others are of uint8.
+
+    Raises ValueError, naming `place`, for other shapes, types and values.
+    """
+    is_tensor = isinstance(value, torch.Tensor)
+    array = value.detach().cpu().float().numpy() if is_tensor and value.is_floating_point() else np.asarray(value)
+    if is_tensor and array.ndim in (3, 4):
+        array = np.moveaxis(array, -3, -1)
+    wanted = "(C, H, W) or (B, C, H, W)" if is_tensor else "(H, W, C) or (B, H, W, C)"
+    if array.ndim not in (2, 3, 4) or (array.ndim > 2 and array.shape[-1] not in (1, 3, 4)) or 0 in array.shape:
+        raise ValueError(f"{place} is of shape {tuple(value.shape)}; give {wanted} with 1, 3 or 4 channels.")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{place} has values outside [0, 1] (or not finite): floating images are in [0, 1].")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"{place} is of type {array.dtype}; give uint8, or floating values in [0, 1].")
+    images = array if array.ndim == 4 else [array]
+    return [Image.fromarray(a[..., 0] if a.ndim == 3 and a.shape[-1] == 1 else a) for a in images]
+
+
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """RGB image -> (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
+from .concurrency import in_use
 from .lora_files import (
     DIFFUSERS_FILE,
     check_adapter,
@@ -36,7 +37,10 @@ def scales_lora(call):
 
     @functools.wraps(call)
     def scaled(self, *args, **kwargs):
-        with self.lora_scaled(kwargs.get("attention_kwargs")):
+        options = kwargs.get("attention_kwargs")
+        changes_model = bool(options) or getattr(self.transformer, "is_cache_enabled", False)
+        model, kept = (self.transformer,), (getattr(self, "prefill_cache", None),)
+        with in_use(model + kept if changes_model else kept, model), self.lora_scaled(options):
             return call(self, *args, **kwargs)
 
     return scaled

@@ -64,6 +64,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         ".output_omnigen2",
         ".prompts_omnigen2",
         ".sampling_omnigen2",
+        "..common.concurrency",
         "..common.image_files",
         "..common.images",
         "..common.loading",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -18,6 +19,26 @@ TAYLORSEER = TaylorSeerCacheConfig(
 FIRST_BLOCK = FirstBlockCacheConfig(threshold=0.5)
 
 
+MAG = MagCacheConfig(threshold=0.2, max_skip_steps=2, num_inference_steps=STEPS, mag_ratios=torch.full((STEPS,), 0.98))
+PYRAMID = "pyramid"  # needs the pipeline: see `configured`
+
+
+def configured(config, pipe):
+    if config is not PYRAMID:
+        return config
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_block_identifiers=("layers",),
+        spatial_attention_timestep_skip_range=(100, 950),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+
+
+ALL = pytest.mark.parametrize(
+    "config", [TAYLORSEER, FIRST_BLOCK, MAG, PYRAMID], ids=["taylorseer", "first", "mag", "pab"]
+)
+
+
 @pytest.fixture
 def cached(pipe):
     """Enables a cache on the golden pipeline for one test, and counts how often each layer computes."""
@@ -30,7 +51,7 @@ def cached(pipe):
         return hook
 
     def enable(config):
-        pipe.transformer.enable_cache(config)
+        pipe.transformer.enable_cache(configured(config, pipe))
         return counts
 
     # Where a layer's own work begins: a skipped layer does not reach it.
@@ -95,7 +116,7 @@ def sample_times(pipe) -> list[float]:
     return pipe.scheduler.sigmas[:-1].tolist()
 
 
-@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+@ALL
 def test_calls_do_not_know_of_each_other(pipe, pictures, cached, config):
     """Other pictures, other sizes, a call that was stopped: the next call draws what it would have drawn first."""
     cached(config)
@@ -113,18 +134,18 @@ def test_calls_do_not_know_of_each_other(pipe, pictures, cached, config):
     assert torch.equal(draw(pipe), first)
 
 
-@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+@ALL
 def test_what_is_read_and_said_is_never_guessed(pipe, pictures, cached, config):
     question = {"image": pictures["img_b"], "max_new_tokens": 12}
     answer = pipe.chat("what is this?", **question)
-    plan = pipe("a dot", think=True, max_think_tokens=12, **DRAW | {"num_inference_steps": 1}).texts
+    plan = pipe("a dot", think=True, max_think_tokens=12, **DRAW).texts
     counts = cached(config)
     assert pipe.chat("what is this?", **question) == answer
     assert len(set(counts)) == 1 and counts[0] > 1
-    assert pipe("a dot", think=True, max_think_tokens=12, **DRAW | {"num_inference_steps": 1}).texts == plan
+    assert pipe("a dot", think=True, max_think_tokens=12, **DRAW).texts == plan
 
 
-@pytest.mark.parametrize("config", [TAYLORSEER, FIRST_BLOCK], ids=["taylorseer", "first block"])
+@ALL
 def test_a_cache_comes_close_and_goes_without_a_trace(pipe, cached, config):
     exact = draw(pipe)
     cached(config)
@@ -144,8 +165,13 @@ def test_a_cache_comes_close_and_goes_without_a_trace(pipe, cached, config):
         (TaylorSeerCacheConfig(cache_identifiers=[r"blocks\.\d+"]), "would skip no layer"),
         (TaylorSeerCacheConfig(skip_predict_identifiers=[r"layers\.\d+"]), "not replace a skipped one"),
         (TaylorSeerCacheConfig(disable_cache_before_step=0, **LAYERS), "disable_cache_before_step=0"),
-        (PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2), "not supported"),
-        (MagCacheConfig(calibrate=True), "not supported"),
+        (PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2), "current_timestep_callback"),
+        (PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 0), "would skip no attention"),
+        (
+            PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=2, current_timestep_callback=lambda: 0),
+            "would skip no attention",
+        ),
+        (FasterCacheConfig(), "not supported"),
     ],
 )
 def test_a_configuration_that_does_nothing_or_harm_is_refused(pipe, config, words):
@@ -179,3 +205,65 @@ def test_a_prompt_that_is_not_read_again_starts_afresh_all_the_same(pipe, cached
         assert torch.equal(draw(pipe), first)
     finally:
         pipe.disable_prefill_cache()
+
+
+def test_mag_cache_skips_by_the_ratio_of_the_update_itself(pipe, cached):
+    """Guidance that ends restarts the cache; the ratios after it are still those of the later updates."""
+    guided = sum(0.7 < t <= 1.0 for t in sample_times(pipe))
+    assert 2 < guided < STEPS - 3
+    never = torch.full((STEPS,), 5.0)  # far from 1: the error is too large to skip
+    for first, second in ((never, torch.ones(STEPS)), (torch.ones(STEPS), never)):
+        ratios = torch.cat([first[:guided], second[guided:]])
+        settings = {"threshold": 0.1, "max_skip_steps": 20, "retention_ratio": 0.0, "num_inference_steps": STEPS}
+        counts = cached(MagCacheConfig(mag_ratios=ratios, **settings))
+        before = list(counts)
+        draw(pipe, guidance_scale=4.0, guidance_interval=(0.7, 1.0))
+        ran = counts[1] - before[1] - 1  # without the prefill
+        parts = [guided if torch.equal(first, never) else 1, STEPS - guided if torch.equal(second, never) else 1]
+        assert ran == sum(parts)
+        pipe.transformer.disable_cache()
+
+
+def test_mag_cache_of_another_number_of_updates_is_refused(pipe, cached):
+    cached(MAG)
+    with pytest.raises(ValueError, match="num_inference_steps=12.* does not fit a call with 5 updates"):
+        draw(pipe, num_inference_steps=5)
+
+
+def test_mag_cache_calibrates_over_all_updates(pipe, cached, capsys):
+    """One ratio for each update, although guidance ends within the call; then they can be used."""
+    cached(MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
+    exact = draw(pipe, guidance_scale=4.0, guidance_interval=(0.4, 1.0))
+    printed = capsys.readouterr().out
+    ratios = eval(printed[printed.index("[", printed.index(":")) : printed.rindex("]") + 1])
+    assert len(ratios) == STEPS and len({round(r, 4) for r in ratios}) > STEPS // 2
+    pipe.transformer.disable_cache()
+    assert torch.equal(draw(pipe, guidance_scale=4.0, guidance_interval=(0.4, 1.0)), exact)
+    cached(MagCacheConfig(mag_ratios=ratios, num_inference_steps=STEPS, threshold=0.5))
+    assert not torch.equal(draw(pipe, guidance_scale=4.0, guidance_interval=(0.4, 1.0)), exact)
+
+
+def test_pyramid_attention_broadcast_skips_attention_between_updates(pipe, cached, monkeypatch):
+    calls = []
+    processor = type(pipe.transformer.layers[0].attn.processor)
+    original = processor.__call__
+    monkeypatch.setattr(processor, "__call__", lambda *a, **k: calls.append(1) or original(*a, **k))
+    draw(pipe, guidance_scale=1.0)
+    every = len(calls)
+    cached(PYRAMID)
+    calls.clear()
+    draw(pipe, guidance_scale=1.0)
+    within = sum(100 < 1000 * t < 950 for t in sample_times(pipe))
+    layers = len(pipe.transformer.layers)
+    assert every - len(calls) in (layers * (within // 2), layers * -(-within // 2))
+
+
+def test_pyramid_attention_broadcast_refuses_several_passes_per_update(pipe, cached, monkeypatch):
+    """It keeps the results of one pass; a second group of images would be given those of the first."""
+    from echo4o.modeling.bagel import pipeline_echo4o
+
+    monkeypatch.setattr(pipeline_echo4o, "activation_limit", lambda device: 1.0)
+    cached(PYRAMID)
+    with pytest.raises(ValueError, match="more than one forward pass per update"):
+        draw(pipe, ["a red dot", "a blue dot"])
+    assert draw(pipe).shape[0] == 1

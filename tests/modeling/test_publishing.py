@@ -1,5 +1,6 @@
 """What is published beside a pipeline's weights: a closed list of files, equal to the package's but for their imports."""
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -58,3 +59,30 @@ def test_only_the_imports_from_common_are_rewritten(cls):
         added = published[len(ours) :]
         assert bool(added) == (name == "pipeline.py")
         assert all(re.fullmatch(r"|# .*|if False:|    from \.\w+ import \*", line) for line in added)
+
+
+@pytest.mark.parametrize("how", ["converted", "saved"])
+def test_auto_model_of_diffusers_loads_a_components_folder(tmp_path, how):
+    """By the `auto_map` of its config.json, with the code beside it; dtype and weights are those of the folder."""
+    import torch
+    from diffusers import AutoModel
+
+    from echo4o.modeling.bagel.convert import convert_to_diffusers
+    from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+
+    from .conftest import GOLDEN
+
+    convert_to_diffusers(GOLDEN / "checkpoint", tmp_path / "converted")
+    pipe = Echo4oPipeline.from_pretrained(tmp_path / "converted", dtype=torch.bfloat16 if how == "saved" else None)
+    if how == "saved":
+        pipe.save_pretrained(tmp_path / "saved")
+    for name in ("transformer", "vision_model"):
+        config = json.loads((tmp_path / how / name / "config.json").read_text("utf-8"))
+        component = getattr(pipe, name)
+        assert config["auto_map"] == {"AutoModel": f"{name.split('_')[0]}_bagel.{type(component).__name__}"}
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            AutoModel.from_pretrained(str(tmp_path / how / name))
+        loaded = AutoModel.from_pretrained(str(tmp_path / how / name), trust_remote_code=True)
+        assert type(loaded).__name__ == type(component).__name__ and loaded.dtype == component.dtype
+        state = loaded.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in component.state_dict().items())

@@ -114,3 +114,14 @@ def test_the_check_leaves_the_scheduler_and_the_random_numbers_alone(pipe):
     before, state = pipe.scheduler.sigmas.clone(), torch.get_rng_state()
     check_scheduler(pipe.scheduler)
     assert torch.equal(pipe.scheduler.sigmas, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_methods_replaced_on_the_scheduler_are_left_to_the_call(mine):
+    """A recorder that wraps `step` sees the updates of the call and nothing of the check."""
+    steps, original = [], mine.scheduler.step
+    want = latents(mine)
+    mine.scheduler.step = lambda *args, **kwargs: steps.append(1) or original(*args, **kwargs)
+    try:
+        assert torch.equal(latents(mine), want) and len(steps) == 6
+    finally:
+        del mine.scheduler.step
