@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -450,9 +451,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Trained {len(result.log)} steps in {result.seconds:.0f} s: {result.pipeline_dir}")
         run = result.pipeline_dir.parent
         if result.pipeline_dir.name == "adapter":
-            print(f"Next: echo4o export {run} --merge --out {run / 'merged'}")
+            command = ["echo4o", "export", str(run), "--merge", "--out", str(run / "merged")]
+            print(f"Next: {shlex.join(command)}")
         else:
-            print(f'Next: echo4o generate "a lighthouse made of glass" --model {result.pipeline_dir}')
+            command = ["echo4o", "generate", "a lighthouse made of glass", "--model", str(result.pipeline_dir)]
+            print(f"Next: {shlex.join(command)}")
     return 0
 
 

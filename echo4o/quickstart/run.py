@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -287,7 +288,8 @@ def print_ending(out: Path, before: GeneratedImages, after: GeneratedImages, res
     if control:
         print(f"Control, measured once: the same fine-tuning from random weights reaches {written(control)}.")
     print(f"\nDone in {result['seconds']:.0f} s. Report: {out / 'report.html'}")
-    print(f'Next: echo4o generate "a photo of two red stars" --model {out / "pipeline"}')
+    command = ["echo4o", "generate", "a photo of two red stars", "--model", str(out / "pipeline")]
+    print(f"Next: {shlex.join(command)}")
 
 
 def written(score: dict) -> str:
