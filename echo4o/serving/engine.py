@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from echo4o.serving.metrics import Metrics
-from echo4o.serving.served_model import Cancelled, ServedModel
+from echo4o.serving.served_model import ServedModel
 from echo4o.serving.tasks import ChatTask, Task
+from echo4o.serving.watching import Cancelled
 
 log = logging.getLogger("echo4o.serving")
 

@@ -16,7 +16,8 @@ from pydantic.errors import PydanticSchemaGenerationError
 from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, versions
 from echo4o.modeling.pipelines import supported_options
 from echo4o.serving.limits import Limits
-from echo4o.serving.tasks import Adapters, Answer, ChatTask, GeneratedImage, ImageTask, Progress, Task, Text
+from echo4o.serving.tasks import Adapters, Answer, ChatTask, GeneratedImage, ImageTask, Task, Text
+from echo4o.serving.watching import AnswerWatcher, StepWatcher, before_stop
 
 # Arguments that the server sets itself, or that only Python code can pass.
 _RESERVED = {
@@ -26,11 +27,6 @@ _RESERVED = {
 }  # fmt: skip
 _SHORT_NAMES = {"steps": "num_inference_steps"}
 MAX_SEED = 2**63 - 1
-_PREVIEWS = 8  # per image
-
-
-class Cancelled(Exception):
-    """Raised inside a pipeline call when nobody waits for its results."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ class ServedModel:
         arguments = supported_options(type(self.pipe).__call__)
         if "callback_on_step_end" not in arguments:
             return {}
-        watcher = _StepWatcher(self.pipe, tasks, started)
+        watcher = StepWatcher(self.pipe, tasks, started)
         names = {"callback_on_step_end_tensor_inputs": ["latents"] if watcher.previews else []}
         return {"callback_on_step_end": watcher} | {name: names[name] for name in names if name in arguments}
 
@@ -347,6 +343,8 @@ class ServedModel:
         if "generator" in supported_options(type(self.pipe).chat):
             options["generator"] = [torch.Generator().manual_seed(task.seed) for task in tasks]
         images = [task.references for task in tasks]
+        if "callback_on_token" in supported_options(type(self.pipe).chat) and self.call_chat is None:
+            options["callback_on_token"] = AnswerWatcher(self.pipe.tokenizer, tasks)
         call = self.call_chat or self.pipe.chat
         answers = call([task.text for task in tasks], **({"image": images} if any(images) else {}), **options)
         done = []
@@ -364,45 +362,8 @@ class ServedModel:
         return 0 if tokenizer is None else len(tokenizer.encode(text, add_special_tokens=False))
 
 
-class _StepWatcher:
-    """Called after each sampler update: reports progress, makes previews, and stops when every task was cancelled."""
-
-    def __init__(self, pipe: Any, tasks: Sequence[ImageTask], started: float):
-        self.tasks, self.started, self.before = tasks, started, None
-        self.previews = any(task.previews for task in tasks) and hasattr(pipe, "decode_latent")
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if all(task.stop.is_set() for task in self.tasks):
-            raise Cancelled
-        total = pipe.num_timesteps
-        left = (time.monotonic() - self.started) / (step + 1) * (total - step - 1)
-        latents = given.get("latents")
-        due = (step + 1) % max(1, total // _PREVIEWS) == 0 and step + 1 < total
-        for index, task in enumerate(self.tasks):
-            preview = None
-            if due and latents is not None and self.before is not None and task.previews and not task.stop.is_set():
-                preview = _preview(pipe, self.before[index], latents[index], step)
-            task.notify(Progress(step + 1, total, left, preview))
-        self.before = latents
-        return {}
-
-
-def _preview(pipe: Any, before: torch.Tensor, after: torch.Tensor, step: int) -> Image.Image:
-    """The image at the end of a straight path from here: latents move with constant velocity in each Euler update."""
-    start, end = (float(pipe.scheduler.sigmas[i]) for i in (step, step + 1))
-    velocity = (after - before) / (end - start)
-    pixels = pipe.decode_latent(after - end * velocity).float()
-    values = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).to(torch.uint8)
-    return Image.fromarray(values.cpu().numpy())
-
-
 def _as_list(value: Any, count: int) -> list[Any]:
     return list(value) if isinstance(value, Sequence) else [value] * count
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
 
 
 def read_seed(seed: int | None, count: int = 1) -> int:

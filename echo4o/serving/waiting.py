@@ -11,8 +11,8 @@ from starlette.requests import Request
 from echo4o.serving.engine import Engine, EngineClosed, QueueFull
 from echo4o.serving.errors import ApiError
 from echo4o.serving.guard import queue_full
-from echo4o.serving.served_model import Cancelled
 from echo4o.serving.tasks import Task
+from echo4o.serving.watching import Cancelled
 
 
 class ClientGone(Exception):

@@ -368,6 +368,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
         attention_kwargs: dict | None = None,
+        callback_on_token: Callable[[int, list[int]], Any] | None = None,
     ) -> str | list[str]:
         """Answer questions, with or without images.
 
@@ -380,6 +381,8 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             max_new_tokens: largest number of tokens of each answer.
             generator: one per answer, used with `do_sample`.
             attention_kwargs: as in the pipeline's call.
+            callback_on_token: called as (index of the answer, its token ids so far) after every token, for streaming;
+                the answer ends if it returns True.
 
         Returns:
             The answer, or a list of answers for a list of prompts.
@@ -404,7 +407,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             rows.append((cache, segments))
         self.prefill(rows)
         answers = self._generate_texts(
-            [cache for cache, _ in rows], max_new_tokens, do_sample, temperature, generators
+            [cache for cache, _ in rows], max_new_tokens, do_sample, temperature, generators, callback_on_token
         )
         self.maybe_free_model_hooks()
         return answers[0] if isinstance(prompt, str) else answers
@@ -458,6 +461,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         do_sample: bool,
         temperature: float,
         generators: list[torch.Generator | None],
+        on_token: Callable[[int, list[int]], Any] | None = None,
     ) -> list[str]:
         """Generate a text of at most `max_new_tokens` tokens after every cache; the caches do not change."""
         with self._progress(max_new_tokens) as progress:
@@ -471,6 +475,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                 generators=generators,
                 device=self._execution_device,
                 progress=progress,
+                on_token=on_token,
             )
         return [self.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[0] for ids in token_ids]
 

@@ -1,6 +1,6 @@
 """Generates text token by token, for a batch of contexts of any lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,12 @@ def generate_text(
     generators: Sequence[torch.Generator | None] | None = None,
     device: torch.device | str = "cpu",
     progress: Any = None,
+    on_token: Callable[[int, list[int]], Any] | None = None,
 ) -> list[list[int]]:
     """Generate at most `max_new_tokens` tokens after every cache; returns them without start and end token.
+
+    `on_token` is called after each token with the index of the text and its tokens so far. The text ends if it returns
+    True.
 
     Texts that have ended leave the batch. The caches are restored: BAGEL reads its own text again as a complete segment
     (tests/parity/golden/README.md, surprise 7).
@@ -63,6 +67,8 @@ def generate_text(
             last[row] = choose_token(row_logits, do_sample, temperature, generators[row])
             if last[row] != tokens.text_end:
                 generated[row].append(last[row])
+                if on_token is not None and on_token(row, list(generated[row])) is True:
+                    last[row] = tokens.text_end
         running = [row for row in running if last[row] != tokens.text_end]
         if progress is not None:
             progress.update()

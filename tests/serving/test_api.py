@@ -148,6 +148,7 @@ def test_questions_are_answered_streamed_and_not(client, tiny):
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == want
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) >= 3, "token by token"
     short = client.chat.completions.create(model="echo4o", messages=messages, max_tokens=1)
     assert short.choices[0].finish_reason == "length"
     stopped = client.chat.completions.create(model="echo4o", messages=messages, max_tokens=8, stop=want[2])
@@ -191,3 +192,21 @@ def test_a_key_is_required_where_there_is_one(tiny):
             answer = httpx.get(f"{running.root}{path}")
             assert answer.status_code == 401 and "sk-" not in answer.text
         assert httpx.get(f"{running.root}/health").status_code == 200
+
+
+def test_answers_stream_and_end_at_a_stop(tiny):
+    """The text so far is sent after each token; what may belong to a stop is held back."""
+    from echo4o.serving.served_model import ServedModel
+    from echo4o.serving.tasks import Text
+
+    model, events = ServedModel(tiny), []
+    options = model.read_options({"max_new_tokens": 12}, chat=True)
+    image = Image.open(io.BytesIO(png()))
+    whole = model.chat([model.chat_task("what is this?", [image], options=options)])[0].text
+    task = model.chat_task("what is this?", [image], options=options, stops=[whole[-3:]])
+    task.on_event = events.append
+    other = model.chat_task("what is this?", [image], options=options)
+    stopped, beside = model.chat([task, other])
+    assert beside.text == whole and stopped.text == whole[: whole.index(whole[-3:])] and not stopped.cut
+    assert all(isinstance(event, Text) and stopped.text.startswith(event.text) for event in events)
+    assert len({event.text for event in events}) >= 3

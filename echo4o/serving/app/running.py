@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from echo4o.serving.engine import Engine
-from echo4o.serving.served_model import Cancelled
 from echo4o.serving.tasks import GeneratedImage, ImageTask, Progress
 from echo4o.serving.waiting import api_error
+from echo4o.serving.watching import Cancelled
 
 _SHORTEST_PAUSE = 0.15  # seconds between two updates of the page
 
