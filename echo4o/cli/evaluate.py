@@ -37,6 +37,7 @@ from echo4o.common import strict_json
 
 if TYPE_CHECKING:
     from echo4o.evaluation.generate import GenerationSettings
+    from echo4o.evaluation.judge_prompts import JudgePrompt
     from echo4o.evaluation.judges import Judge
     from echo4o.evaluation.judging import JudgingOptions
 
@@ -364,10 +365,9 @@ class _Steps:
         images: Path | None,
     ) -> Callable[[], None]:
         """Checks the options of the judge. Returns a function that judges the images."""
-        from echo4o.evaluation.judge_prompts import load_judge_prompts
 
         judge, options = self._judge(judging, detector, device_options, model)
-        questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
+        questions = self._questions(judging, judge)
         audit = self._auditing(judging, detector, device_options, model, images) if judging.audit else None
 
         def judge_images() -> None:
@@ -390,6 +390,18 @@ class _Steps:
                 audit()
 
         return judge_images
+
+    def _questions(self, judging: JudgeOptions, judge: "Judge") -> "dict[str, JudgePrompt]":
+        """Returns the judge prompts by aspect."""
+        from echo4o.evaluation.judge_prompts import load_judge_prompts
+        from echo4o.evaluation.released_prompts import RELEASED, ReleasedPrompt
+
+        questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
+        if any(isinstance(of, ReleasedPrompt) for of in questions.values()) and not judge.name.startswith("openai:"):
+            raise ValueError(
+                f"--judge-prompt {RELEASED} sends what the released script sends: it needs an openai: judge"
+            )
+        return questions
 
     def _judge(
         self, judging: JudgeOptions, detector: DetectorOptions, device_options: DeviceOptions, model: str | None
@@ -423,10 +435,9 @@ class _Steps:
     ) -> Callable[[], None]:
         """Checks the options of the audit. Returns a function that judges a share of the prompts again."""
         from echo4o.evaluation.audit_run import audit_folder, sampled_prompts
-        from echo4o.evaluation.judge_prompts import load_judge_prompts
 
         judge, options = self._judge(judging.auditor(), detector, device_options, model)
-        questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
+        questions = self._questions(judging, judge)
         sampled_prompts(self.prompts.prompts, judging.audit_share, judging.audit_seed)
 
         def audit_images() -> None:

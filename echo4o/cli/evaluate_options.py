@@ -115,7 +115,8 @@ class JudgeOptions:
         "OPENAI_API_KEY"
     )
     judge_prompt: Annotated[
-        list[str] | None, typer.Option(help="Replace the prompt of the judge: FILE, or ASPECT=FILE.")
+        list[str] | None,
+        typer.Option(help="Replace the prompt of the judge: FILE, ASPECT=FILE, or released (as the released script)."),
     ] = None
     temperature: Annotated[str, typer.Option(help="Temperature of the judge; 'default': that of the endpoint.")] = "0"
     max_tokens: Annotated[int | None, typer.Option(min=16, help="Maximum length of an answer in tokens.")] = None

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,17 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One request to a chat model. With a `schema`, the answer is to be JSON of this schema."""
+    """One request to a chat model. With a `schema`, the answer is to be JSON of this schema.
+
+    Attributes:
+        make_body: makes the messages and settings to send instead of those that the endpoint makes of the other fields.
+    """
 
     text: str
     system: str = ""
     images: tuple[LabelledImage, ...] = ()
     schema: dict[str, Any] | None = None
+    make_body: Callable[[], dict[str, Any]] | None = None
 
     def estimate_tokens(self) -> int:
         """About how many input tokens it has: 4 letters each, images in tiles of 512 pixels as OpenAI counts them."""
@@ -146,6 +152,8 @@ class ChatEndpoint(OpenAIEndpoint):
         return await self.connect().chat.completions.create(**body, extra_headers=self.headers(key))
 
     def _body(self, request: ChatRequest, structured: bool) -> dict[str, Any]:
+        if request.make_body is not None:
+            return {"model": self.model, **request.make_body()}
         content: list[dict] = []
         for labelled in request.images:
             path = labelled.image.path

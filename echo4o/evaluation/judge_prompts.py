@@ -13,6 +13,7 @@ from echo4o.endpoints.chat_endpoint import ImageFile, LabelledImage
 from echo4o.endpoints.json_answers import json_schema
 from echo4o.evaluation.benchmarks.base import PROMPTS, Aspect, Benchmark, BenchmarkPrompt, Verdict
 from echo4o.evaluation.judges.base import Question
+from echo4o.evaluation.released_prompts import RELEASED, load_released_prompts
 
 _USER = "=== user ==="
 _ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
@@ -97,7 +98,13 @@ def answer_format(verdict: type[Verdict]) -> str:
 
 
 def load_judge_prompts(benchmark: Benchmark, replaced: list[str] | None = None) -> dict[str, JudgePrompt]:
-    """The judge prompts of a benchmark by aspect; `replaced` holds FILE, or ASPECT=FILE where there are several."""
+    """The judge prompts of a benchmark by aspect.
+
+    `replaced` holds FILE, or ASPECT=FILE where there are several, or `released` alone: as the
+    released script asks.
+    """
+    if replaced == [RELEASED] and not Path(RELEASED).exists():
+        return dict(load_released_prompts(benchmark))
     prompts = {aspect.name: JudgePrompt.read(PROMPTS / aspect.prompt_file) for aspect in benchmark.aspects}
     for given in replaced or []:
         aspect, equals, file = given.partition("=")

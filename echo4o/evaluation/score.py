@@ -19,6 +19,7 @@ from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, Measur
 from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
 from echo4o.evaluation.images import image_name
 from echo4o.evaluation.prompt_files import from_row, more_of
+from echo4o.evaluation.released_prompts import RELEASED
 
 STATUSES = ("scored", "judge_error", "missing_image", "not_judged")
 _LIBRARIES = ("torch", "diffusers", "transformers", "openai", "numpy", "pillow")
@@ -169,6 +170,8 @@ def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> d
     measure = measure_of(evaluation)
     if measure is not None:
         result["measure"] = asdict(measure)
+    if any(digest.startswith(f"{RELEASED}:") for digest in evaluation.judge["prompt_hashes"].values()):
+        result["judge_words"] = "those of the released script"
     from echo4o.evaluation.audit import audit_result
 
     audit = audit_result(evaluation, withheld, seed)
