@@ -18,6 +18,7 @@ from echo4o.dataset_scripts.images import MAX_IMAGE_BYTES
 from echo4o.dataset_scripts.json_rows import ByteStream
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
+UNREAD_SUFFIXES = (".zip", ".7z", ".rar", ".zst", ".tzst", ".tbz", ".tbz2", ".txz", ".tar.lz4", ".tar.br", ".gz")
 CHUNK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # names and extended headers
 MAX_INFLATION = 100  # bytes out per byte in, beyond the first gigabyte; images hardly compress

@@ -61,7 +61,8 @@ def build(
         The manifest.
 
     Raises:
-        ValueError: the source cannot be mapped, or there are more than `max_rejected` rejected rows.
+        ValueError: the source cannot be mapped, all rows are rejected, or there are more than `max_rejected` rejected
+            rows.
         FileExistsError: `out` holds something else, or is being built by another process.
         OSError: the disk is full; the same call resumes once there is space.
     """
@@ -71,7 +72,7 @@ def build(
     terms = _terms(source, options, reading)
     shutil.rmtree(out / _REMOVED, ignore_errors=True)
     if (out / "data").exists() and (out / MANIFEST).is_file() and not (out / WORK).exists():
-        return _finished(out, terms)
+        return _with_rows(_finished(out, terms), out)
     _prepare(out, terms)
     with _exclusive(out):
         work = _Build(out, source, terms, options, max_rejected)
@@ -80,7 +81,17 @@ def build(
                 work.run(replace(reading, spool_dir=str(out / WORK)), progress)
         finally:
             work.close()
-        return work.publish()
+        return _with_rows(work.publish(), out)
+
+
+def _with_rows(manifest: dict, out: Path) -> dict:
+    """The manifest. Raises ValueError if there were rows and none was accepted."""
+    if manifest["rows"]["accepted"] == 0 and manifest["rows"]["given"] > 0:
+        raise ValueError(
+            f"{out}: none of {manifest['rows']['given']:,} rows was accepted; {out / REJECTED} says why, and "
+            f"{out / REMARKS} what is wrong with archives."
+        )
+    return manifest
 
 
 def _terms(source: PublishedSource, options: BuildOptions, reading: ReadOptions) -> dict:

@@ -28,6 +28,7 @@ class Remark(StrEnum):
     SURPLUS_MEMBER = "surplus member"  # its rows already have their image, or are rejected for another reason
     AMBIGUOUS_MEMBER = "ambiguous member"  # several rows' paths fit its name equally well
     DAMAGED_ARCHIVE = "damaged archive"
+    UNREAD_ARCHIVE = "unread archive"  # of a kind that is not read: zip, 7z, rar, zstd
     OPEN_ARRAY = "unclosed array"  # a JSON array of rows without its end
 
 

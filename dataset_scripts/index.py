@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from echo4o.dataset_scripts.archives import SUFFIXES, UNREAD_SUFFIXES
 from echo4o.dataset_scripts.findings import Finding, RejectionReason, Remark
 from echo4o.dataset_scripts.images import CheckedImage
 from echo4o.dataset_scripts.json_rows import OPEN_ARRAY, ParsedRow, read_rows
@@ -101,6 +102,10 @@ class PartIndex:
 
     def scan(self) -> Iterator[tuple[int | None, Finding]]:
         """Read all rows. Yields (row number, finding) for rejected rows, (None, remark) for the rest."""
+        for file in self.part.others:
+            if file.path.lower().endswith(UNREAD_SUFFIXES):
+                detail = f"archives are read as {', '.join(SUFFIXES)}; pack its images again"
+                yield None, Finding(Remark.UNREAD_ARCHIVE, detail, self.part.configuration, archive=file.path)
         for file_number, file in enumerate(self.part.rows):
             with self.source.open(file.path) as stream:
                 for given in read_rows(CompleteStream(stream, file)):

@@ -173,6 +173,8 @@ def build(
             raise
     rows = manifest["rows"]
     say(f"{rows['given']:,} rows read, {rows['accepted']:,} accepted, {rows['rejected']:,} rejected (rejected.jsonl)")
+    if not rows["accepted"]:
+        raise ValueError(f"{src}: there are no rows in it, so the dataset is empty")
     finish(out, shlex.join(["echo4o", "dataset", "stats", str(out)]))
 
 
