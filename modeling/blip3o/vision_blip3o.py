@@ -4,14 +4,18 @@ Only training targets and `reconstruct` need it; generation from text does not.
 """
 
 import inspect
+import json
 import math
 import numbers
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -113,11 +117,9 @@ class EvaClipVisionModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` is given."""
-        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        return super().from_pretrained(
-            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
-        )
+        dtype = _read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
+        kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def features_per_side(self) -> int:
@@ -158,12 +160,57 @@ def _check_options(model: ConfigMixin) -> None:
             )
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
-    sizes: Counter = Counter()
-    for file in sorted(folder.glob("*.safetensors"))[:1]:
+def _read_dtype(dtype: Any) -> Any:
+    """A dtype from a dtype or its name; None and "auto" mean the stored dtype and give None."""
+    if isinstance(dtype, str):
+        return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+    return dtype
+
+
+def _stored_dtype(name, **options) -> torch.dtype | None:
+    """The floating dtype of most bytes of a model's files; None if they have no floating tensors.
+
+    Integers (quantized weights) do not count. Float8 weights give bfloat16, because float8 is not used to compute.
+
+    Args:
+        name: a folder or a repository of the Hub.
+        options: `subfolder`, `variant` and those of the Hub, as for `from_pretrained`.
+    """
+    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
+    known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
+    sizes: Counter[torch.dtype] = Counter()
+    for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                sizes[part.get_dtype()] += math.prod(part.get_shape())
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                if (dtype := floating.get(part.get_dtype())) is not None:
+                    sizes[dtype] += math.prod(part.get_shape()) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return torch.bfloat16 if most == torch.float8_e4m3fn else most
+
+
+def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
+    """The safetensors files that diffusers loads a model from; those of a Hub repository are downloaded.
+
+    Empty if there are none: diffusers then raises the error.
+    """
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            path = Path(name, subfolder or "", file)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(str(name), file, subfolder=subfolder, **hub))
+        except (OSError, ValueError, EntryNotFoundError):
+            return None
+
+    if Path(name).is_file():
+        return [Path(name)]
+    stem, suffix = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}.safetensors{suffix}.index.json"):
+        if (file := find(index)) is not None:
+            shards = json.loads(file.read_text("utf-8-sig")).get("weight_map", {}).values()
+            return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
+    file = find(f"{stem}{suffix}.safetensors")
+    return [] if file is None else [file]

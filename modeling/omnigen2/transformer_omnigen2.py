@@ -11,13 +11,14 @@ Shapes: T tokens, H heads, K key/value heads, D head size, C latent channels, N 
 
 import copy
 import inspect
+import json
 import math
 import numbers
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -29,6 +30,8 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 
@@ -503,13 +506,11 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers, except that a folder loads in the dtype it is stored in unless `dtype` says otherwise."""
-        given = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        dtype = _read_dtype(kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"])
+        kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
-        return super().from_pretrained(
-            pretrained_model_name_or_path, dtype=given[0] or given[1] or _stored_dtype(folder), **kwargs
-        )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
@@ -876,12 +877,57 @@ def _exempting(config, names: list[str]):
     return config
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The 16-bit dtype of most of a folder's first safetensors file; None for other dtypes and without a file."""
-    sizes: Counter = Counter()
-    for file in sorted(folder.glob("*.safetensors"))[:1]:
+def _read_dtype(dtype: Any) -> Any:
+    """A dtype from a dtype or its name; None and "auto" mean the stored dtype and give None."""
+    if isinstance(dtype, str):
+        return None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
+    return dtype
+
+
+def _stored_dtype(name, **options) -> torch.dtype | None:
+    """The floating dtype of most bytes of a model's files; None if they have no floating tensors.
+
+    Integers (quantized weights) do not count. Float8 weights give bfloat16, because float8 is not used to compute.
+
+    Args:
+        name: a folder or a repository of the Hub.
+        options: `subfolder`, `variant` and those of the Hub, as for `from_pretrained`.
+    """
+    floating = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floating |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), torch.float8_e4m3fn)
+    known = ("subfolder", "variant", "cache_dir", "force_download", "token", "revision", "local_files_only")
+    sizes: Counter[torch.dtype] = Counter()
+    for file in _stored_files(name, **{key: options[key] for key in known if options.get(key) is not None}):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                sizes[part.get_dtype()] += math.prod(part.get_shape())
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get, default=None))
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                if (dtype := floating.get(part.get_dtype())) is not None:
+                    sizes[dtype] += math.prod(part.get_shape()) * dtype.itemsize
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return torch.bfloat16 if most == torch.float8_e4m3fn else most
+
+
+def _stored_files(name, subfolder: str | None = None, variant: str | None = None, **hub) -> list[Path]:
+    """The safetensors files that diffusers loads a model from; those of a Hub repository are downloaded.
+
+    Empty if there are none: diffusers then raises the error.
+    """
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            path = Path(name, subfolder or "", file)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(str(name), file, subfolder=subfolder, **hub))
+        except (OSError, ValueError, EntryNotFoundError):
+            return None
+
+    if Path(name).is_file():
+        return [Path(name)]
+    stem, suffix = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}.safetensors{suffix}.index.json"):
+        if (file := find(index)) is not None:
+            shards = json.loads(file.read_text("utf-8-sig")).get("weight_map", {}).values()
+            return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
+    file = find(f"{stem}{suffix}.safetensors")
+    return [] if file is None else [file]
