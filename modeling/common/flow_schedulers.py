@@ -1,5 +1,8 @@
-"""Which schedulers of diffusers can generate with a flow-matching model: those that give the results of plain Euler
-steps over the shifted times, and UniPC, whose multistep formula is known for flow matching."""
+"""Checks that a scheduler of diffusers can be used with a flow-matching model.
+
+Accepted are schedulers that give the results of Euler steps at the shifted times, and UniPC, whose multistep formula is
+defined for flow matching.
+"""
 
 import copy
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Settings of diffusers' schedulers that change the given times or add noise, with the value that does neither.
+# Settings of schedulers that change the given times or add noise -> the value that does neither.
 _PLAIN = {
     "use_dynamic_shifting": False,
     "stochastic_sampling": False,
@@ -35,7 +38,7 @@ def check_scheduler(scheduler: Any) -> None:
         given = config.get(setting, value)
         if (given != value) if isinstance(value, str) else (bool(given) != bool(value)):
             raise _unusable(name, f"{setting}={given!r} must be {value!r}")
-    # from_config keeps settings that the new class does not have: those of the checkpoint's own scheduler.
+    # from_config also keeps settings of the checkpoint's scheduler that the new class does not have.
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     times = np.linspace(1.0, 0.0, 5)[:-1]
     expected = np.append(shift * times / (1 + (shift - 1) * times), 0.0)
@@ -58,7 +61,7 @@ _START, _VELOCITY = torch.tensor([[0.3, -1.2]]), torch.tensor([[0.7, 0.4]])
 
 
 def _try(scheduler: Any, times: np.ndarray) -> tuple[np.ndarray | None, list[torch.Tensor] | None]:
-    """The scheduler's sigmas for `times` and what two updates make of a tensor; None for what it cannot do."""
+    """The scheduler's sigmas for `times`, and a tensor after each of two updates; None for what fails."""
     sigmas = updates = None
     try:
         trial = copy.deepcopy(scheduler)

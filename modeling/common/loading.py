@@ -41,22 +41,22 @@ _checked: weakref.WeakSet = weakref.WeakSet()  # models whose weights were compa
 
 
 class PortablePipelineMixin(PublishingMixin, PlacementMixin):
-    """Put before `DiffusionPipeline`: `class MyPipeline(PortablePipelineMixin, DiffusionPipeline)`.
+    """Loads and saves pipelines with or without the package; put it before `DiffusionPipeline` in the bases.
 
     The class sets `_published_modules` (see `PublishingMixin`), and `_original_files` and `_conversion_module` if
     checkpoints exist in an original layout.
     """
 
-    # Files of a checkpoint in the original layout; a folder with one of them, and without an index, is taken for one.
+    # File names of the original layout: a folder with one of them and without an index is such a checkpoint.
     _original_files: tuple[str, ...] = ()
-    # The module, relative to the pipeline's, that reads and writes the original layout; it is not published.
+    # Relative name of the module that reads and writes the original layout. It is not published.
     _conversion_module: str | None = None
 
     # --- loading ---
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Load a pipeline from a folder or the Hub, without `trust_remote_code` when the package is installed.
+        """Load a pipeline from a folder or the Hub. With the package, `trust_remote_code` is not needed.
 
         As `DiffusionPipeline.from_pretrained`, with these differences: `dtype` (a torch.dtype or its name, or a dict
         of these by component) defaults to the dtype that each component is stored in; only safetensors weights are
@@ -131,7 +131,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
     def conversion(cls):
         """The module with `convert_to_diffusers(src, dst)`, `convert_to_original(src, dst)` and
         `components_from_original(directory, dtype, skip)`; needs the package."""
-        # By name: diffusers copies whatever a published file imports relatively, wherever the import stands.
+        # Imported by name: diffusers copies all modules that a published file imports relatively.
         assert cls._conversion_module is not None
         return importlib.import_module(cls._conversion_module, cls._package())
 
@@ -143,7 +143,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """A pipeline of the same components and options as `pipeline`, which it shares them with.
+        """A pipeline that shares the components and options of `pipeline`.
 
         `kwargs` replace components and options. `dtype` converts the components, in both pipelines; they stay as they
         are without it. Raises ValueError for options that this class does not have, and when `pipeline` lacks a
@@ -165,7 +165,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
 
     @classmethod
     def _parameters(cls) -> dict[str, inspect.Parameter]:
-        """The components and options of this class, which may hand `**kwargs` on to the published one."""
+        """The components and options of this class, and of the published class that it may pass `**kwargs` to."""
         found = [inspect.signature(owner.__init__).parameters for owner in (cls._published_class, cls)]
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return {n: p for of in found for n, p in of.items() if n != "self" and p.kind in named}
@@ -183,7 +183,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
 
     @classmethod
     def _stored_weights(cls, folder: Path, passed: set[str], variant: str | None) -> dict[str, dict]:
-        """Component -> its stored tensors, for every component of the index that has weights of its own."""
+        """Component -> its stored tensors, for every component of the index that has weights."""
         if not (folder / INDEX_NAME).is_file():
             if cls.is_original(folder):
                 raise FileNotFoundError(
@@ -223,7 +223,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Fetch the pipeline's folder from the Hub and return where it lies; components passed in are left out.
+        """Download a pipeline's folder from the Hub and return its path; passed components are not downloaded.
 
         Nothing is executed and no pickled weights are fetched. Raises FileNotFoundError for a repository that holds
         no pipeline and huggingface_hub's errors (RepositoryNotFoundError, ...) as they are.
@@ -250,7 +250,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
                 continue
             state = module.state_dict()
             problems += [f"{name}: non-finite values in {n}" for n in nonfinite_names(state.items())]
-            if getattr(module, "hf_quantizer", None) is None:  # a quantizer stores tensors of its own
+            if getattr(module, "hf_quantizer", None) is None:  # quantizers store additional tensors
                 wanted, found = (self._comparable_names(name, module, names) for names in (state, tensors))
                 problems += [f"{name}: missing {n}" for n in sorted(wanted - found)]
                 problems += [f"{name}: unexpected {n}" for n in sorted(found - wanted)]
@@ -258,7 +258,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
             raise ValueError(f"The weights cannot be used:\n  {shortened(problems)}")
 
     def to(self, *args, **kwargs):
-        """As `DiffusionPipeline.to`; ValueError when the device asked for is absent."""
+        """As `DiffusionPipeline.to`. Raises ValueError if the device is not available."""
         for value in (*args, kwargs.get("device")):
             if isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
                 check_device(value)
@@ -283,17 +283,17 @@ def qwen_names(module: torch.nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def download_index(repo: str, **options) -> str:
-    """Fetch the `model_index.json` of a Hub repository and return its file.
+    """Download the `model_index.json` of a Hub repository and return its path.
 
     Raises FileNotFoundError for a repository without one, or if the Hub cannot be reached, and huggingface_hub's
     errors (RepositoryNotFoundError, ...) as they are.
     """
     try:
         return hf_hub_download(repo, INDEX_NAME, **options)
-    except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError
         raise LocalEntryNotFoundError(
-            f"{repo!r} is not in the local cache, and the Hub cannot be reached (or was not to be "
-            "asked): look at the connection, HF_ENDPOINT, HF_HUB_OFFLINE and local_files_only."
+            f"{repo!r} is not in the local cache, and the Hub cannot be reached (or is disabled): check the "
+            "connection, HF_ENDPOINT, HF_HUB_OFFLINE and local_files_only."
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"The repository {repo!r} is not a pipeline: it has no {INDEX_NAME}.") from error
@@ -305,8 +305,10 @@ def is_hub_name(name: str | os.PathLike) -> bool:
 
 
 def require_name(name: Any) -> None:
-    """Raise ValueError unless `name` is a text or a path, and FileNotFoundError if it is neither a folder nor can be
-    the name of a Hub repository."""
+    """Check that `name` is a folder or can be the name of a Hub repository.
+
+    Raises ValueError unless it is a string or a path, and FileNotFoundError if it is neither.
+    """
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise ValueError(f"A folder or the name of a Hub repository is needed, not {name!r}.")
     if not Path(name).is_dir() and not is_hub_name(name):
@@ -314,7 +316,7 @@ def require_name(name: Any) -> None:
 
 
 def _tensors_of_origin(module: Any) -> dict[str, StoredTensor]:
-    """The stored tensors of a model that was loaded from a folder of its own and is as it was then; else nothing."""
+    """The stored tensors of a model that was loaded from a folder and not changed since; otherwise empty."""
     origin = getattr(getattr(module, "config", None), "_name_or_path", None)
     if not isinstance(module, torch.nn.Module) or not origin or module in _checked:
         return {}
@@ -323,7 +325,7 @@ def _tensors_of_origin(module: Any) -> dict[str, StoredTensor]:
         return {}
     if any(f.name.count(".") == 1 for f in files):
         return component_tensors(Path(origin))
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}  # variants alone
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}  # variants only
 
 
 def _is_component(value: Any) -> bool:
@@ -331,11 +333,11 @@ def _is_component(value: Any) -> bool:
 
 
 def _package_module(package: str, library: str) -> str:
-    """The package's module that a component's file was published from, imported; else `library` unchanged."""
+    """Import the package's module that a component's file was published from; returns `library` if there is none."""
     stem = library.rpartition(".")[2]
     if library in LIBRARIES or not stem.isidentifier() or importlib.util.find_spec(f"{package}.{stem}") is None:
         return library
-    # diffusers looks components up among imported modules only.
+    # diffusers finds components in imported modules only.
     return importlib.import_module(f"{package}.{stem}").__name__
 
 
@@ -359,7 +361,7 @@ def _read_one_dtype(value: Any) -> torch.dtype | None:
 
 
 def check_device(device: str | int | torch.device | None, strategies: tuple[str, ...] = ()) -> None:
-    """Raise ValueError when `device` ("cuda", "cuda:1", 0, ...) is none or absent; None and `strategies` pass."""
+    """Raise ValueError for an unknown or unavailable device; None and `strategies` are accepted."""
     if device is None or (isinstance(device, str) and device in strategies):
         return
     try:
@@ -371,6 +373,8 @@ def check_device(device: str | int | torch.device | None, strategies: tuple[str,
         return
     backend = getattr(torch, wanted.type, None) or getattr(torch.backends, wanted.type, None)
     if backend is None or not backend.is_available():
-        raise ValueError(f"The device {str(wanted)!r} was asked for, but {wanted.type} is not available; 'cpu' is.")
+        raise ValueError(f"The device {str(wanted)!r} is not available: there is no {wanted.type} here. Use 'cpu'.")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"The device {str(wanted)!r} was asked for; there are {torch.cuda.device_count()} of them.")
+        raise ValueError(
+            f"The device {str(wanted)!r} is not available: there are {torch.cuda.device_count()} CUDA devices."
+        )

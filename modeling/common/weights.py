@@ -1,4 +1,4 @@
-"""Weights as they lie on disk: which tensors the files of a folder hold, read from their headers alone.
+"""Reads the names, dtypes and shapes of stored tensors from the headers of safetensors files.
 
 This file is published beside the pipeline's: it imports nothing of the package.
 """
@@ -26,7 +26,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `nbytes` bytes of `file` from byte `start` on, row-major, of safetensors dtype `dtype`."""
+    """A tensor in a safetensors file: `nbytes` bytes of `file` from byte `start` on, row-major.
+
+    `dtype` is the name of the dtype in the safetensors format.
+    """
 
     name: str
     dtype: str
@@ -37,7 +40,7 @@ class StoredTensor:
 
 
 def read_header(file: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name, without reading any of them.
+    """The tensors of a safetensors file, by name, without their values.
 
     Raises ValueError when the file is no safetensors file, is truncated, is longer than its header says, or when its
     tensors overlap or leave bytes out.
@@ -51,7 +54,7 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in that folder.")
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(f"{file} ({size} bytes) is no safetensors file: its header length is {length}.")
+            raise ValueError(f"{file} ({size} bytes) is not a safetensors file: its header length is {length}.")
         raw = stream.read(length)
     if len(raw) < length:
         raise ValueError(f"{file} is truncated: its header needs {8 + length} bytes, the file has {size}.")
@@ -89,7 +92,7 @@ def _require_tiling(tensors: Iterable[StoredTensor], data_start: int) -> None:
 
 
 def component_tensors(folder: Path, variant: str | None = None) -> dict[str, StoredTensor]:
-    """All tensors stored in a component's folder, by name, whether in one file or in shards with an index.
+    """All tensors stored in a component's folder, by name, from one file or from shards with an index.
 
     Raises FileNotFoundError without safetensors weights, ValueError when only pickled weights are there or a file is
     damaged, and what indexed_tensors raises.
@@ -114,7 +117,7 @@ def component_tensors(folder: Path, variant: str | None = None) -> dict[str, Sto
 
 
 def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
-    """All tensors of the shards that a `*.safetensors.index.json` names, which lie beside it.
+    """All tensors of the shards that a `*.safetensors.index.json` names, by name.
 
     Raises ValueError for an index that names anything else, or a damaged shard, FileNotFoundError for a shard that is
     not there.
@@ -143,25 +146,25 @@ def _joined(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def shortened(lines: list[str], separator: str = "\n  ", limit: int = 50) -> str:
-    """At most `limit` lines joined, and how many more there are."""
+    """Join at most `limit` lines, followed by the number of the other ones."""
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
     return separator.join([*lines[:limit], *more])
 
 
 def refuse_pickles(folder: Path, pattern: str = "*") -> None:
-    """Raise ValueError naming the pickled files of that pattern, which stand where safetensors weights should."""
+    """Raise ValueError naming the pickled weight files that match a pattern, if there are any."""
     pickles = sorted(f.name for f in folder.glob(pattern) if f.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
-            f"{folder} holds pickled weights ({', '.join(pickles)}) and no safetensors in their place. Pickles can run code and are not loaded: "
-            "ask for, or make, a .safetensors file."
+            f"{folder} holds pickled weights ({', '.join(pickles)}) and no safetensors weights. Pickles can run code and are not "
+            "loaded: use or make a .safetensors file."
         )
 
 
 def main_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
-    """The floating dtype that most bytes are stored in, to compute in; None without floating tensors.
+    """The floating dtype of most bytes; None without floating tensors.
 
-    Float8 holds weights but cannot compute: it counts as bfloat16.
+    Float8 weights give bfloat16, because float8 is not used to compute.
     """
     sums: dict[str, int] = {}
     for tensor in tensors.values():
@@ -174,10 +177,10 @@ def main_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
 
 
 def nonfinite_names(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of the floating tensors that hold NaN or infinity; one pass, no copy of any tensor."""
+    """Names of the floating tensors with NaN or infinity. Reads every tensor once and makes no copies."""
     bad = []
     for name, tensor in named_tensors:
-        # aminmax hands NaN on. It does not exist for the one-byte floats and the tensor classes of quantized weights.
+        # aminmax propagates NaN. It does not support one-byte floats and the tensor classes of quantized weights.
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         if (
             plain
@@ -193,7 +196,7 @@ def nonfinite_names(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[s
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError, with the file's name, when it holds anything else."""
+    """Read a JSON object. Raises ValueError with the name of the file if it contains anything else."""
     try:
         value = json.loads(Path(file).read_text("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

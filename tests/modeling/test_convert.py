@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from echo4o.common import files
 from echo4o.modeling.bagel import convert
 from echo4o.modeling.bagel.convert import components_from_original, convert_to_diffusers, convert_to_original
 from echo4o.modeling.common import conversion, safetensors_stream
@@ -214,3 +215,13 @@ def test_target_must_be_free_and_roomy(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match="has 0.0 GB free"):
         convert_to_diffusers(CHECKPOINT, tmp_path / "small")
+
+
+def test_a_weight_file_gets_its_name_after_it_is_on_the_disk(tmp_path, monkeypatch):
+    save_file({"a": torch.randn(8)}, tmp_path / "in.safetensors")
+    copies = [safetensors_stream.TensorCopy("a", (8,), read_header(tmp_path / "in.safetensors")["a"])]
+    path, flushed = tmp_path / "out.safetensors", []
+    sync = files.sync
+    monkeypatch.setattr(files, "sync", lambda stream: (sync(stream), flushed.append(path.exists())))
+    safetensors_stream.write_file(path, copies)
+    assert flushed == [False] and path.exists()
