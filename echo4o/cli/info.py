@@ -28,7 +28,10 @@ def info(
         int | None, typer.Option(min=1, help="With --plan: image width in pixels.", show_default="the largest")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="With --plan: prompts per call.")] = 1,
-    references: Annotated[int, typer.Option(min=0, help="With --plan: reference images per prompt.")] = 1,
+    references: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --plan: reference images per prompt.", show_default="1 if the model takes any"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
 ) -> None:
     """Show versions, devices and installed libraries; with --plan, the memory that a model needs.
@@ -67,8 +70,10 @@ def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
     from echo4o.training.backbones.base import ImageCall
 
     size = gpu_bytes(gpu)
-    call = ImageCall(height, width, batch, references)
-    plan = memory.make_plan(memory.read_stored(model), size, call)
+    stored = memory.read_stored(model)
+    if references is None:
+        references = int(stored.backbone.takes_references)
+    plan = memory.make_plan(stored, size, ImageCall(height, width, batch, references))
     print(memory.as_json(plan) if as_json else memory.as_text(plan))
     if plan.recommended is None:  # a nonzero exit code, as in `train --plan`
         finish(None, "echo4o info --help")

@@ -142,6 +142,7 @@ class Backbone(ABC):
     trained_components: ClassVar[tuple[str, ...]]  # those whose weights or adapters can train
     # Frozen components that encode rows in 16 bit where the run computes in 16 bit
     encoder_components: ClassVar[tuple[str, ...]] = ()
+    takes_references: ClassVar[bool] = True  # whether prompts can have reference images
     updated_by: ClassVar[str] = "transformer"  # the component that an update of the image's latents runs
     release_configs: ClassVar[dict[str, dict]]  # configurations of the released checkpoint, by component
 

@@ -200,6 +200,7 @@ class Blip3oBackbone(Backbone):
     }
     trained_components = ("transformer",)
     encoder_components = ("language_model", "vision_model")
+    takes_references = False
     updated_by = "unet"
     release_configs = release_configs("8B")
 
