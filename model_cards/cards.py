@@ -183,7 +183,8 @@ def _eval_result(result: Result) -> EvalResult:
             "interval_95": values["intervals"]["score"],
             "judge": result.judge,
             "official_prompts": values["prompts"]["official"],
-        },
+        }
+        | ({"measure": values["measure"]["name"]} if "measure" in values else {}),
     )
 
 

@@ -13,6 +13,7 @@ from echo4o.hub.recognise import recognise
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.quickstart.run import BASE
 from echo4o.testing.hub import HubFault
+from tests.model_cards.test_cards import VALUES
 from tests.push_fixtures import REPO, names, send
 
 pytest_plugins = ["tests.push_fixtures"]
@@ -262,6 +263,16 @@ def test_on_a_large_base_an_adapter_is_compared_without_loading_it(adapter, fold
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_published_in_both_forms(folder, api, hub, tmp_path):
+    values = VALUES | {"model": str(folder), "adapter": None}
+    (tmp_path / "result.json").write_text(json.dumps(values))
+    datasets = ("genevalpp=owner/genevalpp",)
+    send(folder, api, details=PushDetails(results=(tmp_path / "result.json",), benchmark_datasets=datasets))
+    (files,) = [repo.files for repo in hub.repos.values() if ".eval_results/genevalpp.yaml" in repo.files]
+    assert b"value: 0.5" in files[".eval_results/genevalpp.yaml"].data
+    assert b"model-index" in files["README.md"].data
 
 
 def test_results_of_another_model_stay_out_of_the_card(folder, api, tmp_path):

@@ -31,6 +31,14 @@ def push(
         list[Path] | None,
         typer.Option(help="A folder of echo4o evaluate; the card shows its scores. Repeatable.", show_default=False),
     ] = None,
+    benchmark_dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BENCHMARK=DATASET[#TASK]",
+            help="The Hub dataset of a benchmark: its score is also written to .eval_results/. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="For app: the Hub repository of the model that it serves.", show_default=False)
     ] = None,
@@ -69,7 +77,7 @@ def push(
 
     for name in [*([base_model] if base_model else []), *(dataset or [])]:
         require_repository_name(name)
-    details = PushDetails(base_model, tuple(dataset or ()), tuple(results or ()))
+    details = PushDetails(base_model, tuple(dataset or ()), tuple(results or ()), tuple(benchmark_dataset or ()))
     options = {"branch": branch, "message": message, "overwrite": overwrite, "verify": verify}
     if folder == "app" and model is not None:
         _push_app(repo, model, lora or [], details, public, dry_run, options)

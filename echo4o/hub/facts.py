@@ -12,6 +12,7 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.dataset_scripts.manifest import MANIFEST
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.folder import IMAGES, PROMPTS, RESULT
+from echo4o.model_cards.eval_results import DATASETS, eval_results_path, eval_results_yaml
 from echo4o.model_cards.facts import About, Dataset, Result, Training, Validation
 from echo4o.training.recipe_files import load_recipe
 from echo4o.training.validation_result import ValidationResult, read_validations
@@ -108,6 +109,35 @@ def read_results(
             raise ValueError(f"{place}: its images were generated with {names}, not with {model} or {repo}")
         found.append(Result(get_benchmark(values["benchmark"]).title, values))
     return tuple(found)
+
+
+def eval_result_files(places: tuple[Path, ...], datasets: tuple[str, ...]) -> dict[str, bytes]:
+    """Returns `.eval_results/<benchmark>.yaml` of the results whose benchmark has a known dataset on the Hub.
+
+    Args:
+        places: evaluation folders, or their result.json files.
+        datasets: BENCHMARK=DATASET or BENCHMARK=DATASET#TASK, beside those that are known.
+
+    Raises:
+        ValueError: an entry of `datasets` is malformed, or names a benchmark without a result.
+    """
+    known, results = dict(DATASETS), {}
+    for place in places:
+        values = result_values(place)
+        if values["score"] is not None:
+            results[values["benchmark"]] = Result(get_benchmark(values["benchmark"]).title, values)
+    for given in datasets:
+        name, equals, dataset = given.partition("=")
+        if not equals or name not in results:
+            scored = ", ".join(results) or "none"
+            raise ValueError(f"{given}: needed is BENCHMARK=DATASET of a result with a score; there are {scored}")
+        known[name] = dataset
+    files = {}
+    for name, result in results.items():
+        if name in known:
+            dataset, _, task = known[name].partition("#")
+            files[eval_results_path(result)] = eval_results_yaml(result, dataset, task or "default").encode()
+    return files
 
 
 def result_values(place: Path) -> dict[str, Any]:

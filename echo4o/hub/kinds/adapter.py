@@ -11,6 +11,7 @@ from echo4o.hub.facts import base_of, read_results, read_training
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.kinds.pipeline import (
     empty_component,
+    eval_results,
     has_released_sizes,
     hub_base,
     hub_datasets,
@@ -31,7 +32,7 @@ class Adapter(Kind):
     name = "adapter"
 
     def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
-        return super().files(published) | sample_image_files(self)
+        return super().files(published) | sample_image_files(self) | eval_results(self)
 
     @cached_property
     def base_model(self) -> str:

@@ -21,6 +21,7 @@ class PushDetails:
     base_model: str | None = None  # Hub repository of the model that was fine-tuned
     datasets: tuple[str, ...] = ()  # Hub repositories of the training data
     results: tuple[Path, ...] = ()  # folders of `echo4o evaluate`, or their result.json files
+    benchmark_datasets: tuple[str, ...] = ()  # BENCHMARK=DATASET[#TASK]: where a benchmark is on the Hub
     configurations: tuple[str, ...] = ()  # of a dataset: publish only these; empty for all
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from echo4o.hub.facts import base_of, is_repository, read_results, read_sample_images, read_training
+from echo4o.hub.facts import base_of, eval_result_files, is_repository, read_results, read_sample_images, read_training
 from echo4o.hub.kinds.base import SMALL_BYTES, Kind, Read
 from echo4o.hub.remote import Source
 from echo4o.model_cards.cards import pipeline_card
@@ -23,7 +23,7 @@ class Pipeline(Kind):
     name = "pipeline"
 
     def files(self, published: Mapping[str, Read]) -> dict[str, Source]:
-        return super().files(published) | sample_image_files(self)
+        return super().files(published) | sample_image_files(self) | eval_results(self)
 
     def check(self) -> str:
         """Checks the code for remote loading; loads small weights, and compares names and shapes of large ones."""
@@ -124,6 +124,11 @@ def sample_image_files(kind: Kind) -> dict[str, Path]:
     """Returns the sample images of the card, by their path in the repository."""
     samples = read_sample_images(kind.run, kind.details.results)
     return {f"samples/{number}{file.suffix}": file for number, (_, file) in enumerate(samples, start=1)}
+
+
+def eval_results(kind: Kind) -> dict[str, Source]:
+    """Returns the results in the Hub's form for leaderboards, by their path in the repository."""
+    return dict(eval_result_files(kind.details.results, kind.details.benchmark_datasets))
 
 
 def widget(kind: Kind) -> tuple[dict, ...]:
