@@ -12,7 +12,10 @@ from echo4o.common import strict_json
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(help="With --plan: a pipeline folder, a Hub repository, or `release`.", show_default=False),
+        typer.Argument(
+            help="With --plan: a pipeline folder, a Hub repository, `release` (BAGEL) or `release:omnigen2`.",
+            show_default=False,
+        ),
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the memory that generation needs, and the options that fit.")
@@ -79,6 +82,8 @@ def _print_plan(model, gpu, height, width, batch, references, as_json) -> None:
         finish(None, "echo4o info --help")
         raise typer.Exit(1)
     command = (
-        ["generate", "a lighthouse made of glass", "--model", model] if model != "release" else ["info", "--help"]
+        ["info", "--help"]
+        if model.partition(":")[0] == "release"
+        else ["generate", "a lighthouse made of glass", "--model", model]
     )
     finish(None, shlex.join(["echo4o", *command]))

@@ -36,4 +36,13 @@ def precompute(
     rows = run(dataset, model, out, name, split, parse_changes(set_ or []))
     say(f"{rows} encoded rows:")
     settings = ["--set", f"model={model}", "--set", f"data.path={dataset}", "--set", f"latents={out}"]
-    finish(out, shlex.join(["echo4o", "train", "lora_single_gpu", *settings]))
+    finish(out, shlex.join(["echo4o", "train", _recipe(model), *settings]))
+
+
+def _recipe(model: str) -> str:
+    """The bundled recipe that trains an adapter of this model on one GPU."""
+    from echo4o.training.backbones import backbone_of
+    from echo4o.training.recipe_files import bundled_names
+
+    name = f"{backbone_of(model)}_lora_single_gpu"
+    return name if name in bundled_names() else "lora_single_gpu"

@@ -56,7 +56,7 @@ def read_stored(model: str, backbone: str = "bagel") -> StoredPipeline:
         ValueError, OSError: `model` is none of these.
     """
     if model == "release" or model.startswith("release:"):
-        return _release(backbone_class(model.partition(":")[2] or backbone))
+        return _release(backbone_class(model.partition(":")[2] or backbone), model)
     if Path(model).is_dir():
         return _in_folder(Path(model))
     return _on_hub(model)
@@ -75,10 +75,10 @@ def _in_folder(folder: Path) -> StoredPipeline:
     return StoredPipeline(str(folder), backbone, _empty(backbone, configs), tensors, read_json(folder / INDEX_NAME))
 
 
-def _release(backbone: type[Backbone]) -> StoredPipeline:
+def _release(backbone: type[Backbone], name: str) -> StoredPipeline:
     models = _empty(backbone, backbone.release_configs)
     tensors = {c: {n: (torch.bfloat16, tuple(t.shape)) for n, t in own_tensors(m)} for c, m in models.items()}
-    return StoredPipeline("release", backbone, models, tensors, {})
+    return StoredPipeline(name, backbone, models, tensors, {})
 
 
 def _empty(backbone: type[Backbone], configs: dict[str, dict]) -> dict[str, nn.Module]:

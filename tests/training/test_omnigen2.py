@@ -223,6 +223,9 @@ def test_the_precompute_command_takes_the_settings_of_the_recipe(tmp_path, folde
     assert precompute_module.run(str(rows_folder), str(folder), tmp_path / "cache", changes=changes) == 8
     about = precompute_module.read_about(tmp_path / "cache")
     assert about["max_input_pixels"] == [4096, 1024] and about["mllm_dtype"] == "float32"
+    from echo4o.cli.precompute import _recipe
+
+    assert _recipe(str(folder)) == "omnigen2_lora_single_gpu"
 
 
 @pytest.mark.slow
@@ -285,7 +288,7 @@ def test_generation_plans():
     from echo4o.training.backbones.base import ImageCall
 
     release = make_plan(read_stored("release:omnigen2"), 24e9, ImageCall(1024, 1024))
-    assert release.weights["mllm"]["parameters"] == 3_754_622_976
+    assert release.model == "release:omnigen2" and release.weights["mllm"]["parameters"] == 3_754_622_976
     assert release.memory.branches == 3 and release.recommended is not None
     with pytest.raises(ValueError, match="takes 5 per prompt"):
         make_plan(read_stored("release:omnigen2"), 24e9, ImageCall(1024, 1024, references=6))
