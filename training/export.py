@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
-from echo4o.common.files import replacing_folder
+from echo4o.common.files import replacing_folder, write_json
 from echo4o.modeling.common import lora_files
 from echo4o.modeling.common.conversion import shard_files, write_index
 from echo4o.modeling.common.lora_files import DIFFUSERS_FILE
@@ -67,6 +69,51 @@ def write_adapter(
     with replacing_folder(folder) as work:
         lora_files.write_adapter(work / DIFFUSERS_FILE, layers, lora_config(tune, type(transformer)).to_dict())
     return folder
+
+
+def to_original_names(adapter: Path, out: Path, transformer_class: Any) -> Path:
+    """Write an adapter in PEFT's format with the module names of the original checkpoint.
+
+    Servers that load the original layout apply it, and `load_lora_weights` reads it back.
+
+    Args:
+        adapter: as [`write_adapter`] wrote it.
+        transformer_class: its `_original_names` translate module names.
+
+    Raises:
+        ExportError: a module has no name in the original layout.
+    """
+    state, settings = lora_files.read_adapter(adapter / DIFFUSERS_FILE)
+    assert settings is not None
+    translate = partial(original_name, names=getattr(transformer_class, "_original_names", {}))
+    tensors, modules = {}, {}
+    for name, tensor in state.items():
+        module, lora, rest = name.removeprefix("transformer.").partition(".lora_")
+        modules[module] = translate(module)
+        tensors[f"base_model.model.{modules[module]}{lora}{rest}"] = tensor.contiguous()
+    for option in ("rank_pattern", "alpha_pattern"):
+        found = {m: _matching(settings.get(option) or {}, m) for m in modules}
+        settings[option] = {modules[m]: value for m, value in found.items() if value is not None}
+    settings |= {"target_modules": sorted(modules.values()), "peft_type": "LORA", "base_model_name_or_path": None}
+    with replacing_folder(out) as work:
+        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(work / "adapter_config.json", settings)
+    return out
+
+
+def original_name(module: str, names: dict[str, str]) -> str:
+    """The name of a module in the original layout. Raises ExportError if it has none."""
+    for pattern, template in names.items():
+        if match := re.fullmatch(pattern, module):
+            return match.expand(template)
+    raise ExportError(f"{module} has no name in the original layout; export the adapter without --to original.")
+
+
+def _matching(patterns: dict[str, Any], module: str) -> Any:
+    """The value of the first pattern that PEFT applies to a module; None if there is none."""
+    from peft.utils.other import get_pattern_key
+
+    return patterns.get(get_pattern_key(list(patterns), module))
 
 
 # --- pipeline folders ----------------------------------------------------------------------------------------------
@@ -175,6 +222,21 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
     adapter = write_adapter(out.parent / f".{out.name}.adapter", skeleton, recipe.tune, read(names), torch.float32)
     try:
         return merge_adapter(str(base), adapter, out, dtype)
+    finally:
+        shutil.rmtree(adapter, ignore_errors=True)
+
+
+def export_to_original(checkpoint: Checkpoint, out: Path, weights: str = "auto") -> Path:
+    """Export the adapter of a checkpoint with the original module names; arguments as in [`export_checkpoint`]."""
+    recipe = read_recipe(checkpoint.state()["recipe"])
+    if not isinstance(recipe.tune, LoraTuning):
+        raise RecipeError(
+            "--to original is for adapters: export the pipeline, then use `echo4o convert --to original`."
+        )
+    transformer_class = backbone_class(recipe.backbone).component_classes["transformer"]
+    adapter = export_checkpoint(checkpoint, out.parent / f".{out.name}.diffusers", weights)
+    try:
+        return to_original_names(adapter, out, transformer_class)
     finally:
         shutil.rmtree(adapter, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from echo4o.modeling.common.lora_files import find_adapter, read_adapter
 from echo4o.modeling.common.weights import component_tensors
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class, backbone_names
@@ -211,6 +212,8 @@ def lora_config(tune: LoraTuning, transformer_class: Any):
         use_dora=tune.dora,
         init_lora_weights=tune.initial_weights(),
         target_modules=tune.target_modules(transformer_class._lora_targets),
+        rank_pattern=dict(tune.rank_pattern),
+        alpha_pattern={pattern: cast_type(int, alpha) for pattern, alpha in tune.alpha_pattern.items()},
     )
 
 
@@ -218,16 +221,52 @@ def add_lora(transformer: Any, tune: LoraTuning, seed: int) -> None:
     """Inject LoRA adapters, with the same initial values on every process for a given seed.
 
     Raises:
-        RecipeError: the rank exceeds the matrices.
+        RecipeError: the rank exceeds the matrices, or `init_adapter` does not fit.
     """
-    if tune.rank > transformer.config.hidden_size:
-        raise RecipeError(f"tune.rank={tune.rank} exceeds the matrices: at most {transformer.config.hidden_size}.")
+    for rank in (tune.rank, *tune.rank_pattern.values()):
+        if rank > transformer.config.hidden_size:
+            raise RecipeError(f"tune.rank={rank} exceeds the matrices: at most {transformer.config.hidden_size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(lora_config(tune, type(transformer)), adapter_name=ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _check_patterns(transformer, tune)
+    if tune.init_adapter is not None:
+        _load_initial(transformer, tune)
+
+
+def _check_patterns(transformer: Any, tune: LoraTuning) -> None:
+    """Raise RecipeError for a pattern that matches no adapted module."""
+    modules = {name.partition(".lora_A")[0] for name, _ in transformer.named_modules() if ".lora_A" in name}
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(tune, setting):
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", module) for module in modules):
+                raise RecipeError(f"tune.{setting}: {pattern!r} matches no adapted module, such as {min(modules)}.")
+
+
+def _load_initial(transformer: Any, tune: LoraTuning) -> None:
+    """Replace the adapter's initial values by those of `tune.init_adapter`."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    try:
+        state, settings = read_adapter(find_adapter(str(tune.init_adapter)))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"tune.init_adapter: {error}") from error
+    given = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    wrong = sorted(given.keys() ^ own.keys())
+    wrong = wrong or [name for name in own if own[name].shape != given[name].shape]
+    if wrong:
+        raise RecipeError(
+            f"tune.init_adapter: {tune.init_adapter} has other modules or ranks than the recipe, for example {wrong[0]}."
+        )
+    before = {name: (settings or {}).get(name) for name in ("lora_alpha", "use_rslora", "use_dora")}
+    now = {"lora_alpha": tune.alpha, "use_rslora": tune.rslora, "use_dora": tune.dora}
+    if settings is not None and before != now:
+        raise RecipeError(f"tune.init_adapter: {tune.init_adapter} has {before}, and the recipe {now}.")
+    set_peft_model_state_dict(transformer, {n: t.float() for n, t in given.items()}, adapter_name=ADAPTER)
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from echo4o.training.recipe import OptimizerSettings
+from echo4o.training.model import part_of
+from echo4o.training.recipe import OptimizerSettings, RecipeError
 
 
 class Muon(torch.optim.Optimizer):
@@ -80,18 +82,49 @@ def learning_rate_factor(kind: str, warmup_steps: int, step: int, progress: floa
     return warmup * decay
 
 
-def build_optimizers(settings: OptimizerSettings, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One or two optimizers over the model's trainable parameters."""
+def build_optimizers(
+    settings: OptimizerSettings, model: nn.Module, component_classes: dict[str, type]
+) -> list[torch.optim.Optimizer]:
+    """One or two optimizers over the model's trainable parameters.
+
+    Raises:
+        RecipeError: a group is not a trained part of the model, or the optimizer's library is not installed.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if settings.name == "adamw":
-        return [_adamw([p for _, p in named], settings)]
+    if settings.name != "muon":
+        return [_adamw(_groups(named, settings, component_classes), settings)]
     in_layers = {name: p.ndim == 2 and ".layers." in f".{name}" for name, p in named}
     assert settings.muon_lr is not None
     muon = Muon([p for n, p in named if in_layers[n]], settings.muon_lr, weight_decay=settings.weight_decay)
     return [muon, _adamw([p for n, p in named if not in_layers[n]], settings)]
 
 
-def _adamw(params: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+def _groups(
+    named: list[tuple[str, nn.Parameter]], settings: OptimizerSettings, component_classes: dict[str, type]
+) -> list[Any]:
+    """Parameters, or groups of them by part."""
+    if not settings.groups:
+        return [p for _, p in named]
+    parts: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named:
+        parts[part_of(name, component_classes)].append(parameter)
+    unknown = [name for name in settings.groups if name not in parts]
+    if unknown:
+        raise RecipeError(f"optimizer.groups: {', '.join(unknown)} does not train; what trains: {', '.join(parts)}.")
+    groups = []
+    for part, parameters in parts.items():
+        chosen = settings.groups.get(part)
+        decay = settings.weight_decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay
+        groups.append({"params": parameters, "lr": chosen.lr if chosen else settings.lr, "weight_decay": decay})
+    return groups
+
+
+def _adamw(params: list[Any], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    options = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if settings.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise RecipeError("optimizer.name: adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(params, **options)
+    return torch.optim.AdamW(params, **options, fused=settings.kernel == "fused", foreach=settings.kernel == "foreach")

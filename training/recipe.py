@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from echo4o.common.configuration import StrictModel
+from echo4o.common.hub_names import require_repository_name
 
 
 class Section(StrictModel):
@@ -62,10 +63,28 @@ def _false_to_no(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
 
-class OptimizerSettings(Section):
-    """`muon` updates the layers' matrices by orthogonalised momentum (at `muon_lr`) and the rest by AdamW (at `lr`)."""
+class GroupSettings(Section):
+    """Settings of the parameters of one part; the others are the optimizer's."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+def _as_group(value: Any) -> Any:
+    return {"lr": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+OptimizerGroup = Annotated[GroupSettings, BeforeValidator(_as_group)]
+
+
+class OptimizerSettings(Section):
+    """`adamw8bit` keeps its states in 8 bits (needs bitsandbytes and a GPU).
+
+    `muon` updates the layers' matrices by orthogonalised momentum (at `muon_lr`) and the rest by AdamW (at `lr`)."""
+
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    kernel: Literal["fused", "foreach", "plain"] = "fused"  # of AdamW; the same steps up to rounding
+    groups: dict[str, OptimizerGroup] | None = None  # part of the model -> learning rate, or rate and weight decay
     lr: float = Field(default=2e-5, gt=0)
     muon_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -80,6 +99,10 @@ class OptimizerSettings(Section):
     def _check_muon(self):
         if (self.name == "muon") != (self.muon_lr is not None):
             raise ValueError("`muon_lr` belongs to `name: muon`: give both or neither.")
+        if self.name == "muon" and self.groups:
+            raise ValueError("`groups` are for adamw: muon has `muon_lr` for matrices and `lr` for the rest.")
+        if self.name != "adamw" and self.kernel != "fused":
+            raise ValueError("`kernel` is for `name: adamw`.")
         return self
 
 
@@ -104,6 +127,10 @@ class LoraTuning(Section):
     dora: bool = False  # also train magnitudes
     dropout: float = Field(default=0.0, ge=0, lt=1)
     quantize: Literal["nf4"] | None = None  # of the frozen weights
+    init_adapter: str | None = None  # start from this adapter: a folder, a file or a Hub repository
+    # Regular expression of modules -> their rank or alpha, as in PEFT
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
 
     def describe(self) -> str:
         """One sentence for a model card."""
@@ -153,6 +180,18 @@ class CheckpointSettings(Section):
     every: int = Field(gt=0)
     keep: int = Field(default=2, gt=0)
     keep_best: bool = False  # also keep the step with the lowest validation loss, for `echo4o export --best`
+
+
+class HubSettings(Section):
+    """Push an export of every `every`-th step to a private Hub repository, in the background, and the result at the end."""
+
+    repo: str
+    every: int = Field(gt=0)  # a multiple of checkpoints.every
+
+    @model_validator(mode="after")
+    def _check_repo(self):
+        require_repository_name(self.repo)
+        return self
 
 
 class EmaSettings(Section):
@@ -258,6 +297,7 @@ class TrainingRecipe(Section):
     resume: bool = False  # continue from the last complete checkpoint of `output_dir`, if there is one
     images: ImageSettings | None = None
     validation: ValidationSettings | None = None
+    hub: HubSettings | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = Field(default=0, ge=0)
 
@@ -328,6 +368,14 @@ class TrainingRecipe(Section):
                 and any(d.streaming for d in self.data),
                 "validation.share reads all rows first, so no dataset can be streamed: use validation.split or "
                 "validation.data.",
+            ),
+            (
+                self.hub is not None and (self.checkpoints is None or self.hub.every % self.checkpoints.every > 0),
+                "hub.every must be a multiple of checkpoints.every.",
+            ),
+            (
+                sharded and self.optimizer.name == "adamw8bit",
+                "optimizer.name: adamw8bit keeps states of whole tensors: shard with adamw.",
             ),
             (len(set(self.trackers)) < len(self.trackers), "trackers names one of them twice."),
         ]

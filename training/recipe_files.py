@@ -13,6 +13,12 @@ from echo4o.common import configuration
 from echo4o.training.backbones import backbone_class
 from echo4o.training.recipe import RecipeError, Section, TrainingRecipe
 
+# What speaks against other adapters of PEFT, in diffusers 0.42 and PEFT 0.21
+UNSUPPORTED_ADAPTERS = {
+    "lokr": "diffusers loads LoKr files, but merges, scales and hotswaps LoRA only, and stores no LoKr configuration.",
+    "loha": "diffusers has no loader for LoHa files.",
+}
+
 
 def load_recipe(path: str | Path, changes: dict | None = None) -> TrainingRecipe:
     """Read a YAML recipe. Relative paths in it are relative to the working folder.
@@ -119,6 +125,9 @@ def describe(error: ValidationError, recipe_class: type[Section]) -> str:
     """One line per wrong setting, as `key: what is wrong (given: value)`."""
     method = next((item for item in error.errors() if item["type"].startswith("union_tag")), None)
     if method is not None:
+        given = str(method["input"].get("method") if isinstance(method["input"], dict) else method["input"]).lower()
+        if given in UNSUPPORTED_ADAPTERS:
+            return f"  tune.method: {given} is not available: {UNSUPPORTED_ADAPTERS[given]} Use `method: lora`."
         return f"  tune: set `method: full` or `method: lora` (given: {method['input']!r})"
     return configuration.describe(
         error, key_of=_key_of, known_keys=lambda location: _section_at(recipe_class, location[:-1]).model_fields

@@ -79,8 +79,9 @@ def _contact_sheet(folder: Path) -> dict | None:
 def _small(file: Path) -> str:
     """An image as a data address: unchanged if it is small, else as a thumbnail."""
     with Image.open(file) as image:
-        small = max(image.size) <= SIDE
-    return data_uri(file.read_bytes(), "png") if small else thumbnail_uri(file, SIDE)
+        if max(image.size) > SIDE:
+            return thumbnail_uri(image.convert("RGB"), SIDE)
+    return data_uri(file.read_bytes(), "png")
 
 
 def _by_number(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ CHANGEABLE_ON_RESUME = {
     "processes",
     "cache_mb",
 }
-CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data", "validation", "on_bad_row", "max_bad"}
+CHANGEABLE_ON_RESUME |= {"save_dtype", "model", "data", "validation", "on_bad_row", "max_bad", "hub"}
 
 
 def check_same_run(before: TrainingRecipe, now: TrainingRecipe) -> None:

@@ -37,6 +37,7 @@ from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, mixing_weights, o
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights, reshard
 from echo4o.training.held_out import split_rows
+from echo4o.training.hub_uploads import HubUploads
 from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
 from echo4o.training.optimizers import build_optimizers, learning_rate_factor
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
@@ -97,7 +98,7 @@ class Trainer:
             recipe.seed, device_specific=True
         )  # only LoRA dropout uses it; everything else samples from named generators
         self.monitor = RunMonitor(recipe, accelerator, self.backbone, trained)
-        self.optimizers = build_optimizers(recipe.optimizer, trained)
+        self.optimizers = build_optimizers(recipe.optimizer, trained, self.backbone.component_classes)
         self.base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         with hidden_buffers(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
@@ -111,6 +112,7 @@ class Trainer:
         self.batches = self._batches(sources, source)
         self.images = SampleImages(recipe, accelerator, self.pipeline, validation_rows) if recipe.images else None
         self.spikes = SpikeFilter(recipe.optimizer.skip_above) if recipe.optimizer.skip_above else None
+        self.uploads = HubUploads(recipe) if recipe.hub and accelerator.is_main_process else None
         self.validator = self.validations = None
         if recipe.validation and validation_rows:
             settings = (recipe, accelerator, self.backbone, source, validation_rows, self.monitor)
@@ -190,6 +192,8 @@ class Trainer:
                 self._validate()
         self._generate_images()
         folder = self._write_result()
+        if self.uploads:
+            self.uploads.finish(folder, self.step)
         self.monitor.close(self.validations.results if self.validations else [])
         return TrainingResult(folder, self.monitor.log, self.monitor.seconds())
 
@@ -199,7 +203,9 @@ class Trainer:
         if self.stop_requested:
             self._stop()
         if due:
-            self._save(self.ahead.state())
+            saved = self._save(self.ahead.state())
+            if self.uploads and recipe.hub and self.step % recipe.hub.every == 0:
+                self.uploads.start(saved, self.step)
         if recipe.validation and self.step % recipe.validation.every == 0:
             self._validate()
         if recipe.images and self.step % recipe.images.every == 0 and self.step < recipe.steps:

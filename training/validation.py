@@ -195,15 +195,16 @@ class Validator:
 
 
 def sample_sums(term: LossTerm, samples: int) -> tuple[list[float], list[float]]:
-    """For each sample of a batch: the weighted sum of a loss, and the sum of its weights."""
+    """For each sample of a batch: the sum of a loss, and the number of its values.
+
+    The weights of the training are left out: some depend on the batch, and validations must not.
+    """
     values = term.values.float()
-    weights = torch.ones_like(values) if term.weights is None else term.weights.float()
-    values = values * weights
-    if values.ndim > 1:
-        values, weights = values.flatten(1).sum(1), weights.flatten(1).sum(1)
-    zeros, index = torch.zeros(samples, dtype=torch.float64), term.sample.cpu()
-    totals = [zeros.index_add(0, index, amounts.double().cpu()).tolist() for amounts in (values, weights)]
-    return totals[0], totals[1]
+    width = values[0].numel() if len(values) else 1
+    sums, index = values.flatten(1).sum(1) if values.ndim > 1 else values, term.sample.cpu()
+    totals = torch.zeros(samples, dtype=torch.float64).index_add(0, index, sums.double().cpu())
+    counts = torch.bincount(index, minlength=samples) * width
+    return totals.tolist(), counts.tolist()
 
 
 def exact_samples(term: LossTerm, samples: int) -> list[bool | None]:

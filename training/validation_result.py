@@ -12,10 +12,10 @@ VALIDATION_FILE = "validation_log.jsonl"
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """The losses of one validation: means over all labels or noised values of the rows, as in training."""
+    """The losses of one validation: means over all labels or noised values of the rows, unweighted."""
 
     step: int  # optimizer steps done; 0: the model before training
-    loss: float  # the weighted sum of `losses`
+    loss: float  # the sum of `losses` with the weights of the recipe
     losses: dict[str, float]  # by name
     tasks: dict[str, dict[str, float]]  # losses of the rows of each task
     times: dict[str, dict[str, float]]  # losses at each noise level

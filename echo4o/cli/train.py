@@ -20,6 +20,12 @@ class Weights(StrEnum):
     raw = "raw"
 
 
+class Layout(StrEnum):
+    """Names of an exported adapter's tensors."""
+
+    original = "original"
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.", show_default=False)],
     set_: Annotated[
@@ -104,6 +110,9 @@ def export(
     best: Annotated[
         bool, typer.Option("--best", help="The step with the lowest validation loss (checkpoints.keep_best).")
     ] = False,
+    to: Annotated[
+        Layout | None, typer.Option(help="original: an adapter with the names of the original checkpoint, for PEFT.")
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a complete pipeline with the adapter merged into its weights.")
     ] = False,
@@ -113,8 +122,12 @@ def export(
     Example: [bold]echo4o export runs/lora --step 500 --out lora-500[/bold]
     """
     from echo4o.training.checkpoints import Checkpoint, CheckpointFolder, missing_from
-    from echo4o.training.export import export_checkpoint, merge_run
+    from echo4o.training.export import export_checkpoint, export_to_original, merge_run
 
+    if to is not None and merge:
+        raise ValueError(
+            "--to original is for adapters; export with --merge, then use `echo4o convert --to original`."
+        )
     if best and step is not None:
         raise ValueError("give either --best or --step.")
     if merge and step is None and not best and weights is Weights.auto and (run / "adapter").is_dir():
@@ -140,6 +153,11 @@ def export(
     if not chosen:
         steps = ", ".join(str(c.step) for c in available) or "none"
         raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {steps}")
+    if to is not None:
+        folder = export_to_original(chosen[-1], out, weights.value)
+        say(f"step {chosen[-1].step}, the adapter with original names:")
+        finish(folder, f'python: pipe.load_lora_weights("{out}")')
+        return
     folder = export_checkpoint(chosen[-1], out, weights.value, merge)
     adapter = not (folder / "model_index.json").is_file()
     say(f"step {chosen[-1].step}, the {'adapter' if adapter else 'pipeline'}:")

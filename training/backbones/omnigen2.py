@@ -27,6 +27,7 @@ from echo4o.training.backbones.base import Backbone, LossTerm, named_generator
 from echo4o.training.backbones.omnigen2_objective import (
     choose_dropped,
     flow_matching,
+    raw_time_of,
     shift_time,
     without_prefix,
 )
@@ -375,6 +376,30 @@ class OmniGen2Backbone(Backbone):
             full_length=length,
         )
 
+    def validation_samples(self, prepared: OmniGen2Row, times: Sequence[float]) -> list[OmniGen2Sample]:
+        def generator(purpose: str) -> torch.Generator:
+            return named_generator(0, prepared.id, 0, f"validation {purpose}")
+
+        latents = generator("latents")
+        *references, target = (
+            self.latent(m, torch.randn(m.shape[0] // 2, *m.shape[1:], generator=latents))
+            for m in [*prepared.reference_moments, prepared.moments]
+        )
+        text = prepared.texts[0]
+        noise = torch.randn(target.shape, generator=generator("noise"))
+        length = len(text) + sum(_tokens(latent, self.patch) for latent in [*references, target])
+        tokens, shift = self._tokens_of_shift(target), self.objective.time_shift
+        raw_times = [torch.tensor(raw_time_of(1 - time, tokens, shift)) for time in times]  # 0 is noise here
+        return [
+            OmniGen2Sample(prepared.id, text, references, target, noise, raw_time, self.patch, length)
+            for raw_time in raw_times
+        ]
+
+    def _tokens_of_shift(self, target: torch.Tensor) -> int:
+        """The number of tokens by which times of a target (C, h, w) are shifted."""
+        largest = self.objective.max_output_pixels // self.pipeline.latent_stride**2
+        return _tokens(target, self.patch) if self.objective.dynamic_time_shift else largest
+
     def collate(self, samples: Sequence[OmniGen2Sample]) -> OmniGen2Batch:
         return collate(samples)
 
@@ -390,8 +415,7 @@ class OmniGen2Backbone(Backbone):
 
     def times(self, raw_time: torch.Tensor, targets: Sequence[torch.Tensor]) -> torch.Tensor:
         """Times (N,), 0 is noise, of standard normal numbers (N,) for targets (C, h, w)."""
-        largest = self.objective.max_output_pixels // self.pipeline.latent_stride**2
-        tokens = [_tokens(x, self.patch) if self.objective.dynamic_time_shift else largest for x in targets]
+        tokens = [self._tokens_of_shift(target) for target in targets]
         times = torch.sigmoid(raw_time.float())
         shift = self.objective.time_shift
         return torch.stack([shift_time(t, n, shift) for t, n in zip(times, tokens, strict=True)])

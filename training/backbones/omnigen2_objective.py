@@ -66,6 +66,12 @@ def shift_time(t: torch.Tensor, tokens: int, version: str) -> torch.Tensor:
     return t
 
 
+def raw_time_of(time: float, tokens: int, version: str) -> float:
+    """The raw time whose sigmoid [`shift_time`] turns into `time`, for times between 0 and 1 (excluded)."""
+    factors = {"v1": math.exp(0.5 + 0.65 * (tokens - 256) / 3840), "v2": math.sqrt(tokens) / 20, "none": 1.0}
+    return math.log(factors[version] * time / (1 - time))
+
+
 def flow_matching(
     targets: Sequence[torch.Tensor], noises: Sequence[torch.Tensor], times: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
