@@ -189,7 +189,8 @@ class MappedRows:
         rows.decode = self.decode and bool({"image", "reference_images"} & set(rows.names))
         if rows.mapping.names["id"] or "id" not in rows.names:  # without an id column, ids need all others
             needed = {name.partition(".")[0] for field in rows.names for name in self.mapping.names[field]}
-            rows.dataset = self.dataset.select_columns([c for c in self.dataset.column_names if c in needed])
+            columns = [name for name in self.dataset.column_names if name in needed]
+            rows.dataset = self.dataset.select_columns(columns or self.dataset.column_names[:1])  # one keeps the count
         return rows
 
     def cast_column(self, name: str, feature: Any) -> MappedRows:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from echo4o.training.step import StepTotals, non_finite_samples, sum_over_proces
 from echo4o.training.stopping import CaughtSignals, DataError, NonFiniteLoss, TrainingStopped
 from echo4o.training.validation import Validator
 from echo4o.training.validation_log import ValidationLog
+from echo4o.training.validation_result import ValidationResult
 
 
 @dataclass
@@ -66,6 +67,7 @@ class TrainingResult:
     pipeline_dir: Path  # the pipeline's folder or the adapter's
     log: list[dict]  # one entry per step: step, loss, each loss by name, lr, grad_norm, seconds, samples, tokens, ...
     seconds: float
+    validations: list[ValidationResult] = field(default_factory=list)
 
 
 class Trainer:
@@ -194,8 +196,9 @@ class Trainer:
         folder = self._write_result()
         if self.uploads:
             self.uploads.finish(folder, self.step)
-        self.monitor.close(self.validations.results if self.validations else [])
-        return TrainingResult(folder, self.monitor.log, self.monitor.seconds())
+        validations = self.validations.results if self.validations else []
+        self.monitor.close(validations)
+        return TrainingResult(folder, self.monitor.log, self.monitor.seconds(), validations)
 
     def _after_step(self) -> None:
         recipe = self.recipe

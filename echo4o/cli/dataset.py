@@ -127,7 +127,7 @@ def _has_columns(src: str) -> bool:
     folder = Path(src)
     if not folder.exists():
         return is_repository_name(src)
-    files = ("*.parquet", "*.arrow", "*.tar", "data/*.parquet", "*/*.arrow")
+    files = ("*.parquet", "*.arrow", "*.tar", "data/*.parquet", "*/*.arrow", "metadata.csv")
     published = any(folder.rglob("*.jsonl")) or any(folder.rglob("*.tar.gz"))
     return folder.is_dir() and not published and any(next(folder.glob(pattern), None) for pattern in files)
 

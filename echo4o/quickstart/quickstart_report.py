@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,24 @@ from markupsafe import Markup
 from echo4o.common.files import write_text
 from echo4o.common.thumbnails import png_uri
 from echo4o.quickstart.generation import GeneratedImages, reference_images_of
+from echo4o.training.validation_result import ValidationResult
 
 
-def write_report(path: Path, result: dict, before: GeneratedImages, after: GeneratedImages, log: list[dict]) -> None:
+def write_report(
+    path: Path,
+    result: dict,
+    before: GeneratedImages,
+    after: GeneratedImages,
+    log: list[dict],
+    validations: Sequence[ValidationResult] = (),
+) -> None:
     """Writes the report.
 
     Args:
         result: the contents of `result.json`.
         before, after: images of the base model and of the fine-tuned model for the same prompts.
         log: the log of the training, one entry per step.
+        validations: losses of rows that did not train.
     """
     environment = Environment(loader=PackageLoader("echo4o.quickstart", "."), autoescape=True, trim_blocks=True)
     items_by_tag: dict[str, list[dict]] = {}
@@ -38,14 +48,14 @@ def write_report(path: Path, result: dict, before: GeneratedImages, after: Gener
         r=result,
         rows=sum(result["rows"].values()),
         own=result["base_on_single_objects"],
-        curve=Markup(loss_curve(log)),
+        curve=Markup(loss_curve(log, validations)),
         items_by_tag=items_by_tag,
     )
     write_text(path, html)
 
 
-def loss_curve(log: list[dict], window: int = 25) -> str:
-    """Returns an SVG plot of the loss over samples: every step, and the mean over `window` steps."""
+def loss_curve(log: list[dict], validations: Sequence[ValidationResult] = (), window: int = 25) -> str:
+    """Returns an SVG plot of the loss over samples: every step, the mean over `window` steps, and the validations."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     samples = np.array([entry["samples"] for entry in log])
@@ -55,6 +65,11 @@ def loss_curve(log: list[dict], window: int = 25) -> str:
     axes = figure.subplots()
     axes.plot(samples, losses, color="#c9ced6", linewidth=0.8)
     axes.plot(samples[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="#2c4cc8")
+    if validations:
+        reached = [samples[result.step - 1] if result.step else 0 for result in validations]
+        losses = [result.loss for result in validations]
+        axes.plot(reached, losses, color="#d2603a", marker="o", markersize=3, label="validation")
+        axes.legend()
     axes.set(xlabel="samples", ylabel="loss", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

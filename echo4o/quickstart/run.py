@@ -155,7 +155,7 @@ def run(out: Path, short: bool = False, seed: int = 0, base: Path = BASE) -> dic
         result["stages"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
         result["seconds"] = round(time.monotonic() - start, 1)
         write_json(out / "result.json", result)
-        write_report(out / "report.html", result, before, after, training.log)
+        write_report(out / "report.html", result, before, after, training.log, training.validations)
     print_ending(out, before, after, result)
     return result
 
@@ -263,6 +263,7 @@ def summary(
             "samples": samples,
             "seconds": round(training.seconds, 1),
             "samples_per_second": round(samples / training.log[-1]["seconds"], 1),
+            "validation": {result.step: round(result.loss, 4) for result in training.validations},
             "last_loss": round(float(np.mean([entry["loss"] for entry in training.log[-50:]])), 4),
         },
         "sizes_mb": {

@@ -293,6 +293,10 @@ def test_a_share_of_mapped_rows_is_held_out(tmp_path):
         [DataSource(path=str(tmp_path / "ours")), DataSource(**theirs), DataSource(**without)]
     )
     assert held_out_rows([ours], 0.65) == held_out_rows([mapped], 0.65) == [[0, 4]]
+    plain = DataSource(path=theirs["path"], columns={"id": "key", "instruction": "caption", "image": "photo"})
+    (without_references,) = open_sources([plain])
+    assert len(without_references.select_columns(["reference_images"])) == 8
+    assert without_references.select_columns(["reference_images"])[7] == {"reference_images": []}
     assert hashed["id"][0] == hashed["id"][4] != hashed["id"][1], "by content"
 
 
