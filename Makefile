@@ -20,7 +20,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH := $(or $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS)),torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long venv lint types format parity docs bench tiny-base dist clean
+.PHONY: help quickstart test test-long servers venv lint types format parity docs bench tiny-base dist clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || grep '## ' Makefile
@@ -33,6 +33,9 @@ test: $(STAMP) ## run the tests
 
 test-long: $(STAMP) ## run whole journeys too long for every change: guides, publishing, the installed wheel
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) --dist loadfile -m long $(PYTEST_ARGS)
+
+servers: $(STAMP) ## install what long tests need beside the package: the app, servers of others, a browser's driver
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[app]' llm-katan playwright
 
 venv: $(STAMP) ## only the set-up: .venv with the package and its tools
 

@@ -20,11 +20,11 @@ FAST = CallPolicy(concurrency=4, tries=3, answers=2, first_wait=0.01, longest_wa
 THIRD = "number 3"
 
 
-def judge(server, prompts, pictures, out, policy=FAST, timeout=5.0, url=None, **options):
+def judge(server, prompts, pictures, out, policy=FAST, timeout=5.0, url=None, model="judge", **options):
     benchmark = get_benchmark("genevalpp")
     of_file = load_prompts(benchmark, prompts)
     keep_prompts(benchmark, of_file, out)
-    endpoint = OpenAIJudge("judge", url=url or server.url, timeout=timeout)
+    endpoint = OpenAIJudge(model, url=url or server.url, timeout=timeout)
     return judge_folder(
         benchmark, of_file.prompts, endpoint, out, pictures, options=JudgingOptions(policy=policy, **options)
     )

@@ -116,11 +116,18 @@ def test_the_most_bytes_of_all_shards_count_not_those_of_the_first(folder, tmp_p
 
 def test_all_component_files_hold_the_same_code():
     """Each is fetched alone, so that they cannot share it."""
-    files = ("bagel.vision_bagel", "omnigen2.transformer_omnigen2", "blip3o.transformer_blip3o", "blip3o.vision_blip3o")
+    files = (
+        "bagel.vision_bagel",
+        "omnigen2.transformer_omnigen2",
+        "blip3o.transformer_blip3o",
+        "blip3o.vision_blip3o",
+    )
     for file in files:
         module = import_module(f"echo4o.modeling.{file}")
         for name in ("_read_dtype", "_stored_files", "_stored_dtype"):
-            assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(transformer_bagel, name)), file
+            assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(transformer_bagel, name)), (
+                file
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)
