@@ -3,6 +3,7 @@
 import torch
 from PIL import Image
 
+from ..common.images import qwen_vision_inputs
 from .conditions_blip3o import onload
 from .inputs_blip3o import check_numbers, check_whole_numbers, read_chats
 from .prompts_blip3o import encode, image_tokens, user_turn
@@ -51,7 +52,7 @@ class ChatMixin:
             raise ValueError("The question contains <|image_pad|>, which stands for images; pass images as `image`.")
         counts: list[int] = []
         if images:
-            inputs = dict(self.image_processor(images=images, return_tensors="pt").to(device))
+            inputs = dict(qwen_vision_inputs(self.image_processor, images).to(device))
             counts = (inputs["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
         ids = encode(self.tokenizer, user_turn("".join(map(image_tokens, counts)) + text))
         inputs["input_ids"] = torch.tensor([ids], device=device)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
 
+from ..common.images import qwen_vision_inputs
 from ..common.loading import PortablePipelineMixin, qwen_names
 from ..common.lora import TransformerLoraMixin, scales_lora
 from .chat_blip3o import ChatMixin
@@ -173,7 +174,7 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
 
     def _image_states(self, image: Image.Image) -> tuple[torch.Tensor, dict]:
         """What the language model reads of an image, (T, hidden), and the processed image."""
-        inputs = self.image_processor(images=[image], return_tensors="pt").to(self._execution_device)
+        inputs = qwen_vision_inputs(self.image_processor, [image]).to(self._execution_device)
         states = image_states(self.language_model, inputs["pixel_values"], inputs["image_grid_thw"])
         return states, inputs
 

@@ -1,5 +1,8 @@
 """PIL images to pixel tensors and back."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -46,6 +49,23 @@ def to_images(value, place: str = "image") -> list[Image.Image]:
         raise ValueError(f"{place} is of type {array.dtype}; give uint8, or floating values in [0, 1].")
     images = array if array.ndim == 4 else [array]
     return [Image.fromarray(a[..., 0] if a.ndim == 3 and a.shape[-1] == 1 else a) for a in images]
+
+
+def qwen_vision_inputs(processor: Any, images: Sequence[Image.Image]) -> Any:
+    """The inputs of Qwen's vision model for RGB images: `pixel_values` and `image_grid_thw`.
+
+    The images are resized before the processor of transformers sees them, by its own rule of sizes, so that the
+    pixels do not depend on the version of Pillow ([`resize`]).
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    factor = processor.patch_size * processor.merge_size
+    limits = {"min_pixels": processor.size["shortest_edge"], "max_pixels": processor.size["longest_edge"]}
+    resized = []
+    for image in images:
+        height, width = smart_resize(image.height, image.width, factor=factor, **limits)
+        resized.append(resize(image, (width, height), processor.resample))
+    return processor(images=resized, return_tensors="pt")
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

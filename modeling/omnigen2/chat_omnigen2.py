@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
+from ..common.images import qwen_vision_inputs
 from .inputs_omnigen2 import check_sampling, check_settings, read_requests
 from .output_omnigen2 import OmniGen2PipelineOutput
 from .prompts_omnigen2 import END_TOKENS, GENERATE_TOKEN, IMAGE_TOKEN, chat_text
@@ -18,7 +19,7 @@ class ChatMixin:
         inputs = {}
         text = chat_text(prompt, len(images))
         if images:
-            inputs = dict(self.image_processor(images=images, return_tensors="pt"))
+            inputs = dict(qwen_vision_inputs(self.image_processor, images))
             merged = self.image_processor.merge_size**2
             for grid in inputs["image_grid_thw"]:
                 text = text.replace(IMAGE_TOKEN, "\0" * (int(grid.prod()) // merged), 1)

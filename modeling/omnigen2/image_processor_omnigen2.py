@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..common.images import to_pixels
+from ..common.images import resize, to_pixels
 
 
 def reference_size(width: int, height: int, max_pixels: int, max_side: int, stride: int) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def reference_pixels(
             f"{place} has {image.width} x {image.height} pixels; after resizing to at most {max_pixels} pixels, both "
             f"sides must be {stride} at least."
         )
-    return to_pixels(image.resize((width, height), Image.Resampling.LANCZOS))
+    return to_pixels(resize(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def generated_size(height: int, width: int, max_pixels: int, stride: int) -> tuple[int, int]:
