@@ -17,11 +17,11 @@ from echo4o.serving.engine import Engine
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs use /v1
 QUIET: dict[str, Any] = PRIVATE | {"show_progress": "hidden"}
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: auto; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: auto; }
 .status { min-height: 1.6em; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
-  button { min-height: 44px; }
+  button.primary, button.secondary, button.stop { min-height: 44px; }
 }
 """
 
@@ -176,10 +176,16 @@ class _Page:
         """Buttons, progress and results of a tab; returns the arguments of its event, for other triggers."""
         with gr.Row():
             start = gr.Button(label, variant="primary", elem_id=f"{tab}-start")
-            stop = gr.Button("Cancel", variant="stop", elem_id=f"{tab}-cancel")
+            stop = gr.Button("Cancel", variant="secondary", elem_id=f"{tab}-cancel")
         status = gr.Markdown("", elem_id=f"{tab}-status", elem_classes="status")
         preview = gr.Image(
-            label="Preview", visible=False, interactive=False, height=260, format="jpeg", elem_id=f"{tab}-preview"
+            label="Preview",
+            visible=False,
+            interactive=False,
+            height=260,
+            format="jpeg",
+            buttons=["fullscreen"],
+            elem_id=f"{tab}-preview",
         )
         results = gr.Gallery(
             label="Images",
