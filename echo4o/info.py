@@ -1,4 +1,4 @@
-"""What is installed here and what it can run on."""
+"""Collects versions of libraries and the available devices."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def _version(name: str) -> str | None:
 def _devices() -> dict[str, str | None]:
     import torch
 
-    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    devices: dict[str, str | None] = {"cpu": f"{torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}"
@@ -50,7 +50,7 @@ def _devices() -> dict[str, str | None]:
 
 
 def gpu_bytes(text: str | None) -> float:
-    """`24GB` or `16GiB` in bytes; None is the memory of this machine's first GPU. Raises ValueError."""
+    """Parses `24GB` or `16GiB` to bytes; None is the memory of the first GPU. Raises ValueError if there is none."""
     import torch
 
     from echo4o.common.sizes import parse_bytes
@@ -58,5 +58,5 @@ def gpu_bytes(text: str | None) -> float:
     if text is not None:
         return parse_bytes(text)
     if not torch.cuda.is_available():
-        raise ValueError("this machine has no GPU: say how much memory to plan for, as --gpu 24GB")
+        raise ValueError("this machine has no GPU: pass the memory to plan for, for example --gpu 24GB")
     return float(torch.cuda.get_device_properties(0).total_memory)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
@@ -10,20 +11,27 @@ from echo4o.modeling.bagel import pipeline_echo4o
 from echo4o.modeling.common.loading import HUB_OPTIONS
 from echo4o.modeling.pipelines import pipeline_class
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object
 
-class HubPublishingMixin:
-    """`push_to_hub` with the card and the checks of `echo4o push`. Put before the pipeline's class."""
+
+class HubPublishingMixin(_Pipeline):
+    """Replaces `push_to_hub` of a pipeline by one with the card and the checks of `echo4o push`."""
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, repo_id: str | None = None, **kwargs):
-        """As `push_to_hub` says where `push_to_hub=True` and `repo_id` are given; else it only saves."""
+        """Saves the pipeline; with `push_to_hub=True` and `repo_id`, also publishes it, see `push_to_hub`."""
         if push_to_hub and not repo_id:
             raise ValueError("push_to_hub=True needs repo_id='owner/name'.")
-        taken = {n: kwargs.pop(n) for n in ("commit_message", "private", "token") if push_to_hub and n in kwargs}
+        push_options = {
+            n: kwargs.pop(n) for n in ("commit_message", "private", "token") if push_to_hub and n in kwargs
+        }
         super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            self.push_to_hub(repo_id, **taken)
+        if repo_id and push_to_hub:
+            self.push_to_hub(repo_id, **push_options)
 
-    def push_to_hub(
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  # other options than diffusers'
         self,
         repo_id: str,
         commit_message: str | None = None,
@@ -63,7 +71,7 @@ class HubPublishingMixin:
         return result.commit or result.address
 
 
-class Echo4oPipeline(HubPublishingMixin, pipeline_echo4o.Echo4oPipeline):
+class Echo4oPipeline(HubPublishingMixin, pipeline_echo4o.Echo4oPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     __doc__ = pipeline_echo4o.Echo4oPipeline.__doc__
 
 

@@ -96,7 +96,7 @@ MISTAKES = {
         ("genevalpp --out new --model nowhere", "--model nowhere"),
         ("genevalpp --out new --images empty --prompts nowhere.jsonl", "nowhere.jsonl"),
         ("genevalpp --out new --images empty --prompts binary", "not UTF-8"),
-        ("genevalpp --out new --images empty --prompts text.txt", "text.txt, line 1: this is no JSON"),
+        ("genevalpp --out new --images empty --prompts text.txt", "text.txt, line 1: this is not JSON"),
     ],
     "evaluate generate": [
         ("genevalpp --out new --model nowhere", "--model nowhere"),

@@ -1,7 +1,8 @@
-"""Scores of models and images: GenEval++, Imagine-Bench and OmniContext.
+"""Evaluates models and images with GenEval++, Imagine-Bench, OmniContext and other benchmarks.
 
-Three steps, each restartable and callable alone: [`generate`](generate.py) generates the images, [`judging`](judging.py) asks a judge about
-every image and keeps each answer, [`score`](score.py) turns the answers into numbers with intervals and a report.
+An evaluation has three steps, which can run alone and resume: [`generate`](generate.py) generates the images,
+[`judging`](judging.py) asks a judge about every image and keeps each answer, and [`score`](score.py) computes scores with
+intervals and a report.
 """
 
 from importlib import import_module
@@ -12,7 +13,7 @@ _EXPORTS = {
     "get_benchmark": "echo4o.evaluation.benchmarks",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = ["compare", "evaluate_images", "get_benchmark"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -1,14 +1,14 @@
-"""The folder of an evaluation: what lies where, and how it survives being killed at any moment.
+"""The files in the folder of an evaluation. The folder is consistent after a crash at any time.
 
 prompts.jsonl     the prompts as they were read
-generation.json   how the pictures were drawn; absent for pictures made elsewhere
-images/           1.png, 2.png, ... (1_1.png, 1_2.png, ... with several pictures per prompt)
-judge.json        who judged, with what settings and questions, and which pictures
-records.jsonl     one judgement per line, appended as they come in; the last one about a thing counts
+generation.json   how the images were generated; absent for images of other programs
+images/           1.png, 2.png, ... (1_1.png, 1_2.png, ... with several images per prompt)
+judge.json        the judge, its settings and questions, and the judged images
+records.jsonl     one judgement per line, appended; the last one of an image and aspect counts
 detections.jsonl  what the judge `detector` found, by the hash of the image
-spending.json     tokens and costs; not part of the result, which is the same for the same inputs
+spending.jsonl    tokens and costs; not part of the result, which is the same for the same inputs
 result.json       the scores
-report.html       the scores to look at
+report.html       the report of the scores
 audit/            the same files of a second judge that judged a share of the prompts; costs.json: what that saved
 """
 

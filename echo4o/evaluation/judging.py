@@ -104,7 +104,7 @@ class JudgingOptions:
     Args:
         policy: concurrency and retries.
         price: USD per million tokens (input, output).
-        budget: USD that the folder may cost in all.
+        budget: maximum cost of the folder in USD, over all runs.
         cache: folder of paid answers; None: answers are kept in the folder of the evaluation only.
         probe: first test whether the judge sees images.
         retry_errors: ask again where the answers of an earlier run could not be read.
@@ -308,7 +308,9 @@ async def _judge_all(
 
 
 async def _judge(setup: JudgingSetup, item: Judgement, caller: Caller) -> dict[str, Any]:
-    """The record of one judgement: a verdict, or the faults of all tries."""
+    """Returns the record of one judgement: a verdict, or the faults of all attempts."""
+    if item.question is None:
+        raise ValueError(f"{item.image} is missing and cannot be judged")
     faults: list[dict] = []
     answers = item.answers_before
     for _ in range(caller.policy.answers):

@@ -1,4 +1,4 @@
-"""Prompts of a benchmark: read from a file, or fetched once from their source, checked and kept."""
+"""Reads the prompts of a benchmark from a file, or downloads them once from their source and verifies them."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ class PromptSet:
     """The prompts of a run.
 
     Args:
-        prompts: those that are evaluated.
+        prompts: the prompts to evaluate.
         sha256: of the file they come from.
-        official: whether that file is the benchmark's own; None where no checksum is known.
-        part: what was picked out of the file, in words; None: all of it.
-        more: further facts of the file, such as its name where a benchmark has several.
+        official: whether it is the official file of the benchmark; None if no checksum is known.
+        part: the selected part of the file in words; None for all of it.
+        more: further facts of the file, such as its name if the benchmark has several.
     """
 
     prompts: tuple[BenchmarkPrompt, ...]
@@ -41,7 +41,7 @@ class PromptSet:
 
 
 def cache_folder() -> Path:
-    """Where downloads and paid answers are kept: ECHO4O_CACHE, else echo4o in the user's cache folder."""
+    """Returns the folder for downloads and paid answers: ECHO4O_CACHE, or echo4o in the cache folder of the user."""
     if os.environ.get("ECHO4O_CACHE"):
         return Path(os.environ["ECHO4O_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo4o"
@@ -55,7 +55,7 @@ def load_prompts(
     limit: int | None = None,
     questions: Path | None = None,
 ) -> PromptSet:
-    """The prompts of a file, or of the benchmark's source if no file is named; of some groups, or the first ones."""
+    """Loads the prompts of a file, or of the source of the benchmark; with `groups` or `limit`, only some of them."""
     if benchmark.name in DPG_NAMES:
         from echo4o.evaluation.benchmarks.dpg.prompts import load_dpg
 
@@ -131,7 +131,7 @@ def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
             try:
                 row = strict_json.loads(row)
             except ValueError as error:
-                raise ValueError(f"{where}: this is no JSON ({error})") from None
+                raise ValueError(f"{where}: this is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON object is needed")
         try:
@@ -139,9 +139,9 @@ def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if not _ID.fullmatch(prompt.id):
-            raise ValueError(f"{where}: the id {prompt.id!r} cannot name a picture file")
+            raise ValueError(f"{where}: the id {prompt.id!r} cannot be the name of an image file")
         if prompt.id in seen:
-            raise ValueError(f"{where}: the id {prompt.id!r} stands in line {seen[prompt.id]}, too")
+            raise ValueError(f"{where}: the id {prompt.id!r} is also in line {seen[prompt.id]}")
         seen[prompt.id] = number
         prompts.append(prompt)
     if not prompts:
@@ -153,7 +153,7 @@ def _read_list(text: str, file: Path) -> list[tuple[int, object]]:
     try:
         return list(enumerate(strict_json.loads(text), start=1))
     except ValueError as error:
-        raise ValueError(f"{file}: this is no JSON ({error})") from None
+        raise ValueError(f"{file}: this is not JSON ({error})") from None
 
 
 def more_of(header: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +166,12 @@ def to_row(prompt: BenchmarkPrompt) -> dict:
     return asdict(prompt) | {"references": [str(path) for path in prompt.references]}
 
 
-def from_row(row: dict) -> BenchmarkPrompt:
-    return BenchmarkPrompt(**(row | {"references": tuple(Path(path) for path in row["references"])}))
+def from_row(row: dict[str, Any]) -> BenchmarkPrompt:
+    """Returns the prompt of a row that `to_row` made."""
+    references = tuple(Path(path) for path in row["references"])
+    return BenchmarkPrompt(
+        **{name: value for name, value in row.items() if name != "references"}, references=references
+    )
 
 
 def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
@@ -177,12 +181,12 @@ def fetch_official(benchmark: Benchmark, revision: str | None = None) -> Path:
 
         return download(revision, cache_folder() / "prompts")
     if benchmark.source is None:
-        raise ValueError(f"{benchmark.name}: give --prompts FILE; there is no place to download its prompts from")
+        raise ValueError(f"{benchmark.name}: give --prompts FILE; its prompts cannot be downloaded")
     return fetch(benchmark.source, benchmark.name, cache_folder() / "prompts")
 
 
 def fetch(source: PromptSource, name: str, cache: Path, suffix: str = ".jsonl", option: str = "--prompts") -> Path:
-    """Download a file and check it, or take the kept copy, checked again."""
+    """Downloads a file and verifies its hash; returns the kept copy if there is one with this hash."""
     target = cache / f"{name}-{source.revision[:12]}{suffix}"
     if target.is_file() and source.hash(target.read_bytes()) == source.sha256:
         return target

@@ -1,4 +1,4 @@
-"""The steps put together: for the command line, and for pictures that are at hand in Python."""
+"""Combines the steps, for the command line and for images in Python."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,11 @@ from echo4o.evaluation.score_report import write_report
 
 
 def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
-    """Write the prompts into the folder, so that each later step needs nothing else; refuse another set's folder."""
+    """Writes the prompts into the folder, from which later steps read them.
 
+    Raises:
+        ValueError: the folder holds an evaluation of other prompts.
+    """
     header = {
         "benchmark": benchmark.name,
         "sha256": prompts.sha256,
@@ -42,7 +45,7 @@ def keep_prompts(benchmark: Benchmark, prompts: PromptSet, out: Path) -> None:
 
 
 def kept_prompts(out: Path) -> tuple[Benchmark, PromptSet]:
-    """The prompts that an earlier step wrote into a folder."""
+    """Returns the benchmark and the prompts that an earlier step wrote into a folder."""
     rows = list(JsonLines(out / PROMPTS))
     if not rows:
         raise ValueError(f"{out}: there is no evaluation in this folder")
@@ -75,7 +78,7 @@ def judge_folder(
     allow_missing: bool = False,
     options: JudgingOptions | None = None,
 ) -> JudgingOutcome:
-    """Judge the pictures of a folder (`out/images` if none is named)."""
+    """Judges the images of a folder, by default `out/images`."""
     require_fitting(benchmark, judge)
     folder = images or out / IMAGES
     found = find_images(folder, prompts, per_prompt, benchmark)
@@ -97,27 +100,29 @@ def evaluate_images(
     min_coverage: float = 1.0,
     options: JudgingOptions | None = None,
 ) -> dict[str, Any]:
-    """Judge and score pictures that are at hand; returns what `out/result.json` holds.
+    """Judges and scores images; returns the contents of `out/result.json`.
 
     Args:
         benchmark: a name from [`BENCHMARKS`].
-        images_by_id: PIL pictures, or paths, by prompt id.
+        images_by_id: PIL images, or paths, by prompt id.
         judge: as on the command line, or a [`Judge`].
-        rows: the prompts as rows of a prompt file, or `prompts`: the file; neither: the official ones.
+        out: the folder of the evaluation.
+        rows: the prompts, as rows of a prompt file.
+        prompts: the prompt file. Without `rows` and `prompts`, the official prompts are downloaded.
     """
 
     from echo4o.evaluation.prompt_files import load_prompts
 
-    chosen, out = get_benchmark(benchmark), Path(out)
+    definition, out = get_benchmark(benchmark), Path(out)
     if rows is not None:
         prompts = out / "rows.jsonl"
         text = "".join(f"{strict_json.dumps(row, ensure_ascii=False)}\n" for row in rows)
         write_text(prompts, text)
-    of_file = load_prompts(chosen, prompts and Path(prompts))
-    keep_prompts(chosen, of_file, out)
-    _keep_images(images_by_id, out / IMAGES, {prompt.id for prompt in of_file.prompts})
-    made = make_judge(judge) if isinstance(judge, str) else judge
-    judge_folder(chosen, of_file.prompts, made, out, options=options, allow_missing=min_coverage < 1)
+    prompt_set = load_prompts(definition, Path(prompts) if prompts else None)
+    keep_prompts(definition, prompt_set, out)
+    _keep_images(images_by_id, out / IMAGES, {prompt.id for prompt in prompt_set.prompts})
+    judge = make_judge(judge) if isinstance(judge, str) else judge
+    judge_folder(definition, prompt_set.prompts, judge, out, options=options, allow_missing=min_coverage < 1)
     result = score_folder(out, min_coverage)
     write_report(out)
     return result
@@ -128,7 +133,7 @@ def _keep_images(images: Mapping[str, Any], folder: Path, ids: set[str]) -> None
 
     unknown = sorted(set(map(str, images)) - ids)
     if unknown:
-        raise ValueError(f"there is no prompt with the id {unknown[0]!r}, but a picture of it")
+        raise ValueError(f"there is no prompt with the id {unknown[0]!r}, but an image of it")
     for name, image in images.items():
         if isinstance(image, (str, Path)):
             target, data = folder / f"{name}{Path(image).suffix.lower()}", Path(image).read_bytes()

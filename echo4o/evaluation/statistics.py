@@ -1,4 +1,4 @@
-"""Intervals and tests over prompts. A prompt is the unit: its pictures and repeats are averaged first."""
+"""Intervals and tests over prompts. The unit is a prompt: its images and repeats are averaged first."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,11 +12,12 @@ Aggregates = Callable[[dict[str, int]], dict[str, dict[str, float]]]
 
 
 def group_means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {group: float(np.mean(of)) for group, of in values.items() if len(of)}
+    """Returns the mean of each group that has values."""
+    return {group: float(np.mean(scores)) for group, scores in values.items() if len(scores)}
 
 
 def overall(values: Mapping[str, Sequence[float]], aggregates: Aggregates) -> dict[str, float]:
-    """The overall numbers of prompts' values by group."""
+    """Returns the overall numbers from the values of prompts by group."""
     means = group_means(values)
     if not means:
         return {}
@@ -29,21 +30,22 @@ def bootstrap(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """95% percentile intervals of the overall numbers and of the groups' means.
 
-    Prompts are drawn with replacement within each group, because the benchmark fixes how many prompts a group has.
-    A group that is all right or all wrong has no spread that could be resampled, which is not certainty: for `binary`
-    scores its mean is drawn from Jeffreys' posterior, Beta(right + 1/2, wrong + 1/2).
+    Prompts are sampled with replacement within each group, because the benchmark fixes how many prompts a group has.
+    If all prompts of a group are correct, or all wrong, resampling would give an interval of width 0. For `binary`
+    scores the mean of such a group is sampled from Jeffreys' posterior, Beta(correct + 1/2, wrong + 1/2).
     """
-    values = {group: np.asarray(of, float) for group, of in values.items() if len(of)}
-    if not values:
+    arrays = {group: np.asarray(scores, float) for group, scores in values.items() if len(scores)}
+    if not arrays:
         return {}, {}
     rng = np.random.default_rng(seed)
-    drawn = {group: _resampled_means(of, rng, binary) for group, of in values.items()}
-    weights = aggregates({group: len(of) for group, of in values.items()})
-    totals = {name: sum(w * drawn[group] for group, w in of.items()) for name, of in weights.items()}
-    points = overall(values, aggregates)
+    sampled = {group: _resampled_means(scores, rng, binary) for group, scores in arrays.items()}
+    weights = aggregates({group: len(scores) for group, scores in arrays.items()})
+    zero = np.zeros(RESAMPLES)
+    totals = {name: sum((w * sampled[group] for group, w in of.items()), zero) for name, of in weights.items()}
+    points = overall({group: scores.tolist() for group, scores in arrays.items()}, aggregates)
     return (
-        {name: _interval(of, points[name]) for name, of in totals.items()},
-        {group: _interval(drawn[group], of.mean()) for group, of in values.items()},
+        {name: _interval(total, points[name]) for name, total in totals.items()},
+        {group: _interval(sampled[group], scores.mean()) for group, scores in arrays.items()},
     )
 
 
@@ -57,8 +59,8 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator, binary: bool)
     return np.concatenate(blocks)
 
 
-def _interval(drawn: np.ndarray, point: float) -> list[float]:
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(sampled: np.ndarray, point: float) -> list[float]:
+    low, high = np.quantile(sampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [min(float(low), float(point)), max(float(high), float(point))]
 
 
@@ -79,7 +81,7 @@ def sign_flip_test(differences: Mapping[str, Sequence[float]], weights: Mapping[
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's correction of several p values, so that one chance finding among them is not taken for one."""
+    """Corrects several p values by Holm's method, which bounds the probability of any false positive."""
     adjusted, highest = {}, 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         highest = max(highest, min(1.0, p * (len(p_values) - rank)))

@@ -71,7 +71,7 @@ def test_the_rules_are_in_the_judge_prompt():
 
 
 BAD_LINES = {
-    "no JSON": ('{"tag": ', "line 2: this is no JSON"),
+    "no JSON": ('{"tag": ', "line 2: this is not JSON"),
     "no object": ("[1]\n", "line 2: a JSON object is needed"),
     "unknown tag": (
         '{"tag": "colour", "prompt": "x", "include": [{}]}',
@@ -93,7 +93,7 @@ BAD_LINES = {
     ),
     "an id twice": (
         '{"id": 1, "tag": "counting", "prompt": "x", "include": [{"class": "cup", "count": 1}]}',
-        "line 2: the id '1' stands in line 1, too",
+        "line 2: the id '1' is also in line 1",
     ),
     "an id that is a path": (
         '{"id": "../1", "tag": "counting", "prompt": "x", "include": [{"class": "cup", "count": 1}]}',
@@ -121,7 +121,7 @@ def test_omnicontext_reads_what_the_original_converter_writes(tmp_path):
     assert prompt.references[0].name == "1.png"
     rows[0]["ori_img"] = ["2.png"]
     (tmp_path / "metadata.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="entry 1: the reference picture 2.png is not in"):
+    with pytest.raises(ValueError, match="entry 1: the reference image 2.png is not in"):
         read_prompts(get_benchmark("omnicontext"), tmp_path / "metadata.json")
     with pytest.raises(ValueError, match="--revision with the 40-digit commit"):
         load_prompts(get_benchmark("omnicontext"))

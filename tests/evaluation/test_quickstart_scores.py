@@ -8,7 +8,13 @@ from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
 from echo4o.evaluation.benchmarks.shapes4o.grammar import held_out_prompts
 from echo4o.evaluation.benchmarks.shapes4o.rendering import render
 from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out
+from echo4o.evaluation.judges.pixels import PixelsJudge
 from echo4o.quickstart.generation import judge
+
+
+def test_the_judge_keeps_its_identity():
+    """Records of earlier versions stay valid while the detector gives the same results."""
+    assert PixelsJudge().identity() == {"judge": "pixels", "detector": "7265445aca54e6e8"}
 
 
 def test_all_held_out_prompts(tmp_path):

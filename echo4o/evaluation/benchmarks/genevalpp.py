@@ -1,4 +1,4 @@
-"""GenEval++ (arXiv 2508.09987): 280 prompts in 7 tags; a picture is right when every expectation holds."""
+"""GenEval++ (arXiv 2508.09987): 280 prompts in 7 tags; an image is correct if it fulfils every expectation."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ class GenEvalPP(Benchmark):
     def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         tag, text = known_field(row, "tag", self.groups), text_field(row, "prompt")
         if not row.get("include"):
-            raise ValueError('"include" is missing: it lists what the picture must show')
+            raise ValueError('"include" is missing: it lists what the image must show')
         facts = {"include": row["include"], "exclude": row.get("exclude", [])}
         for key, items in facts.items():
             if not isinstance(items, list):
@@ -69,7 +69,7 @@ class GenEvalPP(Benchmark):
 
 
 def check_item(item: Any, key: str) -> None:
-    """Refuse an entry of "include" or "exclude" whose meaning would be lost on the judge."""
+    """Raises ValueError if an entry of "include" or "exclude" has a field or value that the judge would not see."""
     if not isinstance(item, dict):
         raise ValueError(f'an entry of "{key}" must be an object, it is {item!r}')
     unknown = set(item) - {"class", "count", "color", "region", "size"}
@@ -86,7 +86,10 @@ def check_item(item: Any, key: str) -> None:
 
 
 def checklist(facts: dict[str, Any]) -> list[str]:
-    """The expectations in words, one per entry; "exclude n" reads as "no more than n - 1"."""
+    """Returns the expectations in words, one per entry; "exclude n" becomes "no more than n - 1".
+
+    The text is part of the question to the judge: changing it changes the keys of kept answers.
+    """
     lines = []
     for item in facts["include"]:
         line = f"{item['class']}: exactly {item['count']}"

@@ -1,4 +1,4 @@
-"""Imagine-Bench (arXiv 2508.09987): 270 prompts for fantasies, 8 types in 4 groups, three grades per picture."""
+"""Imagine-Bench (arXiv 2508.09987): 270 prompts for fantasies, 8 types in 4 groups, three grades per image."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""OmniContext (arXiv 2506.18871): pictures from reference pictures, 8 tasks, two judgements per picture."""
+"""OmniContext (arXiv 2506.18871): images from reference images, 8 tasks, two judgements per image."""
 
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ class OmniContext(Benchmark):
     published_as = "score_6_tasks"
 
     def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
-        """Our fields, or those of the original's converter (`ins_en`, `ori_img`; pictures in `images/<task>/`)."""
+        """Reads a row with the fields of this project, or of the original converter (`ins_en`, `ori_img`; `images/<task>/`)."""
         task = known_field(row, "task_type", self.groups)
         text = text_field(row, "instruction" if "instruction" in row else "ins_en")
         names = row.get("input_images", row.get("ori_img"))
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError('"input_images" must list at least one picture file')
+            raise ValueError('"input_images" must list at least one image file')
         references = tuple(_find(folder, task, name) for name in names)
         key = str(row.get("key", row.get("id", number)))
         return BenchmarkPrompt(key, task, text, task, {"references": len(references)}, references)
@@ -67,35 +67,36 @@ def _find(folder: Path, task: str, name: str) -> Path:
     for path in (folder / name, folder / "images" / name, folder / "images" / task / name):
         if path.is_file():
             return path.resolve()
-    raise ValueError(f"the reference picture {name} is not in {folder}")
+    raise ValueError(f"the reference image {name} is not in {folder}")
 
 
 def download(revision: str | None, cache: Path) -> Path:
-    """Fetch the official set at a commit of the Hub into `cache`; returns its prompt file."""
+    """Downloads the official prompts at a commit of the Hub into `cache`; returns the prompt file."""
     import json
     import re
 
     if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(
-            f"omnicontext: give --prompts FILE, or --revision with the 40-digit commit of the Hub dataset {REPOSITORY} "
-            "to download; this project pins none, because it could not check one"
+            f"omnicontext: pass --prompts FILE, or --revision with the 40-digit commit of the Hub dataset {REPOSITORY} "
+            "to download; no commit is pinned, because none could be verified"
         )
     folder = cache / f"omnicontext-{revision}"
-    done = folder / "prompts.jsonl"
-    if done.is_file():
-        return done
+    file = folder / "prompts.jsonl"
+    if file.is_file():
+        return file
     from datasets import load_dataset
 
     from echo4o.modeling.common.image_files import to_rgb
 
     rows = []
-    for sample in load_dataset(REPOSITORY, revision=revision, split="train"):
+    dataset = load_dataset(REPOSITORY, revision=revision, split="train")
+    for sample in map(dict, dataset):
         names = [f"{sample['key']}_{i}.png" for i in range(len(sample["input_images"]))]
         target = folder / "images" / sample["task_type"]
         target.mkdir(parents=True, exist_ok=True)
-        for name, picture in zip(names, sample["input_images"]):
-            to_rgb(picture, name).save(target / name)
+        for name, image in zip(names, sample["input_images"]):
+            to_rgb(image, name).save(target / name)
         keep = {name: sample[name] for name in ("key", "task_type", "instruction")}
         rows.append(json.dumps(keep | {"input_images": names}, ensure_ascii=False))
-    write_text(done, "\n".join(rows) + "\n", shared=True)
-    return done
+    write_text(file, "\n".join(rows) + "\n", shared=True)
+    return file

@@ -54,7 +54,7 @@ def test_a_row_does_not_depend_on_the_others():
 def test_no_two_rows_are_duplicates():
     assert len({tint(index) for index in range(2197)}) == 2197
     rows = [sample("surreal_fantasy", index) for index in range(600)]
-    pictures = Counter((row.prompt.text, png(render(row.picture, row.background))) for row in rows)
+    pictures = Counter((row.prompt.text, png(render(row.image, row.background))) for row in rows)
     assert max(pictures.values()) == 1
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's own benchmark: held-out prompts of Shapes-4o, scored as GenEval++ is, by reading the pixels."""
+"""The benchmark of the quickstart: held-out prompts of Shapes-4o, scored like GenEval++ by reading the pixels."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from echo4o.evaluation.metrics.genevalpp import formula
 
 
 def rows_of(prompts: Iterable) -> list[dict[str, Any]]:
-    """Rows of a prompt file from the quickstart's prompts; ids are their numbers from 1."""
+    """Returns the rows of a prompt file for prompts of Shapes-4o; ids are their numbers from 1."""
     return [
         {"tag": prompt.tag, "prompt": prompt.text, "include": [_item(group) for group in prompt.groups]}
         for prompt in prompts
@@ -25,7 +25,7 @@ def _item(group) -> dict[str, Any]:
 class Shapes4o(Benchmark):
     name = "shapes4o"
     title = "Shapes-4o"
-    groups = ()  # whatever tags the prompts have
+    groups = ()  # the tags of the prompts
     aspects = (Aspect("correct", "genevalpp.md", Correct),)
     scale = 1.0
     only_judge = "pixels"
@@ -33,7 +33,7 @@ class Shapes4o(Benchmark):
     def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
         tag, text = text_field(row, "tag"), text_field(row, "prompt")
         if not isinstance(row.get("include"), list) or not row["include"]:
-            raise ValueError('"include" is missing: it lists what the picture must show')
+            raise ValueError('"include" is missing: it lists what the image must show')
         return BenchmarkPrompt(str(row.get("id", number)), tag, text, tag, {"include": row["include"]})
 
     def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Reads objects from the pixels of a Shapes-4o picture, and says whether they are what a prompt asked for.
+"""Detects the objects in a Shapes-4o image and compares them with a prompt.
 
-Nothing but pixels is used: a picture is enlarged, what differs from the background is split by the colour it is
-nearest to, and each connected piece is compared with the outlines of all shapes.
+Only pixels are used: the image is enlarged, pixels that differ from the background are assigned to the nearest colour,
+and each connected component is compared with the outlines of all shapes. When results of this file change, change
+`DETECTOR_FINGERPRINT` in judges/pixels.py.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,10 +36,10 @@ LARGER = 1.2  # "larger" is at least this many times the other's extent; drawn s
 
 @dataclass(frozen=True)
 class FoundObject:
-    """One object seen in a picture.
+    """An object found in an image.
 
     Attributes:
-        shape: One of SHAPES, or None where no outline fits well enough.
+        shape: One of SHAPES, or None if no outline fits well enough.
         colour: One of COLOURS.
         x, y: The centre in pixels, from the left and from the top.
         extent: Its width in pixels, derived from its area and the shape that fits best.
@@ -62,22 +64,20 @@ class FoundObject:
         return min(GRID - 1, max(0, int(self.x // CELL)))
 
 
-def detect(picture: Image.Image | np.ndarray) -> list[FoundObject]:
-    """Finds the objects of a picture, in reading order (by row, then column).
+def detect(image: Image.Image | np.ndarray) -> list[FoundObject]:
+    """Finds the objects of an image, in reading order (by row, then column).
 
     Args:
-        picture: An RGB picture of 64 x 64 pixels, or an array (64, 64, 3) of uint8.
+        image: An RGB image of 64 x 64 pixels, or an array (64, 64, 3) of uint8.
 
     Raises:
         ValueError: another size.
     """
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(
-            f"the picture is {picture.size[0]} x {picture.size[1]}; it must be {IMAGE_SIZE} x {IMAGE_SIZE}"
-        )
-    large = picture.convert("RGB").resize((IMAGE_SIZE * SCALE, IMAGE_SIZE * SCALE), Image.Resampling.BICUBIC)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"the image is {image.size[0]} x {image.size[1]}; it must be {IMAGE_SIZE} x {IMAGE_SIZE}")
+    large = image.convert("RGB").resize((IMAGE_SIZE * SCALE, IMAGE_SIZE * SCALE), Image.Resampling.BICUBIC)
     pixels = np.asarray(large, np.float32)
     cover, nearest = _colours(pixels - _background(pixels))
     found = [
@@ -108,17 +108,19 @@ def _colours(difference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pieces(mask: np.ndarray, colour: str) -> Iterable[FoundObject]:
-    labels, number = ndimage.label(mask)
+    labelled: Any = ndimage.label(mask)  # (labels, number of labels)
+    labels = labelled[0]
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         piece = labels[box] == index
         area = piece.sum() / SCALE**2
         if area < MIN_AREA:
             continue
         shape, dice = _nearest_shape(piece)
-        y, x = ndimage.center_of_mass(piece)
+        centre: Any = ndimage.center_of_mass(piece)  # (row, column) of a single object
+        y, x = centre
         extent = float(np.sqrt(area / _unit_area(shape)))
         size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
-        y, x = ((start.start + at + 0.5) / SCALE for start, at in zip(box, (y, x)))
+        y, x = (box[0].start + y + 0.5) / SCALE, (box[1].start + x + 0.5) / SCALE
         yield FoundObject(shape if dice >= MIN_DICE else None, colour, x, y, extent, size, dice)
 
 
@@ -140,7 +142,7 @@ def _normalised(piece: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _templates() -> np.ndarray:
-    """The outlines of all shapes in all sizes, as the enlarged picture shows them: bool (shapes * sizes, 32, 32)."""
+    """The outlines of all shapes in all sizes, as the enlarged image shows them: bool (shapes * sizes, 32, 32)."""
     side = CELL * SCALE
     outlines = []
     for shape in SHAPES:
@@ -155,14 +157,14 @@ def _unit_area(shape: str) -> float:
     return float(coverage(shape, "medium").sum()) / SIZES["medium"] ** 2
 
 
-# --- does the picture show what the prompt asks for? --------------------------------------------------------------
+# --- comparison with the prompt -----------------------------------------------------------------------------------
 
 
 def check(groups: Sequence[ShapeGroup], found: Sequence[FoundObject]) -> tuple[bool, list[str]]:
-    """Whether exactly the asked objects were found, and nothing else; and every reason why not.
+    """Whether exactly the objects of the prompt were found, and all reasons why not.
 
-    Only what is stated counts: a group without a colour may have any, a group without a region may be anywhere.
-    "left", "right", "above" and "below" are halves of the picture; "beside" is side by side at the same height;
+    Only stated properties count: a group without a colour may have any, a group without a region may be anywhere.
+    "left", "right", "above" and "below" are halves of the image; "beside" is side by side at the same height;
     "large" and "small" are relative to the other groups.
     """
     reasons = [
@@ -198,11 +200,11 @@ def _in_region(region: str | None, thing: FoundObject) -> bool:
         "above": thing.y < middle,
         "below": thing.y > middle,
     }
-    return inside.get(region, True)
+    return inside.get(region or "", True)
 
 
 def _relations(groups: Sequence[ShapeGroup], members: Sequence[Sequence[FoundObject]]) -> list[str]:
-    """What is wrong between groups whose objects are all there."""
+    """Returns the wrong sizes and positions between groups whose objects were all found."""
     reasons = []
     large = [thing for group, of in zip(groups, members) if group.size == "large" for thing in of]
     small = [thing for group, of in zip(groups, members) if group.size == "small" for thing in of]

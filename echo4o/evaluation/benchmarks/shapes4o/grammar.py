@@ -132,7 +132,7 @@ def thing(group: ShapeGroup, article: str = "a", size: str | None = None) -> str
 
 def placed(group: ShapeGroup, article: str = "a") -> str:
     """The group in words with its size and its place, as in "a larger star on the left"."""
-    words = thing(group, article, _COMPARED.get(group.size))
+    words = thing(group, article, _COMPARED.get(group.size or ""))
     return f"{words} {_PLACES[group.region]}" if group.region else words
 
 

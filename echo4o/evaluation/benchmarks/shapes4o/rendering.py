@@ -22,7 +22,7 @@ _TINTS = 13  # per colour channel
 
 
 def render(objects: Iterable[SceneObject], background: tuple[int, int, int] = BACKGROUND) -> Image.Image:
-    """Draws the objects, anti-aliased, on a plain background: an RGB picture of 64 x 64 pixels."""
+    """Renders the objects, anti-aliased, on a plain background: an RGB image of 64 x 64 pixels."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = background
     for thing in objects:
@@ -34,8 +34,9 @@ def render(objects: Iterable[SceneObject], background: tuple[int, int, int] = BA
 
 def tint(index: int) -> tuple[int, int, int]:
     """A light background near BACKGROUND: 2197 different ones, then again from the first."""
-    steps = index * 1000 % _TINTS**3  # 1000 shares no divisor with 13, so every tint is met once in a round
-    return tuple(base - _TINTS // 2 + steps // _TINTS**axis % _TINTS for axis, base in enumerate(BACKGROUND))
+    steps = index * 1000 % _TINTS**3  # 1000 and 13 are coprime, so all tints occur before one repeats
+    red, green, blue = (base - _TINTS // 2 + steps // _TINTS**axis % _TINTS for axis, base in enumerate(BACKGROUND))
+    return red, green, blue
 
 
 @lru_cache(maxsize=len(SHAPES) * len(SIZES))
@@ -91,8 +92,8 @@ _INSIDE = {
 }
 
 
-def png(picture: Image.Image) -> bytes:
-    """The picture as PNG bytes, the same every time."""
+def png(image: Image.Image) -> bytes:
+    """Returns the image as a PNG file; the same image gives the same bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=6)
+    image.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()

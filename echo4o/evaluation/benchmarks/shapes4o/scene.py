@@ -1,6 +1,6 @@
-"""What a Shapes-4o picture shows: its words, its objects and the grid they stand in.
+"""The scenes of Shapes-4o: shapes, colours, objects and the grid in which they are placed.
 
-A picture is 64 x 64 pixels, a 4 x 4 grid of cells of 16 pixels. With a VAE that downsamples by 8 and latent patches
+An image is 64 x 64 pixels, a 4 x 4 grid of cells of 16 pixels. With a VAE that downsamples by 8 and latent patches
 of 2, one cell is one latent token.
 """
 
@@ -22,7 +22,7 @@ COLOURS = {
     "blue": (44, 76, 200),
     "purple": (160, 52, 184),
 }
-# The colour an object has when nobody says which: what makes another one surreal.
+# The colour of an object if the prompt states none; any other colour counts as surreal.
 TYPICAL_COLOUR = {
     "heart": "red",
     "star": "yellow",
@@ -39,7 +39,7 @@ LAYOUTS = ("prompt", "free")
 
 @dataclass(frozen=True, order=True)
 class ShapeGroup:
-    """Equal objects that a prompt asks for. ``colour``, ``region`` and ``size`` are None where it does not say."""
+    """Equal objects in a prompt. ``colour``, ``region`` and ``size`` are None if the prompt does not state them."""
 
     shape: str
     colour: str | None = None
@@ -57,13 +57,13 @@ class ShapeGroup:
 
     @property
     def drawn_colour(self) -> str:
-        """The stated colour, else the shape's typical one."""
+        """The stated colour, or the typical colour of the shape."""
         return self.colour or TYPICAL_COLOUR[self.shape]
 
 
 @dataclass(frozen=True, order=True)
 class SceneObject:
-    """One drawn object: its cell is (row, column), counted from the top left."""
+    """An object in a scene; its cell is (row, column), counted from the top left."""
 
     shape: str
     colour: str
@@ -82,22 +82,24 @@ class SceneObject:
 def lay_out(
     groups: Sequence[ShapeGroup], layout: str = "prompt", rng: np.random.Generator | None = None
 ) -> tuple[SceneObject, ...]:
-    """Gives every object of the groups a cell.
+    """Assigns a cell to every object of the groups.
 
-    ``layout="prompt"``: the words alone decide, which is what a small model can learn in minutes. Groups stand in the
-    order of mention, each from the left of a row of its own; "left" and "right" are the outer columns, "above" and
+    ``layout="prompt"``: the prompt determines all cells, which a small model can learn in minutes. Groups are in the
+    order of the prompt, each in its own row from the left; "left" and "right" are the outer columns, "above" and
     "below" the outer rows; objects "beside" each other take the two middle cells of the second row.
 
-    ``layout="free"``: any cell that the words permit ("left" is the left half, and so on), drawn from ``rng``.
+    ``layout="free"``: any cell that fits the prompt ("left" is the left half, and so on), sampled with ``rng``.
 
     Raises:
         ValueError: an unknown layout, "free" without ``rng``, or groups that do not fit into the grid.
     """
     _allowed("layout", layout, LAYOUTS)
-    if layout == "free" and rng is None:
-        raise ValueError('lay_out: layout="free" draws cells, so it needs rng (a numpy Generator); None was given')
-    place = _by_prompt if layout == "prompt" else _freely
-    cells = place(groups, rng)
+    if layout == "prompt":
+        cells = _by_prompt(groups)
+    elif rng is not None:
+        cells = _freely(groups, rng)
+    else:
+        raise ValueError('lay_out: layout="free" samples cells, so it needs rng (a numpy Generator); None was given')
     return tuple(
         SceneObject(group.shape, group.drawn_colour, row, column, group.size or "medium")
         for group, of_group in zip(groups, cells)
@@ -108,13 +110,13 @@ def lay_out(
 def lay_out_reference(
     group: ShapeGroup, layout: str = "prompt", rng: np.random.Generator | None = None
 ) -> tuple[SceneObject, ...]:
-    """A reference picture: one object, in cell (1, 1) or, with ``layout="free"``, in any cell."""
+    """Lays out a reference image: one object, in cell (1, 1) or, with ``layout="free"``, in any cell."""
     if layout == "free":
         return lay_out([group], layout, rng)
     return (SceneObject(group.shape, group.drawn_colour, 1, 1, group.size or "medium"),)
 
 
-def _by_prompt(groups: Sequence[ShapeGroup], rng) -> list[list[tuple[int, int]]]:
+def _by_prompt(groups: Sequence[ShapeGroup]) -> list[list[tuple[int, int]]]:
     cells, row = [], 0
     for index, group in enumerate(groups):
         if group.region is None:

@@ -19,14 +19,14 @@ ROWS = {"surreal_fantasy": 900, "multi_reference": 1500, "instruction_following"
 
 @dataclass(frozen=True)
 class _Folder:
-    """Where the upstream release keeps one part."""
+    """The folder of a part in the upstream release."""
 
     name: str
     rows_file: str
     task_type: str
 
 
-# The spelling "Surrel" is upstream's. The multi-reference part's names are not confirmed there: these are ours.
+# "Surrel" is the spelling of the release. The names of the multi-reference part are not known from it and chosen here.
 _FOLDERS = {
     "surreal_fantasy": _Folder("Surrel-Fantasy-Image", "conflict.jsonl", "t2i"),
     "multi_reference": _Folder("Multi-Reference-Image", "Multi-Reference-Image.jsonl", "multi_reference"),
@@ -36,25 +36,25 @@ _FOLDERS = {
 
 @dataclass(frozen=True)
 class ShapesRow:
-    """One row of Shapes-4o: what is asked, what is shown beside it, and the picture that answers."""
+    """A row of Shapes-4o: its prompt, the objects of its image and of its reference images, and the background."""
 
     prompt: ShapesPrompt
-    picture: tuple[SceneObject, ...]
+    image: tuple[SceneObject, ...]
     references: tuple[tuple[SceneObject, ...], ...] = ()
     background: tuple[int, int, int] = BACKGROUND
 
 
 def sample(part: str, index: int, seed: int = 0, layout: str = "prompt") -> ShapesRow:
-    """Row ``index`` of a part: the same for the same arguments, and never a held-out content.
+    """Returns row ``index`` of a part: deterministic, and never with held-out content.
 
-    Few words have only a handful of pictures ("two stars" has one where the words decide the layout), so each row has
-    a background of its own: rows are alike but no duplicates.
+    A short prompt has few possible images ("two stars" has one in the layout "prompt"). Each row therefore has its own
+    background, so that no two rows are duplicates.
 
     Args:
         part: "surreal_fantasy", "multi_reference" or "instruction_following".
-        index: From 0; the part's tags take turns.
-        seed: Another seed is another data set.
-        layout: "prompt", where the words decide every cell, or "free" (see :func:`.scene.lay_out`).
+        index: From 0; the tags of the part are used in turn.
+        seed: Another seed gives another dataset.
+        layout: "prompt", in which the prompt determines every cell, or "free" (see :func:`.scene.lay_out`).
     """
     tags = tags_of(part)
     rng = np.random.default_rng([seed, PARTS.index(part), index])
@@ -70,18 +70,18 @@ def render_upstream(
     layout: str = "prompt",
     rows_per_archive: int = 5000,
 ) -> dict[str, int]:
-    """Writes Shapes-4o as the upstream release is laid out: JSON lines beside tar.gz archives of PNG pictures.
+    """Writes Shapes-4o in the layout of the upstream release: JSON lines and tar.gz archives of PNG images.
 
-    The same arguments give the same bytes. Nothing held out is among the rows.
+    The same arguments give the same bytes. No row has held-out content.
 
     Args:
-        out_dir: Made where it is missing. Its files of an earlier run are overwritten.
-        rows: How many rows of which part; parts that are not named are not written.
+        out_dir: Created if it is missing. Files of an earlier run are overwritten.
+        rows: Number of rows by part; other parts are not written.
         seed, layout: See :func:`sample`.
-        rows_per_archive: Archives are named by the rows they hold, as in ``0-5000.tar.gz``.
+        rows_per_archive: Archives are named by their rows, as in ``0-5000.tar.gz``.
 
     Returns:
-        The rows written, by part.
+        The number of rows by part.
 
     Raises:
         ValueError: an unknown part or layout, or a number of rows below 1.
@@ -101,31 +101,32 @@ def render_upstream(
                 stop = min(start + rows_per_archive, number)
                 samples = [sample(part, index, seed, layout) for index in range(start, stop)]
                 _write_archive(folder / "images" / f"{start}-{stop}.tar.gz", _members(start, samples))
-                lines.writelines(_row(part, start + i, of) + "\n" for i, of in enumerate(samples))
+                lines.writelines(_row(part, start + i, row) + "\n" for i, row in enumerate(samples))
     return dict(rows)
 
 
-def _row(part: str, index: int, of: ShapesRow) -> str:
+def _row(part: str, index: int, row: ShapesRow) -> str:
+    """Returns the line of a row in the file of its part."""
     images = f"/Echo-4o-Image/{_FOLDERS[part].name}/images"
-    row = {"task_type": _FOLDERS[part].task_type, "instruction": of.prompt.text}
-    if of.references:
-        row["input_images"] = [f"{images}/{name}" for name in _reference_names(index, of)]
-    return json.dumps(row | {"output_image": f"{images}/{index:05d}.png", "type": of.prompt.tag})
+    fields: dict[str, str | list[str]] = {"task_type": _FOLDERS[part].task_type, "instruction": row.prompt.text}
+    if row.references:
+        fields["input_images"] = [f"{images}/{name}" for name in _reference_names(index, row)]
+    return json.dumps(fields | {"output_image": f"{images}/{index:05d}.png", "type": row.prompt.tag})
 
 
-def _reference_names(index: int, of: ShapesRow) -> list[str]:
-    return [f"{index:05d}_{number}.png" for number in range(1, len(of.references) + 1)]
+def _reference_names(index: int, row: ShapesRow) -> list[str]:
+    return [f"{index:05d}_{number}.png" for number in range(1, len(row.references) + 1)]
 
 
 def _members(start: int, samples: Iterable[ShapesRow]) -> Iterator[tuple[str, bytes]]:
-    for index, of in enumerate(samples, start):
-        for name, objects in zip(_reference_names(index, of), of.references):
-            yield name, png(render(objects, of.background))
-        yield f"{index:05d}.png", png(render(of.picture, of.background))
+    for index, row in enumerate(samples, start):
+        for name, objects in zip(_reference_names(index, row), row.references):
+            yield name, png(render(objects, row.background))
+        yield f"{index:05d}.png", png(render(row.image, row.background))
 
 
 def _write_archive(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A tar.gz without clocks or owners in it, so that equal members give equal bytes."""
+    """Writes a tar.gz without times and owners, so that equal members give equal bytes."""
     with path.open("wb") as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as zipped:
         with tarfile.open(mode="w|", fileobj=zipped, format=tarfile.USTAR_FORMAT) as archive:
             for name, data in members:

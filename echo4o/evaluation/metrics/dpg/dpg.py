@@ -53,7 +53,7 @@ class DPG(evaluate.Metric):
             homepage="https://arxiv.org/abs/2403.05135",
         )
 
-    def _compute(self, prompts, answers, questions, dependencies):
+    def _compute(self, prompts, answers, questions, dependencies):  # pyright: ignore[reportIncompatibleMethodOverride]  # evaluate passes the features
         scores = {}
         for prompt, given, numbers, parents in zip(prompts, answers, questions, dependencies):
             if not given:

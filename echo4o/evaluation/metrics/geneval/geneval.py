@@ -15,7 +15,7 @@ Args:
     correct (`list` of `int`): 1 if the image shows what its prompt asks for, 0 if not, None if there is no judgement.
     tags (`list` of `str`): the tag of each image's prompt, such as "counting".
 Returns:
-    `score`, `overall_accuracy`, `coverage` (the scored part), and per tag `<tag>` accuracies.
+    `score`, `overall_accuracy`, `coverage` (the scored share), and per tag `<tag>` accuracies.
 Example:
     >>> metric = evaluate.load("geneval")
     >>> metric.compute(correct=[1, 0, 1], tags=["counting", "counting", "colors"])["score"]
@@ -44,7 +44,7 @@ class GenEval(evaluate.Metric):
             homepage="https://arxiv.org/abs/2310.11513",
         )
 
-    def _compute(self, correct, tags):
+    def _compute(self, correct, tags):  # pyright: ignore[reportIncompatibleMethodOverride]  # evaluate passes the features
         unknown = sorted(set(tags) - set(TAGS))
         if unknown:
             raise ValueError(f"tags: unknown are {', '.join(unknown)}; known are {', '.join(TAGS)}")

@@ -7,7 +7,7 @@ from datasets import Value
 from .formula import TAGS, aggregates, sample_score
 
 _DESCRIPTION = """GenEval++ measures whether a text-to-image model follows instructions about colours, counts, places and sizes.
-Its score is the mean of the tags' accuracies; the accuracy over all pictures stands beside it.
+The score is the mean accuracy of the tags; `overall_accuracy` is the accuracy over all images.
 """
 
 _INPUTS = """
@@ -15,7 +15,7 @@ Args:
     correct (`list` of `int`): 1 if the judge found every expectation met, 0 if not, None if there is no judgement.
     tags (`list` of `str`): the tag of each prompt, such as "counting".
 Returns:
-    `score`, `overall_accuracy`, `coverage` (the scored part), and per tag `<tag>` accuracies.
+    `score`, `overall_accuracy`, `coverage` (the scored share), and per tag `<tag>` accuracies.
 Example:
     >>> metric = evaluate.load("genevalpp")
     >>> metric.compute(correct=[1, 0, 1], tags=["counting", "counting", "color_attr"])["score"]
@@ -34,7 +34,7 @@ _CITATION = """
 
 
 class GenEvalPP(evaluate.Metric):
-    """Judgements in, scores out; pictures without a judgement lower the coverage, never the score."""
+    """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -45,7 +45,7 @@ class GenEvalPP(evaluate.Metric):
             homepage="https://arxiv.org/abs/2508.09987",
         )
 
-    def _compute(self, correct, tags):
+    def _compute(self, correct, tags):  # pyright: ignore[reportIncompatibleMethodOverride]  # evaluate passes the features
         unknown = sorted(set(tags) - set(TAGS))
         if unknown:
             raise ValueError(f"tags: unknown are {', '.join(unknown)}; known are {', '.join(TAGS)}")

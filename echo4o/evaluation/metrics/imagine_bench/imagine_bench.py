@@ -6,8 +6,8 @@ from datasets import Value
 
 from .formula import GROUP_OF, aggregates, sample_score
 
-_DESCRIPTION = """Imagine-Bench measures whether a text-to-image model fulfils a fantasy while things stay recognisable.
-A picture's score is 0.8 * min(fulfilment, identity) + 0.2 * aesthetics; groups are weighted 3 : 2 : 2 : 2.
+_DESCRIPTION = """Imagine-Bench measures whether a text-to-image model fulfils a fantasy while objects stay recognisable.
+The score of an image is 0.8 * min(fulfilment, identity) + 0.2 * aesthetics; groups are weighted 3 : 2 : 2 : 2.
 """
 
 _INPUTS = """
@@ -16,7 +16,7 @@ Args:
         10, None if there is no judgement.
     types (`list` of `str`): the type of each prompt, such as "COLOR" or "Multi-Object".
 Returns:
-    `score` (weighted), `plain_mean`, `coverage` (the scored part), and the mean of each of the four groups.
+    `score` (weighted), `plain_mean`, `coverage` (the scored share), and the mean of each of the four groups.
 Example:
     >>> metric = evaluate.load("imagine_bench")
     >>> metric.compute(fantasy_fulfillment=[10], identity_preservation=[5], aesthetic_quality=[10], types=["COLOR"])[
@@ -37,7 +37,7 @@ _CITATION = """
 
 
 class ImagineBench(evaluate.Metric):
-    """Judgements in, scores out; pictures without a judgement lower the coverage, never the score."""
+    """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -55,7 +55,7 @@ class ImagineBench(evaluate.Metric):
             homepage="https://arxiv.org/abs/2508.09987",
         )
 
-    def _compute(self, fantasy_fulfillment, identity_preservation, aesthetic_quality, types):
+    def _compute(self, fantasy_fulfillment, identity_preservation, aesthetic_quality, types):  # pyright: ignore[reportIncompatibleMethodOverride]  # evaluate passes the features
         unknown = sorted(set(types) - set(GROUP_OF))
         if unknown:
             raise ValueError(f"types: unknown are {', '.join(unknown)}; known are {', '.join(GROUP_OF)}")

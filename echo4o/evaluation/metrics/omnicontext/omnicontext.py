@@ -6,8 +6,8 @@ from datasets import Value
 
 from .formula import TASKS, aggregates, sample_score
 
-_DESCRIPTION = """OmniContext measures pictures drawn from reference pictures: is the instruction followed, are the subjects kept.
-A picture's score is sqrt(prompt following * subject consistency); the score is the mean of the tasks' means.
+_DESCRIPTION = """OmniContext measures images generated from reference images: whether they follow the instruction and keep the subjects.
+The score of an image is sqrt(prompt following * subject consistency); the score is the mean of the tasks' means.
 """
 
 _INPUTS = """
@@ -34,7 +34,7 @@ _CITATION = """
 
 
 class OmniContext(evaluate.Metric):
-    """Judgements in, scores out; pictures without a judgement lower the coverage, never the score."""
+    """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -51,7 +51,7 @@ class OmniContext(evaluate.Metric):
             homepage="https://arxiv.org/abs/2506.18871",
         )
 
-    def _compute(self, prompt_following, subject_consistency, tasks):
+    def _compute(self, prompt_following, subject_consistency, tasks):  # pyright: ignore[reportIncompatibleMethodOverride]  # evaluate passes the features
         unknown = sorted(set(tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks: unknown are {', '.join(unknown)}; known are {', '.join(TASKS)}")
