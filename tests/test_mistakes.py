@@ -105,6 +105,7 @@ MISTAKES = {
     "evaluate judge": [("--out nowhere", "nowhere contains no evaluation yet"), ("--out text.txt", "text.txt")],
     "evaluate score": [("--out nowhere", "nowhere contains no evaluation yet"), ("--out empty", "empty")],
     "evaluate compare": [("nowhere empty", "nowhere: nothing was judged"), ("text.txt empty", "text.txt")],
+    "evaluate agree": [("nowhere empty", "nowhere: nothing was judged"), ("text.txt empty", "text.txt")],
     "evaluate convert-detector": [("nowhere new", "nowhere: there is no such file")],
     "evaluate make-prompts": [
         ("omnicontext", "for genevalpp and geneval only"),

@@ -97,7 +97,7 @@ BAD_LINES = {
     ),
     "an id that is a path": (
         '{"id": "../1", "tag": "counting", "prompt": "x", "include": [{"class": "cup", "count": 1}]}',
-        "line 2: the id '../1' cannot name a picture file",
+        "line 2: the id '../1' cannot be the name of an image file",
     ),
 }
 
