@@ -42,6 +42,7 @@ def cached_update(transformer: Any, group: int = 0, step: int | None = None) -> 
         )
     with transformer.cache_context(f"update {group}"):
         state = None if step is None else _mag_cache_state(transformer)
+        ratios: dict[int, list] = {}
         if state is not None:  # a reset in the middle of a call began its count again
             ratios = transformer.__dict__.setdefault("_mag_ratios", {})
             state.step_index, state.calibration_ratios = step, ratios.get(group, [])[:step]
