@@ -43,7 +43,7 @@ def test_every_example_is_run_or_says_why_not(document):
         if block.language in NEED_MARKS:
             says_why = re.fullmatch(r"not run: \w.{5,}", block.mark or "")
             assert block.is_run or says_why, f"{block} needs a mark; see tests/documents.py"
-        assert block.language in (*NEED_MARKS, "yaml", "json", "text", ""), f"{block}: {block.language}"
+        assert block.language in (*NEED_MARKS, "yaml", "json", "mermaid", "text", ""), f"{block}: {block.language}"
 
 
 def test_marks_stand_right_above_blocks():
