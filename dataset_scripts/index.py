@@ -105,7 +105,7 @@ class PartIndex:
         for file in self.part.others:
             if file.path.lower().endswith(UNREAD_SUFFIXES):
                 detail = f"archives are read as {', '.join(SUFFIXES)}; pack its images again"
-                yield None, Finding(Remark.UNREAD_ARCHIVE, detail, self.part.configuration, archive=file.path)
+                yield None, Finding(Remark.UNREAD_ARCHIVE, detail, self.part.configuration or "", archive=file.path)
         for file_number, file in enumerate(self.part.rows):
             with self.source.open(file.path) as stream:
                 for given in read_rows(CompleteStream(stream, file)):

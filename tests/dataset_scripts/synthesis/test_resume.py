@@ -108,6 +108,7 @@ def command(file, out, *more, limits=()) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, at", [(signal.SIGKILL, 25), (signal.SIGINT, 40)])
 def test_interrupted_and_resumed(server, recipe, tmp_path, how, at):
     """Killed or interrupted in the middle; the second run makes the rest and pays only for that."""
