@@ -7,6 +7,7 @@
 Every replica loads the model. Ray distributes the requests, and those that wait together at a replica run as one batch.
 """
 
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -17,7 +18,7 @@ from echo4o.serving.images_api import encode
 from echo4o.serving.served_model import ServedModel
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=16)
 class Images:
     """Generates one PNG image per request: `prompt`, and optionally `seed`, `height`, `width` and sampler settings."""
 
@@ -50,7 +51,7 @@ class Images:
         for key in {task.key for task in tasks}:
             group = [task for task in tasks if task.key == key]
             try:
-                done = self.model.generate(group)
+                done: list[Any] = await asyncio.to_thread(self.model.generate, group)
             except ValueError as error:
                 done = [error] * len(group)
             results |= {id(task): result for task, result in zip(group, done, strict=True)}
