@@ -37,6 +37,13 @@ def test_remote_code_needs_to_be_trusted(folder):
         DiffusionPipeline.from_pretrained(folder)
 
 
+def test_a_device_map_of_a_pipeline_needs_the_package(folder):
+    """As docs/memory.md says: diffusers 0.42 does not hand trust_remote_code on when it measures the components."""
+    with pytest.raises(ValueError, match="contains custom code"):
+        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, device_map="balanced")
+    assert Echo4oPipeline.from_pretrained(folder, device_map="balanced").transformer.dtype == torch.float32
+
+
 REMOTE_FOLDER = (
     DRAW
     + """
