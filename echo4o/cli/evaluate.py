@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -374,7 +375,7 @@ class _Steps:
             from echo4o.evaluation.run import judge_folder
 
             with judging_progress(options) as shown:
-                judge_folder(
+                outcome = judge_folder(
                     self.benchmark,
                     self.prompts.prompts,
                     judge,
@@ -387,7 +388,7 @@ class _Steps:
                     allow_missing=judging.allow_missing,
                 )
             if audit is not None:
-                audit()
+                audit(outcome.ledger.spent or 0.0)
 
         return judge_images
 
@@ -432,16 +433,20 @@ class _Steps:
         device_options: DeviceOptions,
         model: str | None,
         images: Path | None,
-    ) -> Callable[[], None]:
-        """Checks the options of the audit. Returns a function that judges a share of the prompts again."""
+    ) -> Callable[[float], None]:
+        """Checks the options of the audit. Returns a function that judges a share of the prompts again.
+
+        It takes the USD that the first judge has cost: the budget is for both.
+        """
         from echo4o.evaluation.audit_run import audit_folder, sampled_prompts
 
         judge, options = self._judge(judging.auditor(), detector, device_options, model)
         questions = self._questions(judging, judge)
         sampled_prompts(self.prompts.prompts, judging.audit_share, judging.audit_seed)
 
-        def audit_images() -> None:
-            with judging_progress(options, "audit") as shown:
+        def audit_images(spent: float) -> None:
+            left = None if options.budget is None else max(0.0, options.budget - spent)
+            with judging_progress(replace(options, budget=left), "audit") as shown:
                 audit_folder(
                     self.benchmark,
                     self.prompts,

@@ -134,3 +134,12 @@ def test_a_share_must_be_a_share(server, prompts, pictures, tmp_path):
     given += ["--judge", "openai:cheap", "--judge-url", server.url, "--audit", "openai:dear", "--audit-share", 2]
     done = run(*given)
     assert done.exit_code == 2 and "--audit-share is 2" in words(done.stderr) and not server.calls
+
+
+def test_the_budget_holds_for_the_audit(server, dear, tmp_path):
+    prompts, pictures = write_prompts(tmp_path / "p.jsonl", 8), write_pictures(tmp_path / "pictures", 8)
+    given = ["genevalpp", "--prompts", prompts, "--images", pictures, "--out", tmp_path / "out", "--budget", 1]
+    given += ["--judge", "openai:cheap", "--judge-url", server.url, "--audit", "openai:dear", "--audit-url", dear.url]
+    done = run(*given, "--price", "0,0", "--audit-price", "1000,1000", "--audit-share", 0.5)
+    assert done.exit_code != 0 and "the 4 open judgements are expected to cost about" in words(done.stderr)
+    assert len(server.judged) == 8 and not dear.calls
