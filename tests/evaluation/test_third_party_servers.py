@@ -5,17 +5,21 @@ The first is installed with `pip install llm-katan`, in the environment of the t
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from echo4o.endpoints.limits import CallPolicy
+from tests.evaluation.test_command import run
 from tests.evaluation.test_faults import judge
 from tests.evaluation.test_local_judges import tiny_llava  # noqa: F401
 
@@ -23,18 +27,20 @@ START_SECONDS = 30  # until the server has to answer
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture
-def katan(tmp_path):
-    """The address of a server that answers three calls and refuses all others with 429."""
+@contextmanager
+def serving(folder, *options):
+    """The address of a server that repeats what it is asked."""
     command = shutil.which("llm-katan", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if command is None:
         pytest.skip("llm-katan is not installed: pip install llm-katan")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"-m judge -b echo -h 127.0.0.1 -p {port} --rate-limit-after 3 --providers openai,azure_openai".split()
-    with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen([command, *options, "--stats-file", tmp_path / "stats"], stdout=log, stderr=log)
+    start = f"-m judge -b echo -h 127.0.0.1 -p {port} --providers openai,azure_openai".split()
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(
+            [command, *start, *options, "--stats-file", folder / "stats"], stdout=log, stderr=log
+        )
     try:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
@@ -47,6 +53,41 @@ def katan(tmp_path):
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture
+def katan(tmp_path):
+    """The address of a server that answers three calls and refuses all others with 429."""
+    with serving(tmp_path, "--rate-limit-after", "3") as address:
+        yield address
+
+
+@pytest.mark.parametrize("benchmark", ["dpg", "dpg_one_call", "geneval"])
+def test_an_echo_judges_what_its_question_says(benchmark, tmp_path):
+    """The question holds its answer, which the server repeats: the judgements of both benchmarks pass through it."""
+    answers = {
+        "dpg": '{"answer": "yes"}',
+        "dpg_one_call": '{"q1": "yes", "q2": "no"}',
+        "geneval": '{"reason": "echoed", "correct": 1}',
+    }
+    table = tmp_path / "questions.csv"
+    header = "item_id,text,proposition_id,dependency,tuple,question_natural_language"
+    table.write_text(f"{header}\n1,A dog,1,0,entity - whole (dog),A dog?\n1,A dog,2,1,global - (red),Red?\n")
+    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
+    (tmp_path / "question.md").write_text(f"About {{{{ instruction }}}}: {answers[benchmark]}")
+    source = ["--prompts", tmp_path / "prompts.jsonl"] if benchmark == "geneval" else ["--questions", table]
+    (tmp_path / "images").mkdir()
+    for number in range(1, 5):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "images" / f"1_{number}.png")
+    with serving(tmp_path) as address:
+        judging = ["--judge", "openai:judge", "--judge-url", f"{address}/v1", "--no-probe", "--no-cache"]
+        judging += ["--judge-prompt", tmp_path / "question.md", "--images", tmp_path / "images"]
+        done = run(benchmark, *source, *judging, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["statuses"]["scored"] == 4
+    assert result["score"] == {"dpg": 100.0, "dpg_one_call": 50.0, "geneval": 1.0}[benchmark]
 
 
 def test_an_echo_does_not_see_and_its_rate_limit_is_told(katan, prompts, pictures, tmp_path):
