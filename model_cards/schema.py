@@ -12,7 +12,7 @@ from echo4o.model_cards.facts import PipelineTag
 from echo4o.model_cards.merge import BEGIN, END, split
 
 RepoName = Annotated[str, AfterValidator(require_repository_name)]
-License = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+License = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")]
 Language = Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")]
 OptionalLicense = License | list[License] | None
 OptionalLanguage = list[Language] | Language | None

@@ -143,15 +143,19 @@ def _missing(folder: Path, settings: GenerationSettings, batch: Sequence[Benchma
 def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list:
     import torch
 
+    from echo4o.modeling.pipelines import require_supported
+
     generators = [
         torch.Generator().manual_seed(image_seed(settings.seed, prompt.id, number))
         for prompt in batch
         for number in range(1, settings.per_prompt + 1)
     ]
     references = [_open(prompt.references) for prompt in batch]
+    if any(references):
+        require_supported(type(pipe), {"reference images": "image"})
     result = pipe(
         prompt=[prompt.text for prompt in batch],
-        image=references if any(references) else None,
+        **({"image": references} if any(references) else {}),
         num_images_per_prompt=settings.per_prompt,
         generator=generators,
         **({"think": True} if settings.think else {}),

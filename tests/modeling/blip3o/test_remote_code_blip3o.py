@@ -31,11 +31,8 @@ source, target = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 pipe.save_pretrained(target + "/saved")
 again = DiffusionPipeline.from_pretrained(target + "/saved", trust_remote_code=True)
-# diffusers knows the optional components of a class only where the class itself is asked.
-light = type(pipe).from_pretrained(source, vision_model=None)
-assert light.vision_model is None
 answer = again.chat("Why?", max_new_tokens=4)
-np.savez(target + "/drawn.npz", first=draw(pipe), again=draw(again), light=draw(light), answer=answer)
+np.savez(target + "/drawn.npz", first=draw(pipe), again=draw(again), answer=answer)
 """
 
 
@@ -49,7 +46,7 @@ def test_the_folder_works_without_the_package(tmp_path, converted):
     options = {"height": 32, "width": 32, "num_inference_steps": 2, "feature_steps": 2, "output_type": "np"}
     want = pipe(["a cube", "two red balls"], generator=torch.Generator().manual_seed(1), **options).images
     got = np.load(tmp_path / "out" / "drawn.npz")
-    for name in ("first", "again", "light"):
+    for name in ("first", "again"):
         np.testing.assert_allclose(got[name], want, atol=1e-5)
     assert str(got["answer"]) == pipe.chat("Why?", max_new_tokens=4)
     again = Blip3oPipeline.from_pretrained(tmp_path / "out" / "saved")
