@@ -95,8 +95,8 @@ class ServedModel:
 
     @property
     def max_references(self) -> int | None:
-        """Most reference images of a prompt; None: the checkpoint does not say."""
-        return self.pipe.config.get("max_references")
+        """Most images of a prompt; None: the checkpoint does not say. Without references, chat still takes images."""
+        return self.pipe.config.get("max_references") if self.takes_references else None
 
     def preset(self, with_references: bool) -> dict[str, Any]:
         """The checkpoint's settings for a task, where it has some."""

@@ -26,7 +26,6 @@ def test_options_are_those_of_the_pipeline(model):
     name = type(model.pipe).__name__
     assert "num_inference_steps" in model.image_options and "latents" not in model.image_options
     assert ("think" in model.image_options) == (name == "Echo4oPipeline")
-    assert ("negative_prompt" in model.image_options) == (name != "Echo4oPipeline")
     assert model.can_chat and model.takes_references == (name != "Blip3oPipeline")
     with pytest.raises(ValueError, match="colour: this model does not take this field; it takes "):
         model.read_options({"colour": 1})
