@@ -1,4 +1,4 @@
-"""Step 1: draw the pictures. Sharded over processes and nodes by Accelerate; each picture has a seed of its own."""
+"""Step 1: generates the images, divided among processes and nodes by Accelerate; each image has its own seed."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from echo4o.evaluation.images import image_name, why_unreadable
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What the pictures depend on beside the model; None leaves a setting to the model's presets.
+    """The settings of the generation; None stands for the preset of the model.
 
     Args:
-        batch_size: prompts that are drawn together. Batches are cut before they are dealt to processes, so that the
-            pictures depend on it (in their last bits) but never on the number of processes.
+        batch_size: prompts per call of the pipeline. Batches are formed before they are divided among processes, so the
+            images depend on it (in their last bits), but not on the number of processes.
     """
 
     model: str
@@ -38,13 +38,13 @@ class GenerationSettings:
     requested_dtype: str = "auto"
 
 
-def image_seed(seed: int, prompt_id: str, picture: int) -> int:
-    """The seed of one picture: of nothing but the run's seed, the prompt's id and the picture's number."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{picture}".encode()).digest()[:7])
+def image_seed(seed: int, prompt_id: str, number: int) -> int:
+    """Returns the seed of an image, from the seed of the run, the id of the prompt and the number of the image."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}/{number}".encode()).digest()[:7])
 
 
 def world(cpu: bool = False):
-    """Accelerate's view of the processes. A process may be done long before the others: they wait for up to a week."""
+    """Returns the state of Accelerate. Processes that finish early wait for the others for up to a week."""
     from accelerate import PartialState
 
     return PartialState(cpu=cpu, timeout=timedelta(days=7)) if _launched() else PartialState(cpu=cpu)
@@ -64,15 +64,15 @@ def generate_images(
     state=None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Draw what `out/images` does not hold yet; returns how many pictures this process drew.
+    """Generates the images that `out/images` does not have yet; returns the number that this process generated.
 
     Args:
-        load_pipeline: called once, and only if there is something to draw.
-        state: Accelerate's `PartialState`; None: made here.
-        on_progress: called after each batch of this process as (pictures done, pictures of this process).
+        load_pipeline: called once, and only if images are missing.
+        state: the `PartialState` of Accelerate; None creates one.
+        on_progress: called after each image with the number of images done and in total, of this process.
 
     Raises:
-        ValueError: `out` holds pictures that were drawn with other settings.
+        ValueError: `out` has images that were generated with other settings.
     """
     state = state or world()
     folder = out / IMAGES
@@ -88,9 +88,9 @@ def generate_images(
     pipe = load_pipeline() if open_batches else None
     for batch in open_batches:
         metadata = _metadata(pipe, folder, settings, batch)
-        for path, picture in zip(_paths(folder, settings, batch), _draw(pipe, settings, batch), strict=True):
+        for path, image in zip(_paths(folder, settings, batch), _generate(pipe, settings, batch), strict=True):
             if path in _missing(folder, settings, batch):
-                write_bytes(path, to_png(picture, metadata[path]))
+                write_bytes(path, to_png(image, metadata[path]))
             drawn += 1
             on_progress(drawn, total)
     if pipe is not None and state.is_main_process:
@@ -140,7 +140,7 @@ def _missing(folder: Path, settings: GenerationSettings, batch: Sequence[Benchma
     return [path for path in _paths(folder, settings, batch) if not path.is_file() or why_unreadable(path)]
 
 
-def _draw(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list:
+def _generate(pipe, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list:
     import torch
 
     from echo4o.modeling.pipelines import require_supported
@@ -191,18 +191,18 @@ def _require_same_settings(out: Path, settings: GenerationSettings, prompts: Seq
     known, wanted = read_json(out / GENERATION), _description(settings, prompts)
     if known is not None:
         for name, value in wanted.items():
-            # "asked" keeps what was asked for where the description holds what the model made of it.
+            # "asked" holds the settings of the user if the description holds the resolved ones.
             before = known.get("asked", {}).get(name, known.get(name))
             if before != value:
                 raise ValueError(
-                    f"{out} holds pictures that were drawn with {name} {before!r}, not {value!r}: use another --out"
+                    f"{out} has images that were generated with {name} {before!r}, not {value!r}: use another --out"
                 )
         return
     write_json(out / GENERATION, wanted)
 
 
 def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
-    """What the pictures depend on in the loaded model: revision, type, and the presets that were used."""
+    """Returns the properties of the loaded model that images depend on: revision, dtype and used presets."""
     presets = dict(pipe.config.get("presets") or {})
     guidance = settings.guidance if settings.guidance is not None else _of_presets(presets, "guidance_scale")
     image = settings.image_guidance
@@ -218,7 +218,7 @@ def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
 
 
 def _of_presets(presets: dict, name: str) -> dict[str, float] | None:
-    return {task: of[name] for task, of in presets.items() if name in of} or None
+    return {task: preset[name] for task, preset in presets.items() if name in preset} or None
 
 
 def _default_steps(pipe) -> int | None:

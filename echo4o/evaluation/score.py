@@ -1,4 +1,4 @@
-"""Step 3: from records to numbers. Only what was judged counts, and how much was judged stands beside every number."""
+"""Step 3: computes scores from records. Only judged images count; the coverage is reported with every score."""
 
 import hashlib
 import platform
@@ -31,7 +31,7 @@ _FROM_GENERATION = (
 
 @dataclass(frozen=True)
 class JudgedImage:
-    """One picture judged once, with all aspects: how it ended, and its score if it has one."""
+    """One judgement of an image in all aspects: its status, and its score if it has one."""
 
     prompt: BenchmarkPrompt
     picture: int
@@ -43,7 +43,7 @@ class JudgedImage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A judged folder as it was read."""
+    """The contents of a judged folder."""
 
     benchmark: Benchmark
     prompts: list[BenchmarkPrompt]
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def read_evaluation(out: Path) -> Evaluation:
-    """Read a folder in which pictures were judged."""
+    """Reads a judged folder. Raises ValueError if nothing was judged, or images changed since."""
     rows = list(JsonLines(out / PROMPTS))
     judge = read_json(out / JUDGE)
     if not rows or judge is None:
@@ -87,7 +87,7 @@ def _require_unchanged(judge: dict) -> None:
             changed.append(name)
     if changed:
         raise ValueError(
-            f"{len(changed)} pictures have changed since they were judged ({', '.join(changed[:8])}): judge them again"
+            f"{len(changed)} images have changed since they were judged ({', '.join(changed[:8])}): judge them again"
         )
 
 
@@ -124,7 +124,7 @@ def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, picture: int, repeat:
 
 
 def score_folder(out: Path, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
-    """Score a judged folder and write `result.json`; the same inputs give the same bytes."""
+    """Scores a judged folder and writes `result.json`; the same inputs give the same bytes."""
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"--min-coverage is {min_coverage}; it must be from 0 to 1")
     result = score(read_evaluation(out), min_coverage, seed)
@@ -244,7 +244,7 @@ def _types(evaluation: Evaluation) -> dict[str, dict]:
 
 
 def _repeats(evaluation: Evaluation, benchmark: Benchmark) -> dict[str, Any] | None:
-    """How much the judge differs from itself: None without repeats."""
+    """Returns the variance of the judge over repeated judgements; None without repeats."""
     repeats = evaluation.judge["repeats"]
     if repeats < 2:
         return None
@@ -273,7 +273,7 @@ def _repeats(evaluation: Evaluation, benchmark: Benchmark) -> dict[str, Any] | N
 
 
 def _origin(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything that a score depends on beside the pictures' content; nothing that changes from run to run."""
+    """Returns everything that a score depends on besides the images; nothing that changes between runs."""
     judge, generation, header = evaluation.judge, evaluation.generation, evaluation.header
     pictures = "".join(f"{name} {digest}\n" for name, digest in sorted(judge["pictures"].items()))
     return {

@@ -1,4 +1,4 @@
-"""report.html: the scores beside published ones, and every picture with what the judge said about it."""
+"""Writes report.html: the scores, published scores, and the images with the reasons of the judge."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _WIDTH, _LABELS, _ROW = 760, 190, 34  # of the chart, in units of its view box
 
 
 def write_report(out: Path) -> Path:
-    """Write the report of a scored folder: one file, pictures as thumbnails within it."""
+    """Writes the report of a scored folder: one HTML file that contains thumbnails of the images."""
     from jinja2 import Environment, PackageLoader
 
     result = read_json(out / RESULT)
@@ -106,7 +106,7 @@ def _outcome(evaluation: Evaluation, sample: JudgedImage) -> str:
 
 
 def cards(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One card per picture and repeat, worst first; what was not scored comes before everything."""
+    """Returns one card per image and repeat: images without a score first, then the lowest scores."""
     samples = sorted(evaluation.samples, key=lambda of: -1.0 if of.score is None else of.score)
     return [_card(evaluation, sample) for sample in samples[:MAX_CARDS]]
 
@@ -137,7 +137,7 @@ def _card(evaluation: Evaluation, sample: JudgedImage) -> dict[str, Any]:
 
 
 def _link(file: Path, out: Path) -> str | None:
-    """A relative link to a picture within the folder; pictures elsewhere are shown, not linked."""
+    """Returns a relative link to an image in the folder; None for an image elsewhere."""
     try:
         return file.relative_to(out.resolve()).as_posix()
     except ValueError:

@@ -94,16 +94,16 @@ def test_a_broken_batch_is_drawn_as_a_batch(eight, tmp_path):
 def test_other_settings_need_another_folder(eight, tmp_path):
     draw(eight, tmp_path, GenerationSettings("model", steps=3))
     draw(eight, tmp_path, GenerationSettings("model", steps=3))
-    with pytest.raises(ValueError, match="drawn with steps 3, not 4: use another --out"):
+    with pytest.raises(ValueError, match="generated with steps 3, not 4: use another --out"):
         draw(eight, tmp_path, GenerationSettings("model", steps=4))
-    with pytest.raises(ValueError, match="drawn with seed 0, not 1"):
+    with pytest.raises(ValueError, match="generated with seed 0, not 1"):
         draw(eight, tmp_path, GenerationSettings("model", steps=3, seed=1))
 
 
 def test_what_the_pictures_depend_on_is_written_down(eight, tmp_path):
     (drawer,) = draw(eight, tmp_path, GenerationSettings("model", guidance=3.0, height=64))
     assert drawer.options[0] == {
-        "guidance_scale": 3.0, "height": 64, "image": None, "think": False, "num_inference_steps": 49,
+        "guidance_scale": 3.0, "height": 64, "image": None, "num_inference_steps": 49,
     }  # fmt: skip
     written = json.loads((tmp_path / "generation.json").read_text())
     assert written["guidance"] == 3.0

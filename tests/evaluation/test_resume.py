@@ -138,7 +138,7 @@ def test_changed_pictures_and_questions_are_judged_again(slow_server, set_up, tm
     running.judge(slow_server.url, prompts, pictures, out, None, 16)
     calls = len(slow_server.judged)
     (pictures / "5.png").write_bytes((pictures / "6.png").read_bytes())
-    with pytest.raises(ValueError, match=r"1 pictures have changed since they were judged \(5\)"):
+    with pytest.raises(ValueError, match=r"1 images have changed since they were judged \(5\)"):
         score_folder(out)
     running.judge(slow_server.url, prompts, pictures, out, None, 16)
     assert len(slow_server.judged) == calls + 1

@@ -17,11 +17,11 @@ class BenchmarkPrompt:
     """One thing to draw.
 
     Args:
-        id: names its pictures (`<id>.png`), its records and its place in every comparison.
+        id: name of its images (`<id>.png`), and key of its records and comparisons.
         group: what its score is averaged with; `type` is finer where the benchmark has types within groups.
         text: what the model gets.
         facts: the rest of the row, which the judge's question is made from.
-        references: pictures that the model gets beside the text.
+        references: reference images for the model.
     """
 
     id: str
@@ -129,7 +129,7 @@ class Benchmark(ABC):
     source: PromptSource | None = None
     # The number of result.json that published ones are compared with.
     published_as: str = "score"
-    # The judges that can answer; None: whoever reads text and sees pictures.
+    # The judges that can answer; None: any judge that reads text and images.
     only_judge: str | None = None
     # The judge where none is named; None: the default of the command line.
     default_judge: str | None = None
