@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
 from echo4o.hub.facts import read_training
+from echo4o.training.backbones import bagel_objective, omnigen2_objective
 from echo4o.training.backbones.bagel import BagelBackbone
 from echo4o.training.held_out import FILE, held_out_rows, id_hash
 from echo4o.training.recipe import RecipeError
@@ -332,3 +333,13 @@ def test_exact_match_is_that_of_greedy_answers(recipe_file, two_splits, tmp_path
     answers = [pipe.chat(q["instruction"], image=q["reference_images"], max_new_tokens=32) for q in questions]
     exact = [answer.strip() == q["answer"] for answer, q in zip(answers, questions)]
     assert sum(exact) / len(exact) == after.exact_match
+
+
+@pytest.mark.parametrize("time", [0.0625, 0.5, 0.9375])
+def test_fixed_times_are_amounts_of_noise_whatever_the_shift(time):
+    for shift in (1.0, 4.0):
+        raw = torch.tensor(bagel_objective.raw_time_of(time, shift))
+        assert bagel_objective.shift_time(torch.sigmoid(raw), shift) == pytest.approx(time, abs=1e-6)
+    for version in ("v1", "v2", "none"):
+        raw = torch.tensor(omnigen2_objective.raw_time_of(time, 900, version))
+        assert omnigen2_objective.shift_time(torch.sigmoid(raw), 900, version) == pytest.approx(time, abs=1e-6)
