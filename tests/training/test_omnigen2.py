@@ -317,3 +317,18 @@ def test_the_original_initialisation_is_the_default(pipe):
     model.add_adapter(config)
     values = torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
     assert abs(float(values.detach().std()) * 8 - 1) < 0.05  # N(0, 1/r)
+
+
+@pytest.mark.slow
+def test_validation_gives_the_same_numbers_for_any_batch(tmp_path, rows):
+    """Held-out rows with references and without; the losses fall from noise to data for no seed of the run."""
+    results = []
+    for name, changes in (("a", {"micro_batch_size": 1}), ("b", {"seed": 7})):
+        validation = {"share": 0.65, "every": 1, "times": 3}
+        file = tmp_path / name
+        options = {"validation": validation, "images": {"every": 9, "steps": 1, "validation_rows": 1}, "batch_size": 2}
+        results.append(trained(file, golden_pipeline(dtype=torch.float32), rows, steps=1, **options, **changes))
+        assert list((file / "images" / "step-00000001").glob("*.png"))
+    first, second = (result.validations[0] for result in results)
+    assert list(first.flat().values()) == pytest.approx(list(second.flat().values()), abs=1e-5)
+    assert set(first.times) == {"0.166667", "0.5", "0.833333"} and first.rows > 0
