@@ -20,7 +20,7 @@ class Drawer:
     def __init__(self):
         self.prompts, self.options = [], []
 
-    def __call__(self, prompt, image, generator, num_images_per_prompt=1, num_inference_steps=49, **options):
+    def __call__(self, prompt, generator, image=None, num_images_per_prompt=1, num_inference_steps=49, **options):
         self.prompts += prompt
         self.options.append(options | {"image": image, "num_inference_steps": num_inference_steps})
         seeds = [one.initial_seed() for one in generator]
