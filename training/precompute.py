@@ -331,8 +331,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train")
     parser.add_argument("--set", dest="changes", action="append", metavar="KEY=VALUE")
     try:
-        options = vars(parser.parse_args(arguments))
-        run(**options | {"changes": parse_changes(options["changes"] or [])})
+        options: dict[str, Any] = vars(parser.parse_args(arguments))
+        options["changes"] = parse_changes(options["changes"] or [])
+        run(**options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -56,8 +56,9 @@ def check_rows(sources: Sequence[Any], max_references: int | None) -> None:
 
 
 def _lengths(column: Any) -> list[int]:
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
+    pc: Any = pyarrow.compute  # its functions are made at import
     return [n or 0 for n in pc.list_value_length(column).to_pylist()]
 
 

@@ -23,10 +23,10 @@ class TimeTable(NamedTuple):
     @classmethod
     def of(cls, scheduler_config: Mapping[str, Any]) -> TimeTable:
         """From the configuration of a `FlowMatchEulerDiscreteScheduler`."""
-        fresh = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler_config))
+        fresh: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler_config))
         return cls(fresh.timesteps.float().cpu(), fresh.sigmas[: len(fresh.timesteps)].float().cpu())
 
-    def index(self, u: torch.Tensor) -> torch.Tensor:
+    def index(self, u: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - not a search
         """Rows of the table for uniform numbers in [0, 1)."""
         return (u * len(self.timesteps)).long()
 
