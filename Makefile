@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Rooms without type errors; `make lint` keeps them so. A room joins when `make types ROOM=...` shows 0 errors.
 TYPED_ROOMS := cli common dataset_scripts endpoints evaluation hub model_cards modeling/bagel modeling/common planning \
-	quickstart testing training __init__.py __main__.py info.py pipeline.py
+	quickstart serving testing training __init__.py __main__.py info.py pipeline.py
 # Two processes halve the time on two cores; more than four only wait for each other's imports.
 PYTEST_WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # On Linux PyPI's torch brings gigabytes of CUDA. Where no other index offers a CPU build, name the one to ask:

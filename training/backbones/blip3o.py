@@ -164,8 +164,8 @@ class Blip3oBatch:
     def to(self, device: torch.device | str) -> Blip3oBatch:
         """The same batch on `device`."""
         states = None if self.states is None else self.states.to(device)
-        moved = (x.to(device) for x in (self.features, self.noise, self.u, self.dropped))
-        return Blip3oBatch(self.ids, self.tokens, states, *moved, self.num_tokens)
+        features, noise, u, dropped = (x.to(device) for x in (self.features, self.noise, self.u, self.dropped))
+        return Blip3oBatch(self.ids, self.tokens, states, features, noise, u, dropped, self.num_tokens)
 
 
 def collate(samples: Sequence[Blip3oSample]) -> Blip3oBatch:
@@ -380,7 +380,7 @@ def weights_hash(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
