@@ -125,7 +125,7 @@ BASE = {"model": "m", "output_dir": "o", "data": {"path": "d"}, "steps": 10, "ba
     "change, message",
     [
         ({"optimiser": {}}, "optimiser: unknown key.*known here: .*optimizer"),
-        ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate: unknown key.*known here: name, lr"),
+        ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate: unknown key.*known here: name, kernel"),
         ({"steps": 0}, "steps: .*greater than 0.*given: 0"),
         ({"objective": {"text_dropout": 1.5}}, "objective.text_dropout: .*less than or equal to 1"),
         ({"micro_batch_size": 3}, "batch_size=4 must be a multiple of micro_batch_size=3"),
