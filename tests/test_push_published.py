@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "publishing.md").read_text("utf-8")
 CHECKPOINT = ROOT / "tests" / "parity" / "golden" / "checkpoint"
 EXAMPLE = re.compile(r"^<!-- test -->\n```(bash|python)\n(.*?)^```$", re.M | re.S)
-FEW = quickstart.Size(
+FEW = quickstart.QuickstartSize(
     {"surreal_fantasy": 10, "multi_reference": 10, "instruction_following": 20},
     1,
     2,

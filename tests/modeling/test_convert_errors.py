@@ -57,7 +57,7 @@ def test_damaged_files_are_named(tmp_path, file, damage):
         "garbage": (b"\x10" + b"\0" * 7 + b"{" * 16 + data, "damaged safetensors header"),
         "longer": (data + b"\0" * 8, "longer than its header says"),
         "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
-        "empty": (b"", "no safetensors file"),
+        "empty": (b"", "is not a safetensors file"),
     }
     content, message = forms[damage]
     (src / file).write_bytes(content)

@@ -254,7 +254,7 @@ def told(caplog):
 
 def test_what_lands_on_disk_is_a_warning(load, tmp_path, told):
     blocks_on_disk(load(), tmp_path)
-    assert "leaves parts of transformer where they are slow: layers.1 on disk, lm_head on disk" in told.text
+    assert "places parts of transformer where they are slow: layers.1 on disk, lm_head on disk" in told.text
 
 
 @pytest.mark.parametrize(
