@@ -98,6 +98,8 @@ def test_constraints_satisfy_the_bounds():
     extras = PROJECT["project"]["optional-dependencies"]
     for text in PROJECT["project"]["dependencies"] + extras["dev"]:
         requirement = Requirement(text)
+        if requirement.name == "echo4o":  # the app's own extra
+            continue
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
 
 

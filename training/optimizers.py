@@ -127,4 +127,6 @@ def _adamw(params: list[Any], settings: OptimizerSettings) -> torch.optim.Optimi
         except ImportError as error:
             raise RecipeError("optimizer.name: adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
         return AdamW8bit(params, **options)
-    return torch.optim.AdamW(params, **options, fused=settings.kernel == "fused", foreach=settings.kernel == "foreach")
+    if settings.kernel == "fused":
+        return torch.optim.AdamW(params, **options, fused=True)
+    return torch.optim.AdamW(params, **options, foreach=settings.kernel == "foreach")
