@@ -198,7 +198,7 @@ LORA = {"tune": {"method": "lora"}}
         ({"data": {"path": "d", "shuffle_buffer": 9}}, "data.shuffle_buffer has no effect without streaming"),
         ({"data": {"path": "d", "weight": 2}}, "data.weight has no effect on a single dataset"),
         ({"data": [{"path": "d"}, {"path": "e", "wieght": 2}]}, "wieght: unknown key.*known here: path"),
-        ({"images": {"every": 1, "prompts": []}}, "images.prompts"),
+        ({"images": {"every": 1, "prompts": []}}, "images: give `prompts`"),
         ({"images": {"every": 1, "prompts": ["a", " "]}}, "images: `prompts` has an empty text"),
         ({"images": {"every": 1, "prompts": "a fox"}}, "images.prompts: Input should be a list"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: Input should be a finite number"),
