@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
@@ -22,6 +21,7 @@ from ..common.flow_schedulers import check_scheduler
 from ..common.images import to_uint8
 from ..common.loading import PortablePipelineMixin
 from ..common.lora import TransformerLoraMixin, scales_lora
+from ..common.pipeline_outputs import callback_tensors, images_as, stack_equal
 from ..common.step_cache import cached_update, check_step_cache, reset_step_cache
 from .denoising_bagel import (
     EncodedPrompt,
@@ -112,6 +112,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         "..common.lora",
         "..common.lora_files",
         "..common.lora_formats",
+        "..common.pipeline_outputs",
         "..common.placement",
         "..common.prefill_cache",
         "..common.publishing",
@@ -296,7 +297,9 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         prompt_generators = generators[::num_images_per_prompt]
         shapes = [self._latent_shape(p.height, p.width) for p in prompts for _ in range(num_images_per_prompt)]
         noise = read_latents(latents, shapes)
-        callback_tensors = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensor_names = callback_tensors(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         self._num_timesteps, self._interrupt = num_inference_steps, False
         self._guidance_scale = max(p.guidance.scale for p in prompts)
         self._attention_kwargs = attention_kwargs
@@ -338,7 +341,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                         velocities += predict_velocity(self.transformer, batch, t)
                 take_step(self.scheduler, images, velocities, timestep)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": self._latents(images)} if callback_tensors else {}
+                    tensors = {"latents": self._latents(images)} if tensor_names else {}
                     changed = callback_on_step_end(self, step, timestep, tensors) or {}
                     if "latents" in changed:
                         self._set_latents(images, changed["latents"])
@@ -414,19 +417,6 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
 
     # --- steps of a call --------------------------------------------------------------------------------------------
 
-    def _callback_tensors(self, callback: Any, names: list[str] | None) -> list[str]:
-        """Names of the tensors to pass to the callback; None: all. Raises ValueError for unknown names."""
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; give a function.")
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            names = callback.tensor_inputs
-        unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; known are {self._callback_tensor_inputs}."
-            )
-        return self._callback_tensor_inputs if names is None else names
-
     def _encode_prompt(
         self, prompt: PromptInputs, generator: torch.Generator | None, plan_length: int
     ) -> EncodedPrompt:
@@ -492,7 +482,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
     def _latents(self, images: Sequence[NoisyImage]) -> Any:
         """Latents of all images, (B, C, H/8, W/8), or a list if sizes differ."""
         patch = self.transformer.config.latent_patch_size
-        return _stack([unpatchify(image.tokens, image.grid, patch) for image in images])
+        return stack_equal([unpatchify(image.tokens, image.grid, patch) for image in images])
 
     def _set_latents(self, images: Sequence[NoisyImage], latents: Any) -> None:
         """Replace the latents of all images. Raises ValueError for wrong shapes and non-finite values."""
@@ -507,19 +497,9 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         if output_type == "latent":
             return latents
         pixels = [self.decode_latent(latent) for latent in latents]
-        if output_type == "pil":
-            return [Image.fromarray(to_uint8(p)) for p in pixels]
-        unit = [(p.float() * 0.5 + 0.5).clamp(0, 1) for p in pixels]  # (3, H, W) in [0, 1]
-        return _stack(unit) if output_type == "pt" else _stack([p.permute(1, 2, 0).cpu().numpy() for p in unit])
+        return images_as(output_type, pixels, to_uint8)
 
     def decode_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """Scaled latent (C, H/8, W/8) -> pixels (3, H, W) in about [-1, 1]."""
         latent = latent / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latent[None].to(self.vae.dtype), return_dict=False)[0][0]
-
-
-def _stack(items: list) -> Any:
-    """One array or tensor if all items have the same shape, else the list."""
-    if any(item.shape != items[0].shape for item in items):
-        return items
-    return np.stack(items) if isinstance(items[0], np.ndarray) else torch.stack(items)

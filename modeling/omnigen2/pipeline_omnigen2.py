@@ -4,20 +4,18 @@ Published as `pipeline.py` (common/publishing.py). It calls components through t
 files, so that it works in the package and beside component folders on the Hub.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..common.images import vae_scale_factor
-from ..common.loading import PortablePipelineMixin
+from ..common.loading import PortablePipelineMixin, qwen_names
 from ..common.lora import TransformerLoraMixin, scales_lora
+from ..common.pipeline_outputs import callback_tensors, images_as, stack_equal
 from ..common.publishing import INDEX_NAME
 from ..common.weights import read_json
 from .chat_omnigen2 import ChatMixin
@@ -35,7 +33,7 @@ from .inputs_omnigen2 import (
 from .original_adapter_omnigen2 import read_original_adapter
 from .output_omnigen2 import OmniGen2PipelineOutput
 from .prompts_omnigen2 import prompt_text
-from .sampling_omnigen2 import GeneratedImage, check_scheduler, sample, set_times
+from .sampling_omnigen2 import GeneratedImage, check_scheduler, sample, set_latents, set_times
 
 RELEASED_PROCESSOR = "processor"  # the release keeps tokenizer and image processor in one folder
 
@@ -71,6 +69,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         "..common.lora",
         "..common.lora_files",
         "..common.lora_formats",
+        "..common.pipeline_outputs",
         "..common.placement",
         "..common.publishing",
         "..common.step_cache",
@@ -140,13 +139,8 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
 
     @classmethod
     def _comparable_names(cls, component: str, module, names) -> set[str]:
-        """transformers stores Qwen2.5-VL under the names of its first version, and without a tied output head."""
-        if component != "mllm":
-            return super()._comparable_names(component, module, names)
-        is_tied = module.config.tie_word_embeddings
-        stored = (re.sub(r"^model\.(language_model|visual)\.", r"\1.", name) for name in names)
-        stored = (re.sub(r"^language_model\.", "model.", name) for name in stored)
-        return {name for name in stored if not (is_tied and name == "lm_head.weight")}
+        is_qwen = component == "mllm"
+        return qwen_names(module, names) if is_qwen else super()._comparable_names(component, module, names)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs):
@@ -354,7 +348,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         config, steps = self.transformer.config, steps if times is None else len(times)
         generators = read_generators(generator, len(requests) * copies)
         noise = read_latents(latents, len(generators), config.in_channels, config.patch_size)
-        names = self._callback_tensors(*callback)
+        names = callback_tensors(*callback, self._callback_tensor_inputs)
         sizes = [self._sizes(request, **limits) for request in requests for _ in range(copies)]
         self._interrupt, self._num_timesteps = False, steps
 
@@ -426,36 +420,19 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
 
     def _decode(self, images: list[GeneratedImage], sizes: list[tuple[int, int]], output_type: str):
         if output_type == "latent":
-            return _stack([image.latent for image in images])
+            return stack_equal([image.latent for image in images])
         pixels = [to_size(self.decode_latent(i.latent), *size) for i, size in zip(images, sizes, strict=True)]
-        if output_type == "pil":
-            return [Image.fromarray(rounded_uint8(p)) for p in pixels]
-        unit = [(p.float() * 0.5 + 0.5).clamp(0, 1) for p in pixels]  # (3, H, W) in [0, 1]
-        return _stack(unit) if output_type == "pt" else _stack([p.permute(1, 2, 0).cpu().numpy() for p in unit])
-
-    def _callback_tensors(self, callback, names: list[str] | None) -> list[str]:
-        """Names of the tensors that a callback receives: `latents` unless it asks for nothing."""
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback_on_step_end is a {type(callback).__name__}; give a function.")
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            names = callback.tensor_inputs
-        unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}; known are {self._callback_tensor_inputs}."
-            )
-        return self._callback_tensor_inputs if names is None else names
+        return images_as(output_type, pixels, rounded_uint8)
 
     def _step_end(self, callback, names: list[str], images: list[GeneratedImage], progress):
         """What happens after each update: the caller's callback, then the progress bar."""
 
         def on_step_end(step: int, timestep: torch.Tensor) -> bool:
             if callback is not None:
-                given = {"latents": _stack([image.latent for image in images])} if names else {}
+                given = {"latents": stack_equal([image.latent for image in images])} if names else {}
                 changed = callback(self, step, timestep, given) or {}
                 if "latents" in changed:
-                    for item, latent in zip(images, changed["latents"], strict=True):
-                        item.latent = latent.to(item.latent)
+                    set_latents(images, changed["latents"])
             progress.update()
             return self._interrupt
 
@@ -469,10 +446,3 @@ def _with_known_options(scheduler):
         return scheduler
     steps = scheduler.config.num_train_timesteps
     return FlowMatchEulerDiscreteScheduler(steps, use_dynamic_shifting=is_dynamic, time_shift_type="linear")
-
-
-def _stack(items: list):
-    """One array or tensor if all have the same shape, else the list."""
-    if any(item.shape != items[0].shape for item in items):
-        return items
-    return np.stack(items) if isinstance(items[0], np.ndarray) else torch.stack(items)

@@ -126,6 +126,18 @@ def set_times(scheduler, steps: int, latent_pixels: int, times: Sequence[float] 
     scheduler.set_begin_index(0)
 
 
+def set_latents(images: list[GeneratedImage], latents) -> None:
+    """Replace the latents of all images. Raises ValueError for another number, shape, or non-finite values."""
+    given = list(latents)
+    shapes, wanted = [tuple(x.shape) for x in given], [tuple(image.latent.shape) for image in images]
+    if shapes != wanted:
+        raise ValueError(f"`latents` of the callback have the shapes {shapes}; they must be {wanted}.")
+    if not all(torch.isfinite(x).all() for x in given):
+        raise ValueError("`latents` of the callback hold values that are not finite.")
+    for image, latent in zip(images, given, strict=True):
+        image.latent = latent.to(image.latent)
+
+
 def check_scheduler(scheduler) -> None:
     """Raise ValueError for a scheduler that cannot sample from OmniGen2, before any work."""
     set_times(type(scheduler).from_config(scheduler.config), 1, 1600)

@@ -109,6 +109,22 @@ def test_another_shape(images):
     assert isinstance(pipe.chat("What is this?", image=images[:2], max_new_tokens=3), str)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda latents: latents[:, :1], "have the shapes"),
+        (lambda latents: [*latents, *latents], "have the shapes"),
+        (lambda latents: latents * float("nan"), "not finite"),
+    ],
+)
+def test_latents_of_a_callback_are_checked(pipe, change, message):
+    def callback(pipe, step, timestep, given):
+        return {"latents": change(given["latents"])}
+
+    with pytest.raises(ValueError, match=message):
+        pipe("a dot", height=32, width=32, callback_on_step_end=callback, **STEPS)
+
+
 def test_callbacks_change_latents_and_stop(pipe):
     seen = []
 
