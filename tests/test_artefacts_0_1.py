@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -102,13 +104,26 @@ def test_a_pipeline_folder_loads_and_generates_the_same_images():
     assert_same(generated_images(load_pipeline()), expected_images())
 
 
-def test_a_pipeline_folder_loads_with_the_code_in_it():
-    from diffusers import DiffusionPipeline
+WITH_ITS_OWN_CODE = """
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from tests.test_artefacts_0_1 import generated_images
 
-    pipe = DiffusionPipeline.from_pretrained("pipeline", trust_remote_code=True, dtype=torch.float32)
-    assert not type(pipe).__module__.startswith("echo4o.")
-    pipe.set_progress_bar_config(disable=True)
-    assert_same(generated_images(pipe), expected_images())
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained("pipeline", trust_remote_code=True, dtype=torch.float32)
+assert not type(pipe).__module__.startswith("echo4o.")
+pipe.set_progress_bar_config(disable=True)
+save_file({name: image.contiguous() for name, image in generated_images(pipe).items()}, "with-its-own-code.safetensors")
+"""
+
+
+def test_a_pipeline_folder_loads_with_the_code_in_it(tmp_path):
+    # A process of its own: diffusers gives the code of all local folders the same module names.
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", WITH_ITS_OWN_CODE], check=True, env=environment)
+    assert_same(load_file("with-its-own-code.safetensors"), expected_images())
 
 
 @pytest.mark.parametrize("form", ["trained", "diffusers"])

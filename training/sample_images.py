@@ -23,6 +23,8 @@ from PIL import Image
 from torch.distributed.fsdp import FSDPModule
 
 from echo4o.common import files
+from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, to_png, versions
+from echo4o.common.revisions import public_name
 from echo4o.modeling.common.image_files import open_image, to_rgb
 from echo4o.training.engine import reshard
 from echo4o.training.held_out import ValidationRows
@@ -56,6 +58,7 @@ class SampleImages:
         assert recipe.images is not None
         self.settings, self.accelerator, self.pipeline = recipe.images, accelerator, pipeline
         self.folder = recipe.output_dir / FOLDER
+        self.model, self.run = public_name(recipe.model), recipe.output_dir.name
         self._inputs_written = False
         self.requests = [*self._prompts(), *self._rows(rows)]
         if any(request.references for request in self.requests):
@@ -102,7 +105,7 @@ class SampleImages:
                 if mine or sharded:
                     image = self._generate(request)
                     if mine:
-                        image.save(folder / f"{index}.png")
+                        (folder / f"{index}.png").write_bytes(to_png(image, self._metadata(request, step)))
         accelerator.wait_for_everyone()
         self._track(folder, step)
 
@@ -111,6 +114,17 @@ class SampleImages:
         inputs: dict[str, Any] = {"image": request.references} if request.references else {}
         steps = self.settings.steps
         return self.pipeline(request.text, num_inference_steps=steps, generator=generator, **inputs).images[0]
+
+    def _metadata(self, request: ImageRequest, step: int) -> ImageMetadata:
+        return ImageMetadata(
+            request.text,
+            (request.seed,),
+            settings={"num_inference_steps": self.settings.steps},
+            references=tuple(pixels_sha256(image) for image in request.references),
+            model=self.model,
+            revision=f"{self.run}, step {step}",
+            versions=versions(),
+        )
 
     def _write_inputs(self) -> None:
         """Write references and targets once, for the report."""

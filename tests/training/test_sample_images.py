@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from echo4o.common.image_metadata import read_metadata
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 
 from .conftest import picture
@@ -36,6 +37,9 @@ def test_references_and_validation_rows_are_generated_and_shown(recipe_file, two
         generator = torch.Generator().manual_seed(5 if index == 1 else 3 + index)
         again = pipe(entry["text"], image=references or None, num_inference_steps=2, generator=generator).images[0]
         assert np.abs(np.asarray(again).astype(int) - shown).max() <= 1
+    stored = read_metadata(tmp_path / "run" / "images" / "step-00000004" / "1.png")
+    assert (stored.prompt, stored.seeds, stored.model) == ("a blue square", (5,), "pipeline")
+    assert stored.revision == "run, step 4" and len(stored.references) == 1
     page = (tmp_path / "run" / "run.html").read_text()
     assert page.count('alt="target"') == 2 and page.count('alt="reference"') >= 1
     assert "<td>2</td>" in page and "<td>4</td>" in page
