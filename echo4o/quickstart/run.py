@@ -73,7 +73,7 @@ SHORT = QuickstartSize(
     {"surreal_fantasy": 90, "multi_reference": 90, "instruction_following": 600},
     3,
     8,
-    {"steps": 60, "optimizer.warmup_steps": 10},
+    {"steps": 60, "optimizer.warmup_steps": 10, "validation.share": 0.1},
 )
 
 
@@ -263,7 +263,7 @@ def summary(
             "samples": samples,
             "seconds": round(training.seconds, 1),
             "samples_per_second": round(samples / training.log[-1]["seconds"], 1),
-            "validation": {result.step: round(result.loss, 4) for result in training.validations},
+            "validation": {str(result.step): round(result.loss, 4) for result in training.validations},
             "last_loss": round(float(np.mean([entry["loss"] for entry in training.log[-50:]])), 4),
         },
         "sizes_mb": {

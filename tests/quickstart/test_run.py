@@ -108,7 +108,7 @@ def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
         {"surreal_fantasy": 10, "multi_reference": 10, "instruction_following": 20},
         1,
         2,
-        {"steps": 3, "batch_size": 8, "optimizer.warmup_steps": 1},
+        {"steps": 3, "batch_size": 8, "optimizer.warmup_steps": 1, "validation.share": 0.2},
     )
     monkeypatch.setattr(quickstart, "SHORT", few)
     result = quickstart.run(tmp_path / "out", short=True)
