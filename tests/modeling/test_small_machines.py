@@ -10,6 +10,7 @@ import types
 import accelerate
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from echo4o.modeling.bagel.convert import convert_to_diffusers
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
@@ -118,6 +119,7 @@ def test_offloaded_pipelines_draw_the_same_and_say_where_they_are(load, plain, p
     pipe = load()
     sizes = {name: pipe.placement()[name].nbytes for name in WEIGHTED}
     prepare(pipe, tmp_path)
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe)
     assert pipe._execution_device.type == "cpu"
     placed = pipe.placement()["transformer"]
     assert (placed.offload, set(placed.stored)) == (how, places)
@@ -140,6 +142,18 @@ def test_model_offload_brings_every_component_when_it_is_used(load, pictures, mo
     pipe("a dot", image=pictures["img_a"], height=32, width=32, num_inference_steps=2)
     kinds = list(dict.fromkeys(came))
     assert kinds == ["AutoencoderKL", "BagelVisionModel", "BagelTransformer2DModel"] and came[-1] == "AutoencoderKL"
+
+
+def test_the_execution_device_of_unhooked_and_of_group_offloaded_weights(load):
+    pipe = load()
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe) == CPU
+    assert pipe.to("meta")._execution_device == DiffusionPipeline._execution_device.fget(pipe) == torch.device("meta")
+    pipe = load()
+    pipe.enable_group_offload(CPU, num_blocks_per_group=1, exclude_modules=["vae", "vision_model"])
+    for module in pipe.transformer.modules():  # no other device runs here: pretend that there is one
+        if hook := getattr(module, "_diffusers_hook", None):
+            hook.get_hook("group_offloading").config.onload_device = torch.device("meta")
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe) == torch.device("meta")
 
 
 def test_folders_for_offloaded_weights_are_not_shared(load, tmp_path):
