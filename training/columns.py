@@ -37,12 +37,13 @@ class RowMapping:
 
     Args:
         columns: of the dataset.
+        targets: whether rows need a target image.
 
     Raises:
         RecipeError: the mapping names a column that does not exist, or a needed one is not mapped.
     """
 
-    def __init__(self, data: DataSource, columns: Sequence[str]):
+    def __init__(self, data: DataSource, columns: Sequence[str], targets: bool = True):
         given = data.columns or ColumnNames()
         names: dict[str, list[str]] = {}
         for field in FIELDS:
@@ -56,7 +57,7 @@ class RowMapping:
             raise RecipeError(
                 f"data.path={data.path} has no column {', '.join(wrong)} (data.columns); there are: {', '.join(columns)}."
             )
-        missing = [field for field in ("instruction", "image") if not names[field]]
+        missing = [field for field in ("instruction", *(["image"] if targets else [])) if not names[field]]
         if missing:
             raise RecipeError(
                 f"data.path={data.path} has no column {', '.join(missing)}: name one in data.columns; there are: "

@@ -22,7 +22,7 @@ import torch
 from echo4o.common.hub_names import is_repository_name
 from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
 from echo4o.training.backbones.base import PreparedRow, RowPreparation, TrainingSample
-from echo4o.training.columns import FEATURES, MappedRows, RowMapping
+from echo4o.training.columns import FEATURES, FIELDS, MappedRows, RowMapping
 from echo4o.training.recipe import DataSource, RecipeError
 from echo4o.training.row_filters import kept_numbers
 
@@ -348,13 +348,14 @@ def mixing_weights(sections: Sequence[DataSource], sources: Sequence, mixing: st
     return [data.weight * (len(source) if mixing == "epochs" else 1) for data, source in zip(sections, sources)]
 
 
-def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[RowSource]:
+def open_sources(sections: Sequence[DataSource], packing: bool = False, targets: bool = True) -> list[RowSource]:
     """Open the datasets of a recipe's `data`. Raises RecipeError naming the one that cannot be opened.
 
     Args:
         packing: whether the recipe packs samples.
+        targets: whether rows need a target image; without, only prompts and references are read.
     """
-    sources = [_open(data) for data in sections]
+    sources = [_open(data, targets) for data in sections]
     for data, source in zip(sections, sources):
         if isinstance(source, datasets.IterableDataset) and (len(sources) > 1 or not packing):
             raise RecipeError(
@@ -364,7 +365,7 @@ def open_sources(sections: Sequence[DataSource], packing: bool = False) -> list[
     return sources
 
 
-def _open(data: DataSource) -> RowSource:
+def _open(data: DataSource, targets: bool) -> RowSource:
     folder = Path(data.path)
     if not folder.exists() and not is_repository_name(data.path) and data.path != BARE_NAME and "://" not in data.path:
         raise RecipeError(f"data.path={data.path}: there is no such folder (a Hub repository is called owner/name).")
@@ -381,6 +382,8 @@ def _open(data: DataSource) -> RowSource:
         raise RecipeError(f"data.path={data.path} cannot be opened: {what}") from error
     if not isinstance(dataset, datasets.IterableDataset) and not len(dataset):
         raise RecipeError(f"data.path={data.path} has no rows.")
+    if not targets:
+        return _prompts(data, dataset)
     if data.columns is not None:
         return _mapped(data, dataset)
     given = dataset.column_names  # None if a stream does not know them
@@ -395,6 +398,16 @@ def _open(data: DataSource) -> RowSource:
         kept = kept_numbers(dataset, data, RowMapping(data, dataset.column_names))
         return dataset if kept is None else dataset.select(kept)
     return dataset
+
+
+def _prompts(data: DataSource, dataset: RowSource) -> MappedRows:
+    """The prompts and references of a dataset, in the columns that training reads."""
+    if not isinstance(dataset, datasets.Dataset):
+        raise RecipeError(f"data.path={data.path}: prompts are read by row number: set streaming: false.")
+    mapping = RowMapping(data, dataset.column_names, targets=False)
+    kept = kept_numbers(dataset, data, mapping)
+    rows = MappedRows(dataset if kept is None else dataset.select(kept), mapping)
+    return rows.select_columns([name for name in FIELDS if name != "image"])
 
 
 def _mapped(data: DataSource, dataset: RowSource) -> MappedRows | RowGroups:

@@ -48,7 +48,7 @@ def split_rows(
         d.model_copy(update={"split": settings.split, "streaming": False}) for d in recipe.data
     ]
     try:
-        opened = open_sources(sections)
+        opened = open_sources(sections, targets=recipe.distill is None)
     except RecipeError as error:
         raise RecipeError(f"validation: {error}") from error
     others = [source for source in opened if isinstance(source, MAP_STYLE)]
@@ -166,6 +166,8 @@ def _group_keys(row: dict) -> list[str]:
     if row.get("answer"):
         if row["reference_images"]:
             return [f"asked {digest_of(row | {'image': None})}"]
+        return [f"text {row['instruction']}"]
+    if row.get("image") is None:  # prompts alone
         return [f"text {row['instruction']}"]
     return [f"text {row['instruction']}", f"image {digest_of(row | {'reference_images': []})}"]
 

@@ -6,6 +6,8 @@
     DIR/cache.json                  the encoder settings (for BAGEL: VAE, image limits, patch size) and the dataset
     DIR/rows-00000003.safetensors   rows 3*n to 4*n-1 of the dataset; ids and digests in its metadata
 
+With `--teacher`, images are generated instead and their trajectories stored (training/teacher.py).
+
 A run that reads the cache has the losses of a run that encodes, bit for bit: everything random is still sampled in
 every epoch. Files are written atomically. After an interruption the same command writes the missing files, on any number of
 processes.
@@ -22,10 +24,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image as PILImage
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -35,14 +38,25 @@ from echo4o.dataset_scripts.images import MAX_PIXELS
 from echo4o.modeling.common.image_files import open_image
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
-from echo4o.training.data import open_sources
+from echo4o.training.data import MAP_STYLE, open_sources
 from echo4o.training.model import load_backbone
-from echo4o.training.recipe import DataSource
+from echo4o.training.recipe import DataSource, ValidationSettings
 from echo4o.training.recipe_files import parse_changes, read_recipe
 from echo4o.training.row_checks import check_features
+from echo4o.training.teacher import Teacher, TeacherSettings
 
 ABOUT, VERSION = "cache.json", 1
 ROWS_PER_FILE = 64  # at 1024 x 1024, 2 MB of moments per image
+
+
+class RowEncoder(Protocol):
+    """What `precompute` stores rows with: a backbone, or a teacher."""
+
+    rows_at_once: int  # that `prepare` gets in one call
+
+    def encoder_settings(self) -> dict[str, Any]: ...
+
+    def prepare(self, rows: Sequence[dict]) -> Sequence[PreparedRow]: ...
 
 
 class CacheError(ValueError):
@@ -52,7 +66,7 @@ class CacheError(ValueError):
 # --- settings and digests -------------------------------------------------------------------------------------
 
 
-def settings_of(backbone: Backbone) -> dict:
+def settings_of(backbone: RowEncoder) -> dict:
     """Everything that the stored tensors depend on, apart from the images."""
     return {"version": VERSION} | backbone.encoder_settings()
 
@@ -113,7 +127,7 @@ def decoded(row: dict) -> dict:
 
 def precompute(
     dataset,
-    backbone: Backbone,
+    backbone: RowEncoder,
     out: Path,
     *,
     rank: int = 0,
@@ -174,12 +188,13 @@ def file_of(folder: Path, number: int) -> Path:
     return folder / f"rows-{number:08d}.safetensors"
 
 
-def write_rows(path: Path, rows: Sequence[dict], backbone: Backbone) -> None:
+def write_rows(path: Path, rows: Sequence[dict], backbone: RowEncoder) -> None:
     """Write one file of the cache atomically."""
-    tensors, index = {}, []
-    for position, row in enumerate(rows):
-        (prepared,) = backbone.prepare([decoded(row)])
-        stored, facts = prepared.to_cache()
+    tensors, index, size = {}, [], backbone.rows_at_once
+    parts = (rows[start : start + size] for start in range(0, len(rows), size))
+    prepared = (result for part in parts for result in backbone.prepare([decoded(row) for row in part]))
+    for position, (row, result) in enumerate(zip(rows, prepared, strict=True)):
+        stored, facts = result.to_cache()
         tensors |= {f"{position}.{name}": tensor for name, tensor in stored.items()}
         index.append({"id": row["id"], "digest": digest_of(row), "tensors": sorted(stored)} | facts)
     _write(path, lambda file: save_file(tensors, file, metadata={"rows": json.dumps(index)}))
@@ -222,17 +237,21 @@ class LatentCache:
     def __contains__(self, id: str) -> bool:
         return id in self.places
 
+    def stored(self, id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors of a row, and its facts with the digest of its images."""
+        number, place, entry = self.places[id]
+        with safe_open(file_of(self.folder, number), "pt") as file:
+            return {name: file.get_tensor(f"{place}.{name}") for name in _tensor_names(entry)}, entry
+
     def read(self, row: dict, backbone: Backbone) -> PreparedRow:
         """The prepared row. Undecoded images in `row` are compared with the cache's.
 
         Raises:
             CacheError: the row has other images than when the cache was made.
         """
-        number, place, entry = self.places[row["id"]]
+        tensors, entry = self.stored(row["id"])
         if isinstance(row.get("image"), dict) and digest_of(row) != entry["digest"]:
             raise CacheError(f"row {row['id']} has other images than when {self.folder} was made.")
-        with safe_open(file_of(self.folder, number), "pt") as file:
-            tensors = {name: file.get_tensor(f"{place}.{name}") for name in _tensor_names(entry)}
         return backbone.from_cache(row, tensors, entry)
 
 
@@ -252,6 +271,8 @@ class CachedBackbone:
 
     def __init__(self, backbone: Backbone, folder: Path):
         self.backbone, self.cache = backbone, LatentCache(folder, settings_of(backbone))
+        if "teacher" in read_about(Path(folder)):
+            raise CacheError(f"{folder} holds trajectories of a teacher: name it in distill.teacher, not in latents.")
 
     def prepare(self, rows: Sequence[dict]) -> list[PreparedRow]:
         return [self._prepare(row) for row in rows]
@@ -264,6 +285,12 @@ class CachedBackbone:
     def sample(self, prepared: PreparedRow, epoch: int) -> TrainingSample:
         return self.backbone.sample(prepared, epoch)
 
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        return self.backbone.noise_levels(settings)
+
+    def validation_samples(self, prepared: PreparedRow, times: Sequence[float]) -> Sequence[TrainingSample]:
+        return self.backbone.validation_samples(prepared, times)
+
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
@@ -275,6 +302,7 @@ def run(
     name: str | None = None,
     split: str = "train",
     changes: dict[str, Any] | None = None,
+    teacher: TeacherSettings | None = None,
 ) -> int:
     """Precompute a dataset on all processes that Accelerate runs. Returns the number of rows.
 
@@ -282,34 +310,49 @@ def run(
         dataset, name, split: as in a recipe's `data`.
         model: pipeline folder or repository whose encoders are used; of its trained components only sizes are read.
         changes: settings of the recipe that will train, by dotted name, if the encoded rows depend on them.
+        teacher: generate images as these settings say and store their trajectories.
     """
     first = os.environ.get("RANK", "0") == "0"
     with FolderLock(out) if first else nullcontext():
-        return _run(DataSource(path=dataset, name=name, split=split), model, out, changes or {})
+        return _run(DataSource(path=dataset, name=name, split=split), model, out, changes or {}, teacher)
 
 
-def _run(data: DataSource, model: str, out: Path, changes: dict[str, Any]) -> int:
+def _run(
+    data: DataSource, model: str, out: Path, changes: dict[str, Any], teacher: TeacherSettings | None = None
+) -> int:
     from accelerate import Accelerator
-    from datasets import Dataset
     from tqdm.auto import tqdm
 
     accelerator = Accelerator()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise CacheError(f"{started} processes were started, but Accelerate runs {accelerator.num_processes}.")
-    (rows,) = open_sources([data])
+    (rows,) = open_sources([data], targets=teacher is None)
     check_features([rows])
-    assert isinstance(rows, Dataset)  # `data` is not streamed
-    values = {"model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}
+    assert isinstance(rows, MAP_STYLE)  # `data` is not streamed
+    values: dict[str, Any] = {"model": model, "output_dir": out, "data": data, "steps": 1, "batch_size": 1}
+    if teacher is not None:  # its weights are frozen, in 16 bit on a GPU
+        precision = "bf16" if accelerator.device.type == "cuda" else "no"
+        values |= {"tune": {"method": "lora"}, "mixed_precision": precision}
     recipe = read_recipe(values | {"backbone": backbone_of(model)}, changes)
-    backbone = load_backbone(recipe, empty=True)
+    backbone = load_backbone(recipe, empty=teacher is None)
     for component_name, component in backbone.pipeline.components.items():
-        if isinstance(component, torch.nn.Module) and component_name not in backbone.trained_components:
-            component.to(accelerator.device).requires_grad_(False)
-    with tqdm(total=len(rows), desc="encoding", unit="row", disable=not accelerator.is_main_process) as bar:
+        if isinstance(component, torch.nn.Module):
+            if teacher is not None or component_name not in backbone.trained_components:
+                component.to(accelerator.device).requires_grad_(False)
+    encoder: RowEncoder = backbone
+    if teacher is not None:
+        encoder = Teacher(backbone, teacher)
+        backbone.pipeline.set_progress_bar_config(disable=True)
+    with tqdm(
+        total=len(rows),
+        desc="encoding" if teacher is None else "generating",
+        unit="row",
+        disable=not accelerator.is_main_process,
+    ) as bar:
         precompute(
             rows,
-            backbone,
+            encoder,
             Path(out),
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -317,8 +360,28 @@ def _run(data: DataSource, model: str, out: Path, changes: dict[str, Any]) -> in
             progress=lambda n: bar.update(min(n * accelerator.num_processes, bar.total - bar.n)),
         )
     if accelerator.is_main_process:
-        LatentCache(Path(out), settings_of(backbone))
+        LatentCache(Path(out), settings_of(encoder))
     return len(rows)
+
+
+def read_teacher(is_teacher: bool, given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments `changes` and `teacher` of [`run`], from options of the command line.
+
+    Args:
+        given: settings of the teacher.
+        changes: of `--set`: guidance options of the teacher, or settings of a recipe.
+
+    Raises:
+        ValueError: a setting of the teacher without `--teacher`, or one that is not possible.
+    """
+    if not is_teacher:
+        if given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')} has no effect without --teacher.")
+        return {"changes": changes, "teacher": None}
+    try:
+        return {"changes": {}, "teacher": TeacherSettings(**given, guidance=changes)}
+    except ValidationError as error:
+        raise ValueError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,10 +393,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name")
     parser.add_argument("--split", default="train")
     parser.add_argument("--set", dest="changes", action="append", metavar="KEY=VALUE")
+    parser.add_argument("--teacher", action="store_true", help="store trajectories of generated images")
+    for name in ("updates", "segments", "images-per-prompt", "batch-size", "height", "width", "seed"):
+        parser.add_argument(f"--{name}", type=int)
     try:
         options: dict[str, Any] = vars(parser.parse_args(arguments))
-        options["changes"] = parse_changes(options["changes"] or [])
-        run(**options)
+        plain = {name: options.pop(name) for name in ("dataset", "model", "out", "name", "split")}
+        changes, is_teacher = parse_changes(options.pop("changes") or []), options.pop("teacher")
+        given = {name: value for name, value in options.items() if value is not None}
+        run(**plain, **read_teacher(is_teacher, given, changes))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -259,6 +259,16 @@ class ValidationSettings(Section):
         return [(index + 0.5) / self.times for index in range(self.times)]
 
 
+class DistillSettings(Section):
+    """Train an adapter that makes the images of a guided sampler in few updates without guidance.
+
+    Its method is described in training/distillation.py.
+    """
+
+    teacher: Path  # trajectories that `echo4o dataset precompute --teacher` wrote
+    steps: int = Field(gt=0)  # updates of the adapter; a divisor of the stored segments
+
+
 class TrainingRecipe(Section):
     """A run of `echo4o train RECIPE.yaml`.
 
@@ -269,6 +279,7 @@ class TrainingRecipe(Section):
     model: str  # pipeline folder or Hub repository to start from
     output_dir: Path
     latents: Path | None = None  # a cache that `echo4o dataset precompute` wrote; its rows are not encoded again
+    distill: DistillSettings | None = None  # learn from trajectories of the model instead of the rows' images
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list), Field(min_length=1)]
     mixing: Literal["draws", "epochs"] = "draws"  # weights are shares of the samples, or of each dataset's epochs
     on_bad_row: Literal["stop", "skip"] = "stop"  # skip: the next readable row takes the place of an unreadable one
@@ -378,6 +389,25 @@ class TrainingRecipe(Section):
                 "optimizer.name: adamw8bit keeps states of whole tensors: shard with adamw.",
             ),
             (len(set(self.trackers)) < len(self.trackers), "trackers names one of them twice."),
+            *(self._distillation_rules() if self.distill is not None else ()),
+        ]
+
+    def _distillation_rules(self) -> list[tuple[bool, str]]:
+        """The rules for recipes with a `distill` section."""
+        times = ValidationSettings.model_fields["times"].default
+        return [
+            (self.tune.method != "lora", "distill trains an adapter: set tune.method: lora."),
+            (self.latents is not None, "distill.teacher holds encoded rows as well: leave latents out."),
+            (self.resolution is not None, "resolution has no effect with distill: the teacher's sizes are stored."),
+            (
+                self.objective != type(self.objective)(),
+                "objective has no effect with distill, which has one of its own: leave it out.",
+            ),
+            (
+                self.validation is not None and self.validation.times != times,
+                "validation.times has no effect with distill: the updates of the adapter are validated.",
+            ),
+            (any(d.streaming for d in self.data), "distill reads trajectories by row: set data.streaming: false."),
         ]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from echo4o.modeling.common.image_files import to_rgb
 from echo4o.training.backbones.base import RowPreparation
-from echo4o.training.recipe import ResolutionSettings
+from echo4o.training.recipe import ResolutionSettings, ValidationSettings
 
 
 class ResizedRows:
@@ -27,6 +27,12 @@ class ResizedRows:
 
     def sample(self, prepared: Any, epoch: int) -> Any:
         return self.source.sample(prepared, epoch)
+
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        return self.source.noise_levels(settings)
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]:
+        return self.source.validation_samples(prepared, times)
 
     def _resized(self, row: dict) -> dict:
         image = row.get("image")

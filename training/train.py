@@ -34,6 +34,7 @@ from echo4o.training.backbones import backbone_class
 from echo4o.training.backbones.base import Backbone, RowPreparation, TrainingBatch
 from echo4o.training.checkpoints import CheckpointError, CheckpointFolder
 from echo4o.training.data import SHUFFLE_BUFFER, PreparedRows, mixing_weights, open_sources
+from echo4o.training.distillation import DistilledRows
 from echo4o.training.ema import MovingAverage
 from echo4o.training.engine import build_accelerator, hidden_buffers, loads_weights, reshard
 from echo4o.training.held_out import split_rows
@@ -86,7 +87,9 @@ class Trainer:
         self.checkpoints = CheckpointFolder(recipe.output_dir / "checkpoints", keep, accelerator.print)
         self._check_output()
         sources = (
-            [dataset] if dataset is not None else open_sources(recipe.data, bool(recipe.packing))
+            [dataset]
+            if dataset is not None
+            else open_sources(recipe.data, bool(recipe.packing), targets=recipe.distill is None)
         )  # fails before gigabytes are loaded
         check_features(sources)
         sources, validation_rows = split_rows(recipe, sources, accelerator)
@@ -110,6 +113,9 @@ class Trainer:
             source = ResizedRows(self.backbone, recipe.resolution)
         if recipe.latents is not None:
             source = CachedBackbone(self.backbone, recipe.latents)
+        if recipe.distill is not None:
+            source = DistilledRows(self.backbone, recipe)
+        if recipe.latents is not None or recipe.distill is not None:
             sources = [undecoded(rows) for rows in sources]
         self.batches = self._batches(sources, source)
         self.images = SampleImages(recipe, accelerator, self.pipeline, validation_rows) if recipe.images else None

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, gather_object
 from echo4o.training.backbones.base import Backbone, LossTerm, RowPreparation, TrainingBatch, TrainingSample
 from echo4o.training.data import PreparedRows, RowRef
 from echo4o.training.held_out import TASKS, ValidationRows
-from echo4o.training.recipe import TrainingRecipe
+from echo4o.training.recipe import TrainingRecipe, ValidationSettings
 from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.step import sum_over_processes
 from echo4o.training.stopping import DataError
@@ -28,14 +28,20 @@ from echo4o.training.validation_result import ValidationResult
 class _FixedSamples:
     """Prepares rows as in training; a row's sample is the list of its validation samples."""
 
-    def __init__(self, backbone: Backbone, source: RowPreparation, levels: Sequence[float]):
-        self.backbone, self.source, self.levels = backbone, source, levels
+    def __init__(self, source: RowPreparation, levels: Sequence[float]):
+        self.source, self.levels = source, levels
+
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        return self.source.noise_levels(settings)
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[TrainingSample]:
+        return self.source.validation_samples(prepared, times)
 
     def prepare(self, rows: Sequence[dict]) -> Sequence[Any]:
         return self.source.prepare(rows)
 
     def sample(self, prepared: Any, epoch: int) -> Sequence[TrainingSample]:
-        return self.backbone.validation_samples(prepared, self.levels)
+        return self.source.validation_samples(prepared, self.levels)
 
 
 @dataclass
@@ -66,8 +72,8 @@ class Validator:
     ):
         assert recipe.validation is not None
         self.recipe, self.accelerator, self.backbone, self.rows = recipe, accelerator, backbone, rows
-        self.monitor, self.levels = monitor, recipe.validation.noise_levels()
-        samples = _FixedSamples(backbone, source, self.levels)
+        self.monitor, self.levels = monitor, source.noise_levels(recipe.validation)
+        samples = _FixedSamples(source, self.levels)
         weights = [1.0] * len(rows.sources)
         self._prepared = PreparedRows(rows.sources, weights, samples, recipe.seed, recipe.cache_mb * 10**6)
         # As many samples as a forward pass of the training has.

@@ -59,6 +59,7 @@ def train(
       [bold]accelerate launch -m echo4o.training.train full_fsdp2_multinode ...[/bold]
     - omnigen2_lora_single_gpu, omnigen2_full_fsdp2_8gpu: the same for OmniGen2
     - blip3o_lora_single_gpu, blip3o_full_8gpu: the same for BLIP3-o
+    - distill_lora: an adapter that makes an image in four updates without guidance
     - quickstart_cpu: a tiny model
     """
     from echo4o.training.recipe_files import load_recipe, parse_changes

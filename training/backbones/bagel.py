@@ -6,11 +6,13 @@ of an image becomes `references (vit) ..., question, answer` with a loss on the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
@@ -358,6 +360,43 @@ class BagelBackbone(Backbone):
         noise = torch.randn(segments[-1].data.shape, generator=named_generator(0, prepared.id, 0, "validation noise"))
         raw_times = [raw_time_of(time, self.objective.time_shift) for time in times]
         return [BagelSample(prepared.id, segments, noise, torch.tensor([raw_time])) for raw_time in raw_times]
+
+    # --- distillation ---
+
+    def latent_shape(self, row: dict, height: int | None, width: int | None) -> tuple[int, ...]:
+        images, side = row["reference_images"] or [], self.vae_limits.max_size
+        own_width, own_height = self.vae_limits.size(*images[-1].size) if images else (side, side)
+        factor = self.pipeline.vae_scale_factor
+        return self.vae.config.latent_channels, (height or own_height) // factor, (width or own_width) // factor
+
+    def generation_times(self, steps: int, latent_shape: Sequence[int]) -> list[float]:
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def conditions(self, row: dict) -> BagelRow:
+        if row.get("answer"):
+            raise ValueError("it has an answer, and only images are distilled.")
+        images = [to_rgb(image, f"a reference of {row['id']}", MAX_PIXELS) for image in row["reference_images"] or []]
+        return BagelRow(
+            id=row["id"],
+            text=self.token_ids(row["instruction"]),
+            reference_moments=self.encode(images),
+            reference_patches=[self.patches(self.vae_limits.resize(image)) for image in images],
+            moments=None,
+        )
+
+    def line_sample(
+        self, prepared: BagelRow, image: torch.Tensor, noise: torch.Tensor, time: float, references: torch.Generator
+    ) -> BagelSample:
+        patch = self.latent_patch
+        grid = (image.shape[1] // patch, image.shape[2] // patch)
+        target = image_segment("noise", grid, self.special, patchify(image, patch))
+        raw_time = torch.tensor([raw_time_of(time, self.objective.time_shift)])
+        segments = [*self._conditions(prepared, references), target]
+        return BagelSample(prepared.id, segments, patchify(noise, patch), raw_time)
+
+    # --- parts of samples, batches ---
 
     def _question(self, row: BagelRow) -> BagelSample:
         assert row.answer is not None

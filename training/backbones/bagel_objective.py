@@ -21,7 +21,9 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def raw_time_of(time: float, shift: float) -> float:
-    """The raw time that [`add_noise`] turns into `time`, for times between 0 and 1 (excluded)."""
+    """The raw time that [`add_noise`] turns into `time`, in (0, 1]; infinity for 1."""
+    if time >= 1:
+        return math.inf
     unshifted = time / (shift - (shift - 1) * time)
     return math.log(unshifted / (1 - unshifted))
 

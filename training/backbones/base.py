@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import nn
 
-from echo4o.training.recipe import TrainingRecipe
+from echo4o.training.recipe import TrainingRecipe, ValidationSettings
 
 
 class PreparedRow(Protocol):
@@ -68,6 +68,10 @@ class RowPreparation(Protocol):
     def prepare(self, rows: Sequence[dict]) -> Sequence[Any]: ...
 
     def sample(self, prepared: Any, epoch: int) -> Any: ...
+
+    def noise_levels(self, settings: ValidationSettings) -> list[float]: ...
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]: ...
 
 
 class LossTerm(NamedTuple):
@@ -143,6 +147,7 @@ class Backbone(ABC):
     # Frozen components that encode rows in 16 bit where the run computes in 16 bit
     encoder_components: ClassVar[tuple[str, ...]] = ()
     takes_references: ClassVar[bool] = True  # whether prompts can have reference images
+    rows_at_once: int = 1  # that `echo4o dataset precompute` prepares in one call
     updated_by: ClassVar[str] = "transformer"  # the component that an update of the image's latents runs
     release_configs: ClassVar[dict[str, dict]]  # configurations of the released checkpoint, by component
 
@@ -155,7 +160,8 @@ class Backbone(ABC):
 
         By default the encoders, if a cache holds what they would compute and no sample images are generated.
         """
-        return cls.encoder_components if recipe.latents is not None and recipe.images is None else ()
+        cached = recipe.latents is not None or recipe.distill is not None
+        return cls.encoder_components if cached and recipe.images is None else ()
 
     @classmethod
     def quantized_components(cls, recipe: Any) -> tuple[str, ...]:
@@ -178,6 +184,10 @@ class Backbone(ABC):
     def sample(self, prepared: Any, epoch: int) -> TrainingSample:
         """Sample everything random about a row for one epoch, from generators seeded by the row and the epoch."""
 
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        """The times at which rows are validated."""
+        return settings.noise_levels()
+
     def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[TrainingSample]:
         """The samples that validate a row, with all its conditions: one for each time, or one if it has no noise.
 
@@ -190,6 +200,38 @@ class Backbone(ABC):
             ValueError: the backbone cannot validate.
         """
         raise ValueError(f"validation: backbone {self.recipe.backbone} has no samples at fixed times.")
+
+    # --- distillation (training/distillation.py): a velocity at a time under the conditions of a row ---
+
+    def latent_shape(self, row: dict, height: int | None, width: int | None) -> tuple[int, ...]:
+        """The shape of the latent that the pipeline generates for a row. None: the pipeline's default in pixels."""
+        raise self._not_distilled()
+
+    def generation_times(self, steps: int, latent_shape: Sequence[int]) -> list[float]:
+        """Amounts of noise before each of the pipeline's updates and after the last: from 1 to 0, `steps` + 1 numbers."""
+        raise self._not_distilled()
+
+    def conditions(self, row: dict) -> PreparedRow:
+        """A row without its target, encoded as in a call of the pipeline."""
+        raise self._not_distilled()
+
+    def line_sample(
+        self, prepared: Any, image: torch.Tensor, noise: torch.Tensor, time: float, references: torch.Generator
+    ) -> TrainingSample:
+        """A sample with all conditions at a point of the straight line from `image` to `noise`.
+
+        Args:
+            prepared: of [`conditions`].
+            image, noise: latents as in the pipeline.
+            time: amount of noise, in (0, 1].
+            references: samples the latents of reference images, in the order of a call.
+        """
+        raise self._not_distilled()
+
+    def _not_distilled(self) -> ValueError:
+        return ValueError(f"backbone {self.recipe.backbone} cannot be distilled.")
+
+    # --- batches ---
 
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> TrainingBatch:

@@ -6,6 +6,7 @@ of the latter, so that training needs neither.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 
 from echo4o.modeling.common.image_files import to_rgb
 from echo4o.modeling.omnigen2.image_processor_omnigen2 import reference_pixels
+from echo4o.modeling.omnigen2.inputs_omnigen2 import DEFAULT_SIZE
 from echo4o.modeling.omnigen2.prompts_omnigen2 import DROPPED_SYSTEM_PROMPT, SYSTEM_PROMPT, prompt_text
+from echo4o.modeling.omnigen2.sampling_omnigen2 import set_times
 from echo4o.modeling.omnigen2.transformer_omnigen2 import MAX_REFERENCES, OmniGen2Transformer2DModel, TokenCounts
 from echo4o.training.backbones import omnigen2_costs
 from echo4o.training.backbones.base import Backbone, LossTerm, named_generator
@@ -35,6 +38,7 @@ from echo4o.training.recipe import FullTuning, LoraTuning, Section, TrainingReci
 
 TrainablePart = Literal["refiners", "layers", "embeddings"]
 PARTS: tuple[TrainablePart, ...] = ("refiners", "layers", "embeddings")
+CALL_PIXELS, CALL_SIDE = 1024 * 1024, 1024  # limits of references in a call of the pipeline, by default
 
 
 # --- the recipe's sections ------------------------------------------------------------------------------------------
@@ -121,23 +125,25 @@ class OmniGen2Row:
     Args:
         texts: states (tokens, text_feat_dim) of the instruction, and of it without a prefix if it has one.
         reference_moments: each (2*C, h, w): mean and log-variance.
-        moments: (2*C, h, w) of the target.
+        moments: (2*C, h, w) of the target; None for the conditions of a distilled row.
     """
 
     id: str
     texts: list[torch.Tensor]
     is_text_to_image: bool
     reference_moments: list[torch.Tensor]
-    moments: torch.Tensor
+    moments: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in [*self.texts, *self.reference_moments, self.moments])
+        target = [] if self.moments is None else [self.moments]
+        return sum(t.nbytes for t in [*self.texts, *self.reference_moments, *target])
 
     def to_cache(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {f"text.{index}": states.contiguous() for index, states in enumerate(self.texts)}
         tensors |= {f"{index}.moments": m.contiguous() for index, m in enumerate(self.reference_moments)}
-        tensors["moments"] = self.moments.contiguous()
+        if self.moments is not None:
+            tensors["moments"] = self.moments.contiguous()
         facts = {"texts": len(self.texts), "references": len(self.reference_moments)}
         instruction = hashlib.blake2b(self.instruction_key.encode(), digest_size=16).hexdigest()
         return tensors, facts | {"is_text_to_image": self.is_text_to_image, "instruction": instruction}
@@ -305,7 +311,7 @@ class OmniGen2Backbone(Backbone):
             texts=[tensors[f"text.{index}"] for index in range(facts["texts"])],
             is_text_to_image=facts["is_text_to_image"],
             reference_moments=[tensors[f"{index}.moments"] for index in range(facts["references"])],
-            moments=tensors["moments"],
+            moments=tensors.get("moments"),
             instruction_key=row["instruction"],
         )
 
@@ -325,11 +331,13 @@ class OmniGen2Backbone(Backbone):
         """States of the text that stands for a dropped prompt."""
         return self.text_states(prompt_text("", DROPPED_SYSTEM_PROMPT))
 
-    @torch.no_grad()
     def moments(self, image, max_pixels: int, place: str) -> torch.Tensor:
         """VAE moments (2*C, h, w) of an RGB image, in float32."""
         stride = self.pipeline.latent_stride
-        pixels = reference_pixels(image, max_pixels, self.objective.max_side_length, stride, place)
+        return self._encode(reference_pixels(image, max_pixels, self.objective.max_side_length, stride, place))
+
+    @torch.no_grad()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self.vae.device, self.vae.dtype)
         return self.vae.encode(pixels[None]).latent_dist.parameters[0].float().cpu()
 
@@ -340,6 +348,15 @@ class OmniGen2Backbone(Backbone):
         mean, logvar = moments.chunk(2)
         sampled = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
         return (sampled - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def _sampled(self, moments: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+        return [self.latent(m, torch.randn(m.shape[0] // 2, *m.shape[1:], generator=generator)) for m in moments]
+
+    def _latents(self, row: OmniGen2Row, generator: torch.Generator) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Sampled latents of the references and of the target."""
+        assert row.moments is not None
+        *references, target = self._sampled([*row.reference_moments, row.moments], generator)
+        return references, target
 
     def sample(self, prepared: OmniGen2Row, epoch: int) -> OmniGen2Sample:
         row, objective = prepared, self.objective
@@ -359,12 +376,9 @@ class OmniGen2Backbone(Backbone):
         if dropped.prompt:
             text = self.dropped_states
         latents = generator("latents")
-        encoded = [
-            self.latent(m, torch.randn(m.shape[0] // 2, *m.shape[1:], generator=latents))
-            for m in [*row.reference_moments, row.moments]
-        ]
-        *references, target = encoded
-        length = max(len(states) for states in row.texts) + sum(_tokens(latent, self.patch) for latent in encoded)
+        references, target = self._latents(row, latents)
+        tokens = sum(_tokens(latent, self.patch) for latent in [*references, target])
+        length = max(len(states) for states in row.texts) + tokens
         return OmniGen2Sample(
             id=row.id,
             text=text,
@@ -380,11 +394,7 @@ class OmniGen2Backbone(Backbone):
         def generator(purpose: str) -> torch.Generator:
             return named_generator(0, prepared.id, 0, f"validation {purpose}")
 
-        latents = generator("latents")
-        *references, target = (
-            self.latent(m, torch.randn(m.shape[0] // 2, *m.shape[1:], generator=latents))
-            for m in [*prepared.reference_moments, prepared.moments]
-        )
+        references, target = self._latents(prepared, generator("latents"))
         text = prepared.texts[0]
         noise = torch.randn(target.shape, generator=generator("noise"))
         length = len(text) + sum(_tokens(latent, self.patch) for latent in [*references, target])
@@ -394,6 +404,54 @@ class OmniGen2Backbone(Backbone):
             OmniGen2Sample(prepared.id, text, references, target, noise, raw_time, self.patch, length)
             for raw_time in raw_times
         ]
+
+    # --- distillation ---
+
+    def latent_shape(self, row: dict, height: int | None, width: int | None) -> tuple[int, ...]:
+        images, sides = row["reference_images"] or [], (DEFAULT_SIZE, DEFAULT_SIZE)
+        if len(images) == 1:
+            sides = tuple(self._call_pixels(images[0], "reference 0").shape[1:])
+        factor = self.pipeline.vae_scale_factor
+        return self.vae.config.latent_channels, (height or sides[0]) // factor, (width or sides[1]) // factor
+
+    def generation_times(self, steps: int, latent_shape: Sequence[int]) -> list[float]:
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        set_times(scheduler, steps, latent_shape[1] * latent_shape[2])
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def conditions(self, row: dict) -> OmniGen2Row:
+        if row.get("answer"):
+            raise ValueError("it has an answer, and only images are distilled.")
+        images = [to_rgb(image, f"reference {i}") for i, image in enumerate(row["reference_images"] or [])]
+        pixels = [self._call_pixels(image, f"reference {i}") for i, image in enumerate(images)]
+        return OmniGen2Row(
+            id=row["id"],
+            texts=[self.text_states(prompt_text(row["instruction"]))],
+            is_text_to_image=not images,
+            reference_moments=[self._encode(p) for p in pixels],
+            moments=None,
+            instruction_key=row["instruction"],
+        )
+
+    def _call_pixels(self, image, place: str) -> torch.Tensor:
+        """A reference at the size that a call of the pipeline gives it by default."""
+        return reference_pixels(image, CALL_PIXELS, CALL_SIDE, self.pipeline.latent_stride, place)
+
+    def line_sample(
+        self,
+        prepared: OmniGen2Row,
+        image: torch.Tensor,
+        noise: torch.Tensor,
+        time: float,
+        references: torch.Generator,
+    ) -> OmniGen2Sample:
+        latents = self._sampled(prepared.reference_moments, references)
+        length = len(prepared.texts[0]) + sum(_tokens(latent, self.patch) for latent in [*latents, image])
+        raw_time = raw_time_of(1 - time, self._tokens_of_shift(image), self.objective.time_shift)  # 0 is noise here
+        text, raw = prepared.texts[0], torch.tensor(raw_time)
+        return OmniGen2Sample(prepared.id, text, latents, image, noise, raw, self.patch, length)
+
+    # --- batches ---
 
     def _tokens_of_shift(self, target: torch.Tensor) -> int:
         """The number of tokens by which times of a target (C, h, w) are shifted."""

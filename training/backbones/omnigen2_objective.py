@@ -67,7 +67,9 @@ def shift_time(t: torch.Tensor, tokens: int, version: str) -> torch.Tensor:
 
 
 def raw_time_of(time: float, tokens: int, version: str) -> float:
-    """The raw time whose sigmoid [`shift_time`] turns into `time`, for times between 0 and 1 (excluded)."""
+    """The raw time whose sigmoid [`shift_time`] turns into `time`, in [0, 1); minus infinity for 0."""
+    if time <= 0:
+        return -math.inf
     factors = {"v1": math.exp(0.5 + 0.65 * (tokens - 256) / 3840), "v2": math.sqrt(tokens) / 20, "none": 1.0}
     return math.log(factors[version] * time / (1 - time))
 
