@@ -69,6 +69,14 @@ def open_settings(page, tab: str = "generate") -> None:
     page.locator(f"#{tab}-settings").get_by_role("button", name="Settings").click()
 
 
+def shown_settings(page, *lines: str) -> None:
+    """Wait until the settings of the history show these lines: the editor draws only lines near the window."""
+    settings = page.locator("#history-settings")
+    settings.scroll_into_view_if_needed()
+    for line in lines:
+        settings.filter(has_text=line).wait_for()
+
+
 def test_generate_reload_and_make_it_again(page, app):
     page.fill("#generate-prompt textarea", "a photo of a red circle")
     open_settings(page)
@@ -81,14 +89,14 @@ def test_generate_reload_and_make_it_again(page, app):
     page.reload()
     images(page, "history").first.wait_for()  # the history is still there
     images(page, "history").first.click()
-    page.locator("#history-settings").filter(has_text=f'"seed": {seed}').wait_for()
-    assert '"num_inference_steps": 12' in page.locator("#history-settings").inner_text().replace("\xa0", " ")
+    shown_settings(page, f'"seed": {seed}', '"num_inference_steps": 12')
     with page.expect_download() as download:
         page.click("#history-download")
     with Image.open(download.value.path()) as first:
         assert first.format == "PNG" and first.size == (64, 64)
         pixels, stored = first.tobytes(), ImageMetadata.from_json(json.loads(first.info["echo4o"]), "the download")
     assert stored.prompt == "a photo of a red circle" and stored.seeds == (int(seed),) and stored.model == "tiny"
+    assert stored.settings["num_inference_steps"] == 12  # set just before the click
     page.click("#history-reuse")
     page.wait_for_function(
         f"document.querySelector('#generate-seed input, #generate-seed textarea').value === '{seed}'"
@@ -147,7 +155,7 @@ def test_edit_with_two_references_in_an_order_that_is_changed(page, app):
     images(page, "edit-results").first.wait_for()
     keep_screenshot(page, "edit")
     images(page, "history").first.click()
-    page.locator("#history-settings").filter(has_text='"references": 2').wait_for()
+    shown_settings(page, '"references": 2')
 
 
 def test_chat_about_an_image(page):
