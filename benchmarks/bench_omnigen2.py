@@ -66,7 +66,7 @@ def measure_update(model: OmniGen2Transformer2DModel, branches: int, options: Na
 
 def measure_training(title: str, references: int, options: Namespace) -> None:
     """Forward and backward pass of two samples, full and LoRA."""
-    from echo4o.training.backbones.omnigen2 import OmniGen2LoraTuning
+    from echo4o.training.backbones.omnigen2_recipe import OmniGen2LoraTuning
 
     device = options.device
     given = {

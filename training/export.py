@@ -21,14 +21,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 
 from echo4o.common.files import replacing_folder, write_json
 from echo4o.modeling.common import lora_files
+from echo4o.modeling.common.adapter_presets import SamplingPreset
 from echo4o.modeling.common.conversion import shard_files, write_index
 from echo4o.modeling.common.lora_files import DIFFUSERS_FILE
-from echo4o.modeling.common.weights import component_tensors
+from echo4o.modeling.common.weights import component_tensors, read_json
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.training.backbones import backbone_class
 from echo4o.training.checkpoints import WEIGHTS, Checkpoint, quiet
 from echo4o.training.model import ADAPTER, base_folder, cast, lora_config
-from echo4o.training.recipe import LoraTuning, RecipeError
+from echo4o.training.recipe import LoraTuning, RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import load_recipe, read_recipe
 
 SHARD_BYTES = 5_000_000_000
@@ -52,13 +53,19 @@ def check_keys(what: str, expected: Iterable[str], given: Iterable[str]) -> None
 
 
 def write_adapter(
-    folder: Path, transformer, tune: LoraTuning, values: dict[str, torch.Tensor], dtype: torch.dtype
+    folder: Path,
+    transformer,
+    tune: LoraTuning,
+    values: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    preset: SamplingPreset | None = None,
 ) -> Path:
     """Write `pytorch_lora_weights.safetensors` as diffusers reads it, its configuration in the file's metadata.
 
     Args:
         transformer: the model with the adapter injected; it may be on the meta device.
         values: trained tensors by their names in [`echo4o.training.model.TrainedModel`].
+        preset: how to sample with the adapter.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -67,7 +74,8 @@ def write_adapter(
     layers = get_peft_model_state_dict(transformer, state_dict=own, adapter_name=ADAPTER)
     layers = {f"transformer.{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in layers.items()}
     with replacing_folder(folder) as work:
-        lora_files.write_adapter(work / DIFFUSERS_FILE, layers, lora_config(tune, type(transformer)).to_dict())
+        settings = lora_config(tune, type(transformer)).to_dict()
+        lora_files.write_adapter(work / DIFFUSERS_FILE, layers, settings, preset)
     return folder
 
 
@@ -187,6 +195,8 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         merge: LoRA: write a complete pipeline with the adapter fused into its weights.
     """
     recipe = read_recipe(checkpoint.state()["recipe"])
+    if merge:
+        _refuse_to_merge_few_steps(recipe)
     backbone = backbone_class(recipe.backbone)
     if weights == "ema" and recipe.ema is None:
         raise RecipeError(f"{checkpoint.folder} has no average: its recipe has no ema section. Use --weights raw.")
@@ -218,7 +228,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str = "auto", 
         skeleton = cls.from_config(cls.load_config(base / "transformer"))
         skeleton.add_adapter(lora_config(recipe.tune, cls), adapter_name=ADAPTER)
     if not merge:
-        return write_adapter(out, skeleton, recipe.tune, read(names), torch.float32)
+        return write_adapter(out, skeleton, recipe.tune, read(names), torch.float32, few_step_preset(recipe))
     adapter = write_adapter(out.parent / f".{out.name}.adapter", skeleton, recipe.tune, read(names), torch.float32)
     try:
         return merge_adapter(str(base), adapter, out, dtype)
@@ -256,7 +266,26 @@ def load_adapter(pipeline, adapter: Path) -> None:
 def merge_run(run: Path, out: Path) -> Path:
     """Write a pipeline folder with the adapter of a finished run fused into its weights."""
     recipe = load_recipe(run / "recipe.yaml")
+    _refuse_to_merge_few_steps(recipe)
     return merge_adapter(recipe.model, run / "adapter", out, getattr(torch, recipe.save_dtype))
+
+
+def _refuse_to_merge_few_steps(recipe: TrainingRecipe) -> None:
+    if recipe.distill is not None:
+        raise RecipeError(
+            "--merge would lose the preset of a few-step adapter (number of updates, no guidance): use it as an adapter, "
+            "with --lora or load_lora_weights."
+        )
+
+
+def few_step_preset(recipe: TrainingRecipe) -> SamplingPreset | None:
+    """How to sample with the adapter of a recipe that distils; None for other recipes."""
+    if recipe.distill is None:
+        return None
+    config = read_json(base_folder(recipe.model) / "scheduler" / "scheduler_config.json")
+    dynamic = config.get("use_dynamic_shifting") or config.get("dynamic_time_shift")
+    shift = None if dynamic else float(config.get("shift") or config.get("flow_shift") or 1.0)
+    return SamplingPreset(recipe.distill.steps, shift=shift)
 
 
 def merge_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> Path:

@@ -407,6 +407,10 @@ class TrainingRecipe(Section):
                 self.validation is not None and self.validation.times != times,
                 "validation.times has no effect with distill: the updates of the adapter are validated.",
             ),
+            (
+                self.images is not None and self.images.steps != ImageSettings.model_fields["steps"].default,
+                "images.steps has no effect with distill: images are generated in distill.steps updates.",
+            ),
             (any(d.streaming for d in self.data), "distill reads trajectories by row: set data.streaming: false."),
         ]
 

@@ -38,7 +38,8 @@ def write_result(
         folder = recipe.output_dir / "adapter"
         gathered = {name: whole(value) for name, value in values.items()}  # small; a collective operation
         if accelerator.is_main_process:
-            export.write_adapter(folder, pipeline.transformer, recipe.tune, gathered, torch.float32)
+            preset = export.few_step_preset(recipe)
+            export.write_adapter(folder, pipeline.transformer, recipe.tune, gathered, torch.float32, preset)
     elif accelerator.distributed_type == DistributedType.FSDP:
         folder = recipe.output_dir / "pipeline"
         saved = save_checkpoint()

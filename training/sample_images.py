@@ -27,6 +27,7 @@ from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, to_png, v
 from echo4o.common.revisions import public_name
 from echo4o.modeling.common.image_files import open_image, to_rgb
 from echo4o.training.engine import reshard
+from echo4o.training.export import few_step_preset
 from echo4o.training.held_out import ValidationRows
 from echo4o.training.precompute import decoded
 from echo4o.training.recipe import RecipeError, TrainingRecipe
@@ -59,6 +60,10 @@ class SampleImages:
         self.settings, self.accelerator, self.pipeline = recipe.images, accelerator, pipeline
         self.folder = recipe.output_dir / FOLDER
         self.model, self.run = public_name(recipe.model), recipe.output_dir.name
+        preset = few_step_preset(recipe)
+        self.sampling: dict[str, Any] = {"num_inference_steps": recipe.images.steps}
+        if preset is not None:
+            self.sampling = preset.arguments(pipeline.scheduler)
         self._inputs_written = False
         self.requests = [*self._prompts(), *self._rows(rows)]
         if any(request.references for request in self.requests):
@@ -82,7 +87,7 @@ class SampleImages:
             assert rows is not None
             row = decoded(rows.sources[ref.source][ref.row])
             references = [to_rgb(image) for image in row["reference_images"] or []]
-            target = to_rgb(row["image"])
+            target = None if row["image"] is None else to_rgb(row["image"])
             yield ImageRequest(row["instruction"], references, self.settings.seed + index, target)
 
     @torch.no_grad()
@@ -112,14 +117,13 @@ class SampleImages:
     def _generate(self, request: ImageRequest) -> Image.Image:
         generator = torch.Generator().manual_seed(request.seed)
         inputs: dict[str, Any] = {"image": request.references} if request.references else {}
-        steps = self.settings.steps
-        return self.pipeline(request.text, num_inference_steps=steps, generator=generator, **inputs).images[0]
+        return self.pipeline(request.text, **self.sampling, generator=generator, **inputs).images[0]
 
     def _metadata(self, request: ImageRequest, step: int) -> ImageMetadata:
         return ImageMetadata(
             request.text,
             (request.seed,),
-            settings={"num_inference_steps": self.settings.steps},
+            settings=self.sampling,
             references=tuple(pixels_sha256(image) for image in request.references),
             model=self.model,
             revision=f"{self.run}, step {step}",

@@ -450,7 +450,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the recipe named on the command line."""
     first = os.environ.get("RANK", "0") == "0"
     try:
-        result = train(parse_arguments(sys.argv[1:] if arguments is None else arguments))
+        recipe = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        result = train(recipe)
     except TrainingStopped as stop:
         if first:
             print(f"{stop}\nNext: the same command with --resume", file=sys.stderr)
@@ -465,7 +466,10 @@ def main(arguments: list[str] | None = None) -> int:
     if first:
         print(f"Trained {len(result.log)} steps in {result.seconds:.0f} s: {result.pipeline_dir}")
         run = result.pipeline_dir.parent
-        if result.pipeline_dir.name == "adapter":
+        if recipe.distill is not None:
+            command = ["echo4o", "generate", "a lighthouse made of glass", "--model", recipe.model]
+            print(f"Next: {shlex.join([*command, '--lora', str(result.pipeline_dir)])}")
+        elif result.pipeline_dir.name == "adapter":
             command = ["echo4o", "export", str(run), "--merge", "--out", str(run / "merged")]
             print(f"Next: {shlex.join(command)}")
         else:

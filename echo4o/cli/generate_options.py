@@ -58,7 +58,9 @@ NumImages = Annotated[int, typer.Option(min=1, help="Number of images to generat
 class SamplingOptions:
     """Image"""
 
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of sampler updates.", show_default="49")] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of sampler updates.", show_default="49, or the adapter's preset")
+    ] = None
     guidance_scale: Annotated[
         float | None,
         typer.Option(help="Strength of the prompt; 1 disables guidance.", show_default="the task's preset"),

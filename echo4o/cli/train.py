@@ -124,6 +124,7 @@ def export(
     """
     from echo4o.training.checkpoints import Checkpoint, CheckpointFolder, missing_from
     from echo4o.training.export import export_checkpoint, export_to_original, merge_run
+    from echo4o.training.recipe_files import read_recipe
 
     if to is not None and merge:
         raise ValueError(
@@ -161,8 +162,20 @@ def export(
         return
     folder = export_checkpoint(chosen[-1], out, weights.value, merge)
     adapter = not (folder / "model_index.json").is_file()
+    settings = read_recipe(chosen[-1].state()["recipe"])
     say(f"step {chosen[-1].step}, the {'adapter' if adapter else 'pipeline'}:")
-    if adapter:
+    if settings.distill is not None:
+        command = [
+            "echo4o",
+            "generate",
+            "a lighthouse made of glass",
+            "--model",
+            settings.model,
+            "--lora",
+            str(folder),
+        ]
+        finish(folder, shlex.join(command))
+    elif adapter:
         finish(folder, shlex.join(["echo4o", "export", str(run), "--merge", "--out", f"{out}-merged"]))
     else:
         finish(folder, shlex.join(["echo4o", "generate", "a lighthouse made of glass", "--model", str(out)]))

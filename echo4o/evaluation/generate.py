@@ -204,6 +204,11 @@ def _require_same_settings(out: Path, settings: GenerationSettings, prompts: Seq
 def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
     """Returns the properties of the loaded model that images depend on: revision, dtype and used presets."""
     presets = dict(pipe.config.get("presets") or {})
+    few_steps = getattr(pipe, "sampling_preset", None)
+    steps = _default_steps(pipe)
+    if few_steps is not None:  # an active adapter's preset takes the place of the checkpoint's
+        presets = {task: preset | few_steps.to_json() for task, preset in presets.items()}
+        steps = few_steps.num_inference_steps
     guidance = settings.guidance if settings.guidance is not None else _of_presets(presets, "guidance_scale")
     image = settings.image_guidance
     return {
@@ -211,7 +216,7 @@ def describe_model(pipe, settings: GenerationSettings) -> dict[str, Any]:
         "model_revision": model_revision(settings.model, pipe),
         "adapter_revision": model_revision(settings.adapter) if settings.adapter else None,
         "dtype": str(getattr(pipe, "dtype", None)).removeprefix("torch."),
-        "steps": settings.steps if settings.steps is not None else _default_steps(pipe),
+        "steps": settings.steps if settings.steps is not None else steps,
         "guidance": guidance,
         "image_guidance": image if image is not None else _of_presets(presets, "image_guidance_scale"),
     }

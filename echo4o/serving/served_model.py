@@ -79,6 +79,9 @@ class ServedModel:
         self.takes_size = "height" in arguments and "width" in arguments
         self.one_size = not (self.takes_size and "list" in str(arguments["height"].annotation))
         self.defaults = {n: arguments[n].default for n in self.image_options if arguments[n].default is not None}
+        preset = getattr(pipe, "sampling_preset", None)
+        if preset is not None:  # of the adapters that are active at the start
+            self.defaults["num_inference_steps"] = preset.num_inference_steps
         self._active: Adapters | None = None
         # Replaces `call_pipeline` where the call runs in another process, which has the GPU; without progress.
         self.call: Callable[..., tuple[list[Image.Image], list[str | None]]] | None = None

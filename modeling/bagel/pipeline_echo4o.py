@@ -16,6 +16,7 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
 from ..common.activation_limit import activation_limit
+from ..common.adapter_presets import uses_adapter_preset
 from ..common.concurrency import in_use
 from ..common.flow_schedulers import check_scheduler
 from ..common.images import to_uint8
@@ -104,6 +105,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         ".segments_bagel",
         ".text_generation_bagel",
         "..common.activation_limit",
+        "..common.adapter_presets",
         "..common.concurrency",
         "..common.flow_schedulers",
         "..common.image_files",
@@ -191,6 +193,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
     # --- generation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @uses_adapter_preset
     @scales_lora
     @runs_alone
     def __call__(
@@ -232,7 +235,9 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             inputs: instead of both, an interleaved list of texts and images, or a list of such lists.
             height, width: pixels, multiples of 16 (one value, or one per prompt). None: the size of the prompt's last
                 reference, or else the largest square (release: 1024).
-            num_inference_steps: number of updates; BAGEL's `num_timesteps=50` corresponds to 49.
+            num_inference_steps: number of updates; BAGEL's `num_timesteps=50` corresponds to 49. Active few-step
+                adapters have presets for this argument, the guidance and the time shift; arguments that are passed
+                take precedence.
             guidance_scale, image_guidance_scale: weights of the difference to the text-free and to the image-free
                 branch; 1 turns a branch off.
             guidance_interval: (low, high): guidance is on while low < t <= high; t runs from 1 (noise) to 0.

@@ -81,6 +81,7 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
         ".inputs_blip3o",
         ".prompts_blip3o",
         ".sampling_blip3o",
+        "..common.adapter_presets",
         "..common.concurrency",
         "..common.image_files",
         "..common.images",

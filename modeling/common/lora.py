@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
+from .adapter_presets import PRESET_KEY, SamplingPreset, common_preset
 from .concurrency import in_use
 from .lora_files import (
     DIFFUSERS_FILE,
@@ -124,6 +125,8 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
                 "The adapter has no configuration, so that its alpha is unknown: pass "
                 "config=LoraConfig(r=..., lora_alpha=..., target_modules=...)."
             )
+        stored = settings.get(PRESET_KEY) if isinstance(settings, dict) else None
+        preset = None if stored is None else SamplingPreset.read(stored)
         settings = lora_config(settings)
         if foreign := [n for n in state if not n.startswith(_PREFIX)]:
             raise ValueError(
@@ -142,6 +145,9 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         )
         if hotswap:
             self._renew_after_hotswap(name, settings)
+        self._presets.pop(name, None)
+        if preset is not None:
+            self._presets[name] = preset
 
     @staticmethod
     def _new_name(name: str | None, loaded: dict, hotswap: bool) -> str:
@@ -200,6 +206,7 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
             transformer_lora_layers={n: t.detach().cpu().contiguous() for n, t in state.items()},
             weight_name=weight_name,
             transformer_lora_adapter_metadata=transformer.peft_config[adapter_name].to_dict(),
+            sampling_preset=self._presets.get(adapter_name),
         )
         return Path(save_directory, weight_name)
 
@@ -213,6 +220,7 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         save_function=None,
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict | None = None,
+        sampling_preset: SamplingPreset | None = None,
     ) -> None:
         """Write given weights as in diffusers. To save a loaded adapter by its name, use `save_lora_adapter`.
 
@@ -235,7 +243,7 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         if save_function is not None:
             save_function(tensors, str(file))
         else:
-            write_adapter(file, tensors, transformer_lora_adapter_metadata)
+            write_adapter(file, tensors, transformer_lora_adapter_metadata, sampling_preset)
 
     # --- using ---
 
@@ -243,6 +251,21 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
     def _model(self) -> Any:
         """The transformer without torch.compile's wrapper, which diffusers' methods of the pipeline skip."""
         return getattr(self.transformer, "_orig_mod", self.transformer)
+
+    @property
+    def _presets(self) -> dict[str, SamplingPreset]:
+        """The sampling presets of the loaded adapters, by name."""
+        return self._model.__dict__.setdefault("_adapter_presets", {})
+
+    @property
+    def sampling_preset(self) -> SamplingPreset | None:
+        """The preset that calls use: that of the adapters that are active, turned on and not weighted by 0.
+
+        Raises ValueError if two of them have different presets.
+        """
+        layers = [layer for _, layer in self._lora_layers() if not layer.disable_adapters] if self._presets else []
+        acting = {n for layer in layers for n in layer.active_adapters if layer.scaling.get(n)}
+        return common_preset({name: preset for name, preset in self._presets.items() if name in acting})
 
     def _lora_layers(self) -> Iterator[tuple[str, Any]]:
         """Names and modules of the layers with adapters."""
@@ -323,6 +346,8 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         self._require_unfused("delete an adapter")
         active = [n for n in self.get_active_adapters() if n not in names]
         self._model.delete_adapters(names)
+        for name in names:
+            self._presets.pop(name, None)
         for _, layer in self._lora_layers():
             layer.set_adapter(active)
 
@@ -330,7 +355,8 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         """Remove all adapters. Fused adapters remain in the weights permanently."""
         self._require_uncached(name for name, _ in self._lora_layers())
         self._model.unload_lora()
-        self._model.__dict__.pop("_scaling_before_fuse", None)
+        for name in ("_scaling_before_fuse", "_adapter_presets"):
+            self._model.__dict__.pop(name, None)
         self._merged_adapters = set()
 
     def fuse_lora(

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .adapter_presets import PRESET_KEY, SamplingPreset
 from .weights import PICKLE_SUFFIXES, nonfinite_names, read_header, read_json, refuse_pickles, shortened
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -112,6 +113,7 @@ def _choose(names: list[str], weight_name: str | None, where: str) -> str:
 def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Read the weights, named `transformer.*`, and the configuration; None if the file has none.
 
+    The configuration has the adapter's sampling preset, if there is one, under the key `sampling_preset`.
     Reads the formats of diffusers and PEFT. Raises ValueError for damaged files and for PEFT's files without
     configuration.
     """
@@ -130,23 +132,30 @@ def read_adapter(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | 
         return state, None
     try:
         settings = json.loads(raw)
-        return state, {name.removeprefix("transformer."): value for name, value in settings.items()}
+        preset = {PRESET_KEY: json.loads(header[PRESET_KEY])} if PRESET_KEY in header else {}
+        return state, {name.removeprefix("transformer."): value for name, value in settings.items()} | preset
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} has an unreadable {METADATA_KEY!r} in its header: {error}.") from error
 
 
-def write_adapter(file: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+def write_adapter(
+    file: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any], preset: SamplingPreset | None = None
+) -> None:
     """Write an adapter in the format of diffusers, with its configuration in the header of the file.
 
     Args:
         tensors: named `transformer.*`.
         settings: of `LoraConfig.to_dict()`. Sets are stored as lists, enumerations as their values; options without a
             JSON form are dropped.
+        preset: how to sample with the adapter.
     """
     plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in settings.items()}
     is_json = (str, int, float, bool, list, dict, type(None))
     stored = {f"transformer.{k}": v for k, v in plain.items() if isinstance(v, is_json)}
-    save_file(tensors, file, metadata={"format": "pt", METADATA_KEY: json.dumps(stored, sort_keys=True)})
+    header = {"format": "pt", METADATA_KEY: json.dumps(stored, sort_keys=True)}
+    if preset is not None:
+        header[PRESET_KEY] = json.dumps(preset.to_json())
+    save_file(tensors, file, metadata=header)
 
 
 def lora_config(settings):
@@ -162,6 +171,7 @@ def lora_config(settings):
     if not isinstance(settings, dict) or str(settings.get("peft_type", "LORA")) not in ("LORA", "PeftType.LORA"):
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"The adapter's configuration has the type {kind}; only LORA is supported.")
+    settings = {name: value for name, value in settings.items() if name != PRESET_KEY}
     known = LoraConfig.__dataclass_fields__
     if foreign := [name for name, value in settings.items() if name not in known and value]:
         raise ValueError(f"The installed PEFT does not know the adapter's options {', '.join(foreign)}: update peft.")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
+from ..common.adapter_presets import uses_adapter_preset
 from ..common.images import qwen_vision_inputs
 from .inputs_omnigen2 import check_sampling, check_settings, read_requests
 from .output_omnigen2 import OmniGen2PipelineOutput
@@ -80,6 +81,7 @@ class ChatMixin:
         return answers[0] if isinstance(prompt, str) else answers
 
     @torch.no_grad()
+    @uses_adapter_preset
     def respond(
         self,
         prompt: str,

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..common.adapter_presets import uses_adapter_preset
 from ..common.images import vae_scale_factor
 from ..common.loading import PortablePipelineMixin, qwen_names
 from ..common.lora import TransformerLoraMixin, scales_lora
@@ -62,6 +63,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         ".output_omnigen2",
         ".prompts_omnigen2",
         ".sampling_omnigen2",
+        "..common.adapter_presets",
         "..common.concurrency",
         "..common.image_files",
         "..common.images",
@@ -229,6 +231,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         return result, generated
 
     @torch.no_grad()
+    @uses_adapter_preset
     @scales_lora
     def __call__(
         self,
@@ -266,7 +269,8 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
             height, width: pixels of the result (one value, or one per prompt). None: 1024, or the size of the only
                 reference. One prompt with exactly one reference always has the reference's size, unless
                 `align_res=False`.
-            num_inference_steps: updates of the image.
+            num_inference_steps: updates of the image. Active few-step adapters have presets for this argument and the
+                guidance; arguments that are passed take precedence.
             timesteps: times of the updates instead, rising from 0 (noise) and below 1 (data); they are not shifted.
             guidance_scale: strength of the prompt against the negative prompt; 1 disables guidance.
             image_guidance_scale: strength of the references, on top of text guidance; 1 disables it.

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
 
+from echo4o.common.image_metadata import read_metadata
+from echo4o.modeling.common.lora_files import DIFFUSERS_FILE, find_adapter, read_adapter
 from echo4o.training.backbones.bagel import BagelBackbone
 from echo4o.training.backbones.base import named_generator
 from echo4o.training.distillation import DistilledRows, segment_line
@@ -17,6 +20,7 @@ from echo4o.training.precompute import main as precompute_main
 from echo4o.training.recipe import RecipeError
 from echo4o.training.recipe_files import load_recipe
 from echo4o.training.teacher import Teacher, TeacherSettings, Trajectories, teacher_fingerprint
+from echo4o.training.train import Trainer
 
 from .conftest import COLOURS, make_backbone, picture
 from .running import assert_same, losses_of, start, torchrun, train_here, weights_of
@@ -307,3 +311,125 @@ def test_a_plan_needs_no_trajectories():
 
     done = CliRunner().invoke(app, ["train", "distill_lora", "--plan", "--set", "model=release"])
     assert done.exit_code == 0 and "fits on 1 GPU" in done.stdout
+
+
+# --- from prompts to images ---------------------------------------------------------------------------------------
+
+
+def test_the_adapter_generates_by_its_preset_on_the_command_line(distill_file, tmp_path, model_folder):
+    from typer.testing import CliRunner
+
+    from echo4o.cli import app
+
+    def echo4o(*arguments) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert train_here(distill_file(steps=2, checkpoints={"every": 4})) == 0
+    adapter = tmp_path / "run" / "adapter"
+    echo4o("export", tmp_path / "run", "--out", tmp_path / "exported")
+    assert read_adapter(tmp_path / "exported" / DIFFUSERS_FILE)[1] == read_adapter(adapter / DIFFUSERS_FILE)[1]
+    echo4o("export", tmp_path / "run", "--to", "original", "--out", tmp_path / "original")
+    assert read_adapter(find_adapter(tmp_path / "original"))[1]["sampling_preset"]["num_inference_steps"] == 2
+
+    def image(name: str, *options) -> bytes:
+        common = ("generate", "a red square", "--model", model_folder, "--seed", 0, "--device", "cpu")
+        echo4o(*common, "--height", 32, "--width", 32, *options, "--out", tmp_path / f"{name}.png")
+        return PILImage.open(tmp_path / f"{name}.png").tobytes()
+
+    own = image("own", "--lora", adapter)
+    assert own == image("same", "--lora", adapter, "--steps", 2, "--guidance-scale", 1)
+    assert own != image("more", "--lora", adapter, "--steps", 4)
+    assert own == image("exported", "--lora", tmp_path / "exported")
+    assert own == image("original", "--lora", tmp_path / "original")
+    echo4o(
+        "generate",
+        "--like",
+        tmp_path / "own.png",
+        "--lora",
+        adapter,
+        "--model",
+        model_folder,
+        "-o",
+        tmp_path / "a.png",
+    )
+    assert PILImage.open(tmp_path / "a.png").tobytes() == own
+
+
+def test_merging_would_lose_the_preset(distill_file, tmp_path):
+    from typer.testing import CliRunner
+
+    from echo4o.cli import app
+
+    assert train_here(distill_file(checkpoints={"every": 4})) == 0
+    for more in ([], ["--step", "4"]):
+        given = ["export", str(tmp_path / "run"), "--merge", "--out", str(tmp_path / "merged"), *more]
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 2 and "--merge would lose the preset of a few-step adapter" in done.output
+
+
+def test_images_of_a_run_are_generated_by_the_preset(distill_file, tmp_path):
+    images = {"every": 4, "prompts": ["a red square"], "validation_rows": 1}
+    assert train_here(distill_file(images=images, validation={"every": 4, "share": 0.3})) == 0
+    (folder,) = (tmp_path / "run" / "images").glob("step-*")
+    assert read_metadata(folder / "0.png").settings == {
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+    }
+
+
+def test_a_server_and_an_evaluation_use_the_preset(distill_file, tmp_path, model_folder):
+    from echo4o.evaluation.generate import GenerationSettings, describe_model
+    from echo4o.modeling.pipelines import pipeline_class
+    from echo4o.serving.served_model import ServedModel
+
+    assert train_here(distill_file(steps=2)) == 0
+    pipe = pipeline_class(model_folder).from_pretrained(model_folder)
+    pipe.load_lora_weights(tmp_path / "run" / "adapter", adapter_name="fast")
+    assert ServedModel(pipe, adapters=(("fast", 1.0),)).defaults["num_inference_steps"] == 2
+    described = describe_model(pipe, GenerationSettings(str(model_folder), adapter=str(tmp_path / "run" / "adapter")))
+    assert described["steps"] == 2 and set(described["guidance"].values()) == {1.0}
+
+
+# --- another backbone -----------------------------------------------------------------------------------------------
+
+
+def test_omnigen2_goes_through_the_same_seam(tmp_path):
+    """Without guidance and with one update for each segment, the model itself is the exact student here as well."""
+    from echo4o.training.backbones.omnigen2 import OmniGen2Backbone
+    from echo4o.training.backbones.omnigen2_recipe import OmniGen2Recipe
+    from tests.modeling.omnigen2_models import golden_pipeline
+
+    pipe = golden_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    prompt_rows(4).save_to_disk(tmp_path / "prompts")
+    options = ["--height", 64, "--width", 64, "--set", "guidance_scale=1.0"]
+    out = make_trajectories(tmp_path / "prompts", tmp_path / "model", tmp_path / "out", *options)
+    values = {"backbone": "omnigen2", "model": str(tmp_path / "model"), "output_dir": tmp_path / "run", "steps": 2}
+    values |= {"data": {"path": str(tmp_path / "prompts")}, "batch_size": 2, "device": "cpu"}
+    values |= {"tune": {"method": "lora", "rank": 4, "alpha": 4}, "distill": {"teacher": out, "steps": 4}}
+    recipe = OmniGen2Recipe.model_validate(values)
+    backbone = OmniGen2Backbone(pipe, recipe)
+    pipe.transformer.eval()
+    rows = DistilledRows(backbone, recipe)
+    for prepared in rows.prepare(list(prompt_rows(4))):
+        for sample in rows.validation_samples(prepared, rows.noise_levels(None)):
+            with torch.no_grad():
+                loss = backbone.losses(pipe, backbone.collate([sample]))["mse"].values.mean()
+            assert loss < 1e-5, (prepared.id, sample.raw_time)
+    result = Trainer(recipe, pipe).run()
+    stored = read_adapter(result.pipeline_dir / DIFFUSERS_FILE)[1]["sampling_preset"]
+    assert stored == {"num_inference_steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "shift": None}
+    again = golden_pipeline()
+    again.load_lora_weights(result.pipeline_dir)
+    again("a red square", height=32, width=32, output_type="latent")
+    assert again.num_timesteps == 4
+
+
+def test_a_backbone_without_the_seam_says_so(tmp_path, tiny_pipeline):
+    from echo4o.training.backbones.base import Backbone
+
+    with pytest.raises(ValueError, match="backbone bagel cannot be distilled"):
+        Backbone.conditions(make_backbone(tiny_pipeline), {})

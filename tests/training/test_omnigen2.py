@@ -12,7 +12,8 @@ from echo4o.modeling.omnigen2.convert import convert_to_diffusers
 from echo4o.modeling.omnigen2.pipeline_omnigen2 import OmniGen2Pipeline
 from echo4o.modeling.omnigen2.prompts_omnigen2 import DROPPED_SYSTEM_PROMPT, prompt_text
 from echo4o.training import precompute as precompute_module
-from echo4o.training.backbones.omnigen2 import OmniGen2Backbone, OmniGen2Recipe, collate
+from echo4o.training.backbones.omnigen2 import OmniGen2Backbone, collate
+from echo4o.training.backbones.omnigen2_recipe import OmniGen2Recipe
 from echo4o.training.precompute import CacheError, precompute
 from echo4o.training.train import Trainer
 from tests.modeling.omnigen2_models import CHECKPOINT, golden_pipeline

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from echo4o.modeling.omnigen2.image_processor_omnigen2 import reference_pixels
 from echo4o.modeling.omnigen2.prompts_omnigen2 import DROPPED_SYSTEM_PROMPT, SYSTEM_PROMPT, prompt_text
-from echo4o.training.backbones.omnigen2 import OmniGen2Objective
 from echo4o.training.backbones.omnigen2_objective import choose_dropped, without_prefix
+from echo4o.training.backbones.omnigen2_recipe import OmniGen2Objective
 
 from ..golden import GoldenFile
 from ..report import Check

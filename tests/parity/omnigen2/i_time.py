@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from echo4o.training.backbones.omnigen2 import OmniGen2Backbone, OmniGen2Objective, OmniGen2Recipe
+from echo4o.training.backbones.omnigen2 import OmniGen2Backbone
+from echo4o.training.backbones.omnigen2_recipe import OmniGen2Objective, OmniGen2Recipe
 from echo4o.training.ema import MovingAverage
 
 from ..golden import GoldenFile

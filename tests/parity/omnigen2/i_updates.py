@@ -8,14 +8,8 @@ import torch
 from torch import nn
 
 from echo4o.modeling.omnigen2.pipeline_omnigen2 import OmniGen2Pipeline
-from echo4o.training.backbones.omnigen2 import (
-    OmniGen2Backbone,
-    OmniGen2LoraTuning,
-    OmniGen2Objective,
-    OmniGen2Recipe,
-    OmniGen2Sample,
-    collate,
-)
+from echo4o.training.backbones.omnigen2 import OmniGen2Backbone, OmniGen2Sample, collate
+from echo4o.training.backbones.omnigen2_recipe import OmniGen2LoraTuning, OmniGen2Objective, OmniGen2Recipe
 from echo4o.training.ema import MovingAverage
 from echo4o.training.model import TrainedModel, set_up
 from echo4o.training.step import weighted_loss

@@ -234,11 +234,14 @@ def _trainable(tag: str) -> tuple[tuple[ShapeGroup, ...], ...]:
     return tuple(groups for groups in _split(tag)[0] if not is_held_out(groups))
 
 
-def held_out_prompts(tags: Sequence[str] = TAGS) -> list[ShapesPrompt]:
-    """The prompts that scores are measured on: ten of each tag, always the same."""
+def held_out_prompts(tags: Sequence[str] = TAGS, variant: int = 1) -> list[ShapesPrompt]:
+    """The prompts that scores are measured on: ten of each tag, always the same.
+
+    Another `variant` has the same contents in another wording and order of mention.
+    """
     prompts = []
     for tag in tags:
-        rng = np.random.default_rng([_HELD_OUT_SEED, TAGS.index(tag), 1])
+        rng = np.random.default_rng([_HELD_OUT_SEED, TAGS.index(tag), variant])
         prompts += [_prompt(tag, groups, rng) for groups in _split(tag)[1]]
     return prompts
 

@@ -1,0 +1,232 @@
+"""Measures few-step adapters on the quickstart's tiny model: the table of docs/few_steps.md.
+
+`python -m echo4o.quickstart.few_steps QUICKSTART OUT` takes the fine-tuned pipeline and the dataset of a finished
+quickstart, makes the teacher's trajectories, trains adapters of 4, 8 and 2 updates, and scores all ways of sampling on
+held-out prompts. It takes about an hour on one core. After an interruption the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from echo4o.common.files import read_json, write_json
+from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
+from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, held_out_prompts
+from echo4o.evaluation.statistics import bootstrap
+from echo4o.modeling.pipelines import pipeline_class
+from echo4o.quickstart.generation import STEPS, generate_images, judge
+from echo4o.training.precompute import run as precompute
+from echo4o.training.recipe_files import bundled_recipe, load_recipe
+from echo4o.training.teacher import TeacherSettings
+from echo4o.training.train import train
+
+SEGMENTS = 8
+PROMPTS = 1536  # of the quickstart's training rows, whose trajectories the adapters learn from
+VARIANTS = (1, 2, 3)  # of the 90 held-out contents: 270 prompts
+SEEDS = (0, 1, 2)  # of the images' noise
+BATCH = 45  # prompts per call
+
+
+@dataclass(frozen=True)
+class Student:
+    """An adapter to train."""
+
+    updates: int
+    steps: int  # of the optimizer
+    start: int | None = None  # begin with the adapter of so many updates
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"student-{self.updates}" + (f"-seed-{self.seed}" if self.seed else "")
+
+
+STUDENTS = (Student(4, 600), Student(8, 300, start=4), Student(2, 600, start=4))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of sampling: a number of updates, with the checkpoint's guidance, without, or by an adapter's preset."""
+
+    name: str
+    updates: int | None = None  # None: the adapter's
+    guided: bool = True
+    adapter: Path | None = None
+
+    def options(self) -> dict:
+        """Arguments of the pipeline's call."""
+        return {} if self.guided or self.adapter else {"guidance_scale": 1.0}
+
+
+# --- making the adapters --------------------------------------------------------------------------------------------
+
+
+def make_trajectories(quickstart: Path, out: Path) -> None:
+    """Store the teacher's trajectories for prompts and references of the quickstart's dataset."""
+    from datasets import load_dataset
+
+    if not (out / "prompts").is_dir():
+        rows = load_dataset(str(quickstart / "dataset"), "all", split="train", cache_dir=str(out / "cache"))
+        chosen = rows.shuffle(seed=0).select(range(PROMPTS))
+        chosen.select_columns(["id", "instruction", "reference_images"]).save_to_disk(out / "prompts")
+    settings = TeacherSettings(updates=STEPS, segments=SEGMENTS, batch_size=32)
+    precompute(str(out / "prompts"), str(quickstart / "pipeline"), out / "trajectories", teacher=settings)
+
+
+def train_student(student: Student, quickstart: Path, out: Path) -> Path:
+    """Train an adapter, or return the folder of the one that is there."""
+    folder = out / student.name
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    settings = {
+        "model": str(quickstart / "pipeline"),
+        "output_dir": str(folder),
+        "data.path": str(out / "prompts"),
+        "distill": {"teacher": str(out / "trajectories"), "steps": student.updates},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 20, "schedule": "linear"},
+        "steps": student.steps,
+        "batch_size": 32,
+        "packing": None,
+        "mixed_precision": "no",
+        "gradient_checkpointing": False,
+        "device": "cpu",
+        "validation": {"every": 100, "share": 0.02, "max_rows": 32},
+        "checkpoints": {"every": 100},
+        "resume": True,
+        "seed": student.seed,
+    }
+    if student.start is not None:
+        settings["tune.init_adapter"] = str(out / f"student-{student.start}" / "adapter")
+    return train(load_recipe(bundled_recipe("distill_lora"), settings)).pipeline_dir
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+class RowCounter:
+    """Counts the rows of all updates: one for each image and guidance branch that the transformer evaluates."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.rows = pipeline, 0
+        self.hook = pipeline.transformer.register_forward_pre_hook(self._count)
+
+    def _count(self, module, arguments: tuple) -> None:
+        if self.pipeline.current_timestep is not None:  # not while contexts are read
+            self.rows += len(arguments[2].spans)
+
+
+def score(pipeline, way: Way, prompts: Sequence[ShapesPrompt], seed: int) -> dict:
+    """Generate the images of all prompts and judge them: {"right": list of bool, "rows": row-updates per image}."""
+    counter, images = RowCounter(pipeline), []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        images += generate_images(pipeline, part, seed * 1000 + start, way.updates, **way.options())
+    counter.hook.remove()
+    return {"right": [not reasons for reasons in judge(prompts, images)], "rows": counter.rows / len(prompts)}
+
+
+def load(folder: Path, way: Way):
+    """The pipeline, with the way's adapter."""
+    pipeline = pipeline_class(folder).from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if way.adapter is not None:
+        pipeline.load_lora_weights(way.adapter)
+    return pipeline
+
+
+def measure(folder: Path, ways: Sequence[Way], out: Path) -> dict:
+    """Scores by way and seed, kept in `out/scores.json`; measured ones are not measured again."""
+    prompts = [prompt for variant in VARIANTS for prompt in held_out_prompts(variant=variant)]
+    scores = read_json(out / "scores.json") or {}
+    for way in ways:
+        pipeline = None
+        for seed in SEEDS:
+            if str(seed) not in scores.setdefault(way.name, {}):
+                pipeline = pipeline or load(folder, way)
+                scores[way.name][str(seed)] = score(pipeline, way, prompts, seed)
+                write_json(out / "scores.json", scores)
+                print(
+                    f"{way.name}, seed {seed}: {sum(scores[way.name][str(seed)]['right'])}/{len(prompts)}", flush=True
+                )
+    return scores
+
+
+def seconds(folder: Path, ways: Sequence[Way], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of one call with 8 prompts, the ways taking turns."""
+    prompts, pipelines = held_out_prompts()[::12], [load(folder, way) for way in ways]
+    times: dict[str, list[float]] = {way.name: [] for way in ways}
+    for turn in range(rounds + 1):
+        for way, pipeline in zip(ways, pipelines, strict=True):
+            start = time.perf_counter()
+            generate_images(pipeline, prompts, 0, way.updates, **way.options())
+            if turn:  # the first one warms up
+                times[way.name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(scores: dict, times: dict[str, float], teacher: str) -> str:
+    """The results as a Markdown table; differences to the teacher with paired 95% intervals over prompts."""
+    prompts = [prompt for variant in VARIANTS for prompt in held_out_prompts(variant=variant)]
+    with_references = [bool(prompt.references) for prompt in prompts]
+    lines = [
+        "| sampling | right (95%) | minus teacher (95%, paired) | with references | row-updates | fewer | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, by_seed in scores.items():
+        runs = list(by_seed.values())
+        every = [ok for run in runs for ok in run["right"]]
+        referenced = [ok for run in runs for ok, has in zip(run["right"], with_references, strict=True) if has]
+        rows, base = runs[0]["rows"], scores[teacher]["0"]["rows"]
+        faster = f"{times[teacher] / times[name]:.1f}x" if name in times else ""
+        cells = [name, _share(every), _difference(runs, list(scores[teacher].values())), _share(referenced)]
+        lines.append(f"| {' | '.join(cells)} | {rows:.1f} | {base / rows:.1f}x | {faster} |")
+    return "\n".join(lines)
+
+
+def _share(right: Sequence[bool]) -> str:
+    accuracy = Accuracy(sum(right), len(right))
+    low, high = accuracy.interval
+    return f"{accuracy.mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _difference(runs: Sequence[dict], teacher: Sequence[dict]) -> str:
+    """The mean difference and its interval. The unit is a prompt: its seeds are averaged first."""
+    seeds = min(len(runs), len(teacher))
+    pairs = [zip(run["right"], other["right"], strict=True) for run, other in zip(runs, teacher)]
+    by_seed = [[float(a) - float(b) for a, b in pair] for pair in pairs]
+    prompts = [sum(values) / seeds for values in zip(*by_seed, strict=True)]
+    intervals, _ = bootstrap({"all": prompts}, lambda sizes: {"all": {"all": 1.0}})
+    low, high = intervals["all"]
+    return f"{statistics.mean(prompts):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def run(quickstart: Path, out: Path) -> str:
+    """Make and measure everything; returns the table, which is also written to `out/table.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    make_trajectories(quickstart, out)
+    teacher = Way(f"teacher, {STEPS} updates, guidance", STEPS)
+    untrained = [Way(f"teacher, {k} updates, guidance", k) for k in (8, 4, 2)]
+    untrained += [Way(f"teacher, {k} updates, no guidance", k, guided=False) for k in (8, 4, 2)]
+    adapters = {student: train_student(student, quickstart, out) for student in STUDENTS}
+    students = [Way(f"student, {s.updates} updates", adapter=adapters[s]) for s in STUDENTS]
+    ways = [teacher, *untrained, *students]
+    scores = measure(quickstart / "pipeline", ways, out)
+    result = table(scores, seconds(quickstart / "pipeline", ways), teacher.name)
+    (out / "table.md").write_text(result + "\n", "utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measures few-step adapters on the quickstart's tiny model.")
+    parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print(run(given.quickstart, given.out))
