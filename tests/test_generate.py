@@ -170,6 +170,29 @@ def test_ways_to_run(option):
         assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 
 
+@pytest.mark.slow
+def test_step_caches_of_other_models(monkeypatch):
+    """OmniGen2 has the cache of the first block; BLIP3-o's head has none. What they lack is an error of one line."""
+    from echo4o.modeling.omnigen2.transformer_omnigen2 import OmniGen2Transformer2DModel
+
+    enable, thresholds = OmniGen2Transformer2DModel.enable_cache, []
+
+    def recorded(model, config):
+        enable(model, config)
+        thresholds.append(config.threshold)
+
+    monkeypatch.setattr(OmniGen2Transformer2DModel, "enable_cache", recorded)
+    golden = Path(__file__).parent / "parity" / "golden_omnigen2" / "checkpoint"
+    call = ["a dot", "-m", golden, *SMALL, "--seed", 5]
+    generate(*call, "--cache", "first-block", "-o", "b.png")
+    assert read_metadata(Path("b.png")).loading["cache"] == "first-block" and thresholds == [0.05]
+    message = generate(*call, "--cache", "taylorseer", "-o", "c.png", code=2)
+    assert "--cache taylorseer: TaylorSeerCacheConfig is not supported: use FirstBlockCacheConfig" in message
+    blip3o = Path(__file__).parent / "parity" / "golden_blip3o" / "checkpoint"
+    message = generate("a dot", "-m", blip3o, "--cache", "first-block", "-o", "d.png", code=2)
+    assert "--cache first-block: Blip3oPipeline has no step cache" in message
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -76,19 +76,25 @@ def _enable_cache(pipe: Any, cache: Cache) -> None:
     import torch
     from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
     from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+    from diffusers.models.cache_utils import CacheMixin
 
+    if not isinstance(pipe.transformer, CacheMixin):
+        raise ValueError(f"--cache {cache.value}: {type(pipe).__name__} has no step cache.")
     if cache is Cache.first_block:
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
-        return
-    # Measured in docs/performance.md: 54% of the layers run, 2.6% error.
-    config = TaylorSeerCacheConfig(
-        cache_interval=2,
-        disable_cache_before_step=3,
-        taylor_factors_dtype=torch.float32,
-        skip_predict_identifiers=[r"layers\.\d+"],
-        cache_identifiers=["proj_out"],
-    )
-    pipe.transformer.enable_cache(config)
+        config: Any = FirstBlockCacheConfig(threshold=0.05)
+    else:
+        # Measured in docs/performance.md: 54% of the layers run, 2.6% error.
+        config = TaylorSeerCacheConfig(
+            cache_interval=2,
+            disable_cache_before_step=3,
+            taylor_factors_dtype=torch.float32,
+            skip_predict_identifiers=[r"layers\.\d+"],
+            cache_identifiers=["proj_out"],
+        )
+    try:
+        pipe.transformer.enable_cache(config)
+    except ValueError as error:
+        raise ValueError(f"--cache {cache.value}: {error}") from error
 
 
 def _offload(pipe: Any, device: "torch.device", offload: Offload) -> None:

@@ -237,7 +237,8 @@ def make_plan(stored: StoredPipeline, gpu: float, call: ImageCall) -> Generation
     weights = {}
     for name, tensors in stored.tensors.items():
         names = sorted({str(d).removeprefix("torch.") for d, _ in tensors.values()})
-        values = sum(math.prod(s) for n, (_, s) in tensors.items() if n != "pos_embed")
+        buffers = {n for n, _ in stored.components[name].named_buffers()}  # BAGEL's position table, for example
+        values = sum(math.prod(s) for n, (_, s) in tensors.items() if n not in buffers)
         weights[name] = {"bytes": stored.nbytes(name), "parameters": values, "dtypes": names}
     side, vae = memory.reference_side, stored.components["vae"]
     plan = GenerationMemoryPlan(

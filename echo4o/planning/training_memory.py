@@ -42,7 +42,7 @@ class TrainingMemoryPlan:
     workspace: float  # inside operations; encoding images, where that takes more than a step
     host: float
     checkpoint: float
-    disk: float  # the kept checkpoints, the one being written, and the result
+    disk: float  # the kept checkpoints, the best one, the one being written, and the result
     gpu: float
     notes: list[str] = field(default_factory=list)
 
@@ -221,7 +221,9 @@ def plan(
     work = max(step.workspace, optimizer_workspace_bytes(recipe, built))
     checkpoint = 4.0 * whole * (2 if recipe.ema else 1) + optimizer_bytes(recipe, built)
     result = 4.0 * whole if recipe.tune.method == "lora" else _pipeline_bytes(recipe, built)
-    keep = recipe.checkpoints.keep + 1 if recipe.checkpoints else (1 if recipe.sharding == "fsdp2" else 0)
+    keep = 1 if recipe.sharding == "fsdp2" else 0
+    if recipe.checkpoints:  # with the one being written, and the best validated one if it is older than the last ones
+        keep = recipe.checkpoints.keep + 1 + recipe.checkpoints.keep_best
     return TrainingMemoryPlan(
         weights=stored_bytes(recipe, built, ways),
         gradients=4.0 * trained,

@@ -213,7 +213,8 @@ def convert_to_original(src: Path, dst: Path) -> None:
     those of the original where the folder still has them and they agree with its components. The EVA tower goes into
     the checkpoint, as the original's trainer writes it, unless it came from a file of its own.
 
-    Raises as convert_to_diffusers.
+    Raises as convert_to_diffusers, and ValueError for a folder without the original's JSON files, as `save_pretrained`
+    writes it.
     """
     src, dst = Path(src), Path(dst)
     if not (src / INDEX_NAME).is_file():
@@ -228,7 +229,9 @@ def convert_to_original(src: Path, dst: Path) -> None:
     kept = _kept(src)
     if kept is None:
         raise ValueError(
-            f"{src} has no folder {KEPT_FOLDER}/ that fits its components: the JSON files of the original are needed."
+            f"{src} has no folder {KEPT_FOLDER}/ that fits its components. It holds the JSON files of the original "
+            "checkpoint, and `save_pretrained` does not write it: copy it from the converted folder that the pipeline "
+            "was loaded from."
         )
     if kept["eva"] == "file":
         tensors.pop("vision_model", None)

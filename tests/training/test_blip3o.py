@@ -385,6 +385,8 @@ def test_plans_of_a_call():
 
     release = make_plan(read_stored("release:blip3o"), 24e9, ImageCall(1024, 1024, references=0))
     assert release.weights["unet"]["parameters"] == 2_525_520_644
+    # with the position table: a parameter here, a buffer in BAGEL
+    assert release.weights["vision_model"]["parameters"] == 4_350_208_256
     assert release.recommended is not None
     with pytest.raises(ValueError, match="from text only"):
         make_plan(read_stored("release:blip3o"), 24e9, ImageCall(1024, 1024, references=1))

@@ -72,6 +72,18 @@ def test_counts_equal_what_a_run_holds(model_dir, rows, way):
     assert planned.checkpoint == checkpoint_bytes(asked.output_dir / "checkpoints" / "step-00000001" / "weights")
 
 
+def test_the_disk_of_a_run_has_room_for_its_best_checkpoint(model_dir):
+    """The last ones, the one being written, and the best one, which may be older than all of them."""
+    validation = {"split": "validation", "every": 1}
+    kept, best = (
+        plan(recipe(model_dir, checkpoints={"every": 1, "keep": 2, "keep_best": best}, validation=validation), 80e9)
+        for best in (False, True)
+    )
+    assert kept.checkpoint == best.checkpoint > 0
+    assert best.disk - kept.disk == best.checkpoint
+    assert kept.disk > 3 * kept.checkpoint  # two, the one being written, and the result
+
+
 def checkpoint_bytes(folder) -> int:
     """Tensors in a checkpoint, by its own metadata."""
     entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.values()

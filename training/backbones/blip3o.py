@@ -3,7 +3,9 @@
 The language model, the EVA-CLIP tower and the decoder are frozen. `echo4o dataset precompute` stores the features. It
 stores the states of the queries as well where the queries do not train (LoRA, or `parts: [head]`), so that training
 needs no language model. Where the queries train, the states change at every step. The keys and values of the text
-before them do not, but they are not stored: at the released size they take 57 kB per token in 16 bit.
+before them do not, but they are neither stored (at the released size they take 57 kB per token in 16 bit) nor computed
+apart from the queries: transformers drops a cache of keys and values under gradient checkpointing. The text is therefore
+part of the forward and backward pass of every step.
 """
 
 from __future__ import annotations

@@ -94,6 +94,24 @@ def test_saved_pipelines_load_again(tmp_path, converted):
     assert index["language_model"] == ["transformers", "Qwen2_5_VLForConditionalGeneration"]
 
 
+def test_a_saved_pipeline_goes_back_with_the_kept_files_of_its_base(tmp_path, converted):
+    """`save_pretrained` does not write the original's JSON files; the error says where they are."""
+    Blip3oPipeline.from_pretrained(converted).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="`save_pretrained` does not write it: copy it from the converted folder"):
+        convert_to_original(tmp_path / "saved", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    shutil.copytree(converted / "original", tmp_path / "saved" / "original")
+    convert_to_original(tmp_path / "saved", tmp_path / "back")
+    # The library writes the tokenizer's files in another form.
+    kept = [
+        name for name in files(CHECKPOINT) if name.endswith(".safetensors") or name.startswith("diffusion-decoder")
+    ]
+    assert {*kept, "config.json"} <= {*files(tmp_path / "back")}
+    for name in (name for name in kept if name.endswith(".safetensors")):
+        want, got = (load_file(folder / name) for folder in (CHECKPOINT, tmp_path / "back"))
+        assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
+
+
 def test_shards_have_indexes_that_load(tmp_path):
     convert_to_diffusers(CHECKPOINT, tmp_path / "ours", shard_bytes=200_000)
     assert (tmp_path / "ours" / "language_model" / "model.safetensors.index.json").is_file()
