@@ -188,6 +188,11 @@ class RowGroups:
     def column_names(self) -> list[str]:
         return list(self.features)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether these are the rows that [`mapped`] returns."""
+        return self._convert is not None
+
     def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]], features: datasets.Features) -> RowGroups:
         """The same rows after a function that maps each of them, images not decoded, to a row with other features."""
         groups = RowGroups(self.counts, self._read, features, self.stored)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import datasets
 import torch
+from PIL import Image
 
 from echo4o.common.hub_names import is_repository_name
 from echo4o.dataset_scripts.row_groups import GroupOrder, RowGroups, StreamedRows
@@ -26,7 +27,7 @@ from echo4o.training.columns import FEATURES, FIELDS, MappedRows, RowMapping
 from echo4o.training.recipe import DataSource, RecipeError
 from echo4o.training.row_filters import kept_numbers
 
-UNREADABLE = (ValueError, OSError, SyntaxError)  # PIL raises these for damaged images
+UNREADABLE = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises these for bad images
 BARE_NAME = "echo-4o-image"  # `datasets` finds it without a namespace once echo4o is imported
 MAP_STYLE = (datasets.Dataset, MappedRows)
 RowSource = datasets.Dataset | MappedRows | RowGroups | datasets.IterableDataset
@@ -300,13 +301,16 @@ class PreparedRows:
         raise ValueError(f"None of the {len(dataset)} rows can be read.")
 
     def _prepare(self, rows: list[dict]) -> Sequence[PreparedRow]:
+        for row in rows:
+            if not str(row["instruction"] or "").strip():
+                raise ValueError(f"Row {row['id']}: its instruction is empty.")
         try:
             return self.backbone.prepare(rows)
-        except (ValueError, OSError):
+        except UNREADABLE:
             for row in rows:  # one by one, so that the message names the row
                 try:
                     self.backbone.prepare([row])
-                except (ValueError, OSError) as error:
+                except UNREADABLE as error:
                     raise ValueError(f"Row {row['id']}: {error}") from error
             raise
 

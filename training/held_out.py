@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from echo4o.common import files
 from echo4o.training.columns import MappedRows
 from echo4o.training.data import MAP_STYLE, RowRef, RowSource, open_sources
-from echo4o.training.precompute import digest_of, undecoded
+from echo4o.training.precompute import digest_of
 from echo4o.training.recipe import RecipeError, TrainingRecipe, ValidationSettings
+from echo4o.training.row_images import undecoded
 
 FILE = "held_out.json"
 MapStyle = datasets.Dataset | MappedRows

@@ -27,22 +27,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image as PILImage
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from echo4o.common import files
 from echo4o.common.locks import FolderLock
-from echo4o.dataset_scripts.images import MAX_PIXELS
-from echo4o.modeling.common.image_files import open_image
 from echo4o.training.backbones import backbone_of
 from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
 from echo4o.training.data import MAP_STYLE, open_sources
 from echo4o.training.model import load_backbone
 from echo4o.training.recipe import DataSource, ValidationSettings
 from echo4o.training.recipe_files import parse_changes, read_recipe
-from echo4o.training.row_checks import check_features
+from echo4o.training.row_checks import check_features, check_rows
+from echo4o.training.row_images import decoded, image_bytes, undecoded
 from echo4o.training.teacher import Teacher, TeacherSettings
 
 ABOUT, VERSION = "cache.json", 1
@@ -83,43 +81,9 @@ def digest_of(row: dict) -> str:
     """A hash of the row's images as they are stored, so that a changed image is not mistaken for the cached one."""
     digest = hashlib.blake2b(digest_size=16)
     for image in [row.get("image"), *(row["reference_images"] or [])]:
-        data = b"" if image is None else _image_bytes(image, row["id"])
+        data = b"" if image is None else image_bytes(image, row["id"])
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def _image_bytes(stored: dict, row: str) -> bytes:
-    if stored.get("bytes") is not None:
-        return stored["bytes"]
-    try:
-        return Path(stored["path"]).read_bytes()
-    except (OSError, TypeError) as error:
-        raise CacheError(f"row {row}: an image cannot be read: {error}") from error
-
-
-def undecoded(dataset):
-    """The dataset with its images as bytes."""
-    from datasets import Image, List
-
-    raw = {"reference_images": List(Image(decode=False)), "image": Image(decode=False)}
-    for name in raw.keys() & set(dataset.column_names):
-        dataset = dataset.cast_column(name, raw[name])
-    return dataset
-
-
-def decoded(row: dict) -> dict:
-    """The row with its images as PIL images."""
-
-    def decode(stored: dict | None):
-        if stored is None or isinstance(stored, PILImage.Image):
-            return stored
-        try:
-            return open_image(_image_bytes(stored, row["id"]), f"an image of {row['id']}", MAX_PIXELS)
-        except OSError as error:
-            raise CacheError(f"row {row['id']}: an image does not decode: {error}") from error
-
-    references = [decode(stored) for stored in row["reference_images"] or []]
-    return row | {"image": decode(row.get("image")), "reference_images": references}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -336,6 +300,7 @@ def _run(
         values |= {"tune": {"method": "lora"}, "mixed_precision": precision}
     recipe = read_recipe(values | {"backbone": backbone_of(model)}, changes)
     backbone = load_backbone(recipe, empty=teacher is None)
+    check_rows([rows], backbone.pipeline.config.get("max_references"))
     for component_name, component in backbone.pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             if teacher is not None or component_name not in backbone.trained_components:

@@ -29,8 +29,8 @@ from echo4o.modeling.common.image_files import open_image, to_rgb
 from echo4o.training.engine import reshard
 from echo4o.training.export import few_step_preset
 from echo4o.training.held_out import ValidationRows
-from echo4o.training.precompute import decoded
 from echo4o.training.recipe import RecipeError, TrainingRecipe
+from echo4o.training.row_images import decoded
 
 FOLDER, INPUTS = "images", "inputs.json"
 

@@ -42,7 +42,7 @@ from echo4o.training.hub_uploads import HubUploads
 from echo4o.training.model import TrainedModel, cast, load_backbone, set_up, trainable
 from echo4o.training.optimizers import build_optimizers, learning_rate_factor
 from echo4o.training.packing import FixedBatches, PackedBatches, merge_states
-from echo4o.training.precompute import CachedBackbone, undecoded
+from echo4o.training.precompute import CachedBackbone
 from echo4o.training.prefetch import Prefetch
 from echo4o.training.recipe import RecipeError, TrainingRecipe
 from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes, read_recipe
@@ -50,6 +50,7 @@ from echo4o.training.resolution import ResizedRows
 from echo4o.training.results import write_result
 from echo4o.training.resuming import check_same_run
 from echo4o.training.row_checks import check_features, check_rows
+from echo4o.training.row_images import DecodedRows, is_mapped, undecoded
 from echo4o.training.run_log import PHASES
 from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.sample_images import SampleImages
@@ -117,6 +118,9 @@ class Trainer:
             source = DistilledRows(self.backbone, recipe)
         if recipe.latents is not None or recipe.distill is not None:
             sources = [undecoded(rows) for rows in sources]
+        else:
+            source = DecodedRows(source)
+            sources = [rows if is_mapped(rows) else undecoded(rows) for rows in sources]
         self.batches = self._batches(sources, source)
         self.images = SampleImages(recipe, accelerator, self.pipeline, validation_rows) if recipe.images else None
         self.spikes = SpikeFilter(recipe.optimizer.skip_above) if recipe.optimizer.skip_above else None

@@ -80,7 +80,7 @@ def test_a_precomputed_row_is_the_row_that_training_reads(tmp_path):
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    from echo4o.training.precompute import decoded, undecoded
+    from echo4o.training.row_images import decoded, undecoded
 
     features = Features({"id": Value("string"), "image": ImageFeature(), "reference_images": List(ImageFeature())})
     stored = {"bytes": encoded(halves(), "JPEG", ROTATED), "path": None}

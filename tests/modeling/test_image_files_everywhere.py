@@ -166,7 +166,7 @@ def test_an_image_of_unknown_range_is_missing_before_anything_is_paid(tmp_path, 
 
 
 def test_validation_and_training_have_the_same_limit_of_size(pipe):
-    from echo4o.training.precompute import decoded
+    from echo4o.training.row_images import decoded
 
     image = Image.new("1", (MAX_PIXELS // 4096 + 1, 4096))
     stream = io.BytesIO()
@@ -175,6 +175,6 @@ def test_validation_and_training_have_the_same_limit_of_size(pipe):
     with pytest.raises(ValueError, match="images have between 1 and 33554432"):
         to_rgb(image, "image of a", MAX_PIXELS)
     stored = {"bytes": stream.getvalue(), "path": None}
-    with pytest.raises(ValueError, match="images have between 1 and 33554432"):
+    with pytest.raises(ValueError, match="at most 33,554,432 are decoded"):
         decoded({"id": "a", "image": stored, "reference_images": []})
     to_rgb(image)  # a photo of a large camera is a reference like any other

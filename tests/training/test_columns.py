@@ -210,7 +210,7 @@ def test_filters_by_value_side_and_aspect(tmp_path):
 
 
 def spoiled(folder, numbers):
-    from echo4o.training.precompute import undecoded
+    from echo4o.training.row_images import undecoded
 
     rows = make_rows()
     raw = [dict(row) for row in undecoded(rows)]

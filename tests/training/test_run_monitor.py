@@ -144,7 +144,7 @@ def test_a_row_that_cannot_be_read_is_named_after_saving(recipe_file, tmp_path, 
     from datasets import Dataset
     from datasets import Image as ImageFeature
 
-    from echo4o.training.precompute import undecoded
+    from echo4o.training.row_images import undecoded
 
     whole = make_rows()
     raw = [dict(row) for row in undecoded(whole)]
