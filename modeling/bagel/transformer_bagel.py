@@ -791,6 +791,7 @@ class BagelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attenti
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
+        _check_initialization(adapter_config)
         _save_requires_grad(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
@@ -1044,3 +1045,10 @@ def _restore_requires_grad(model: nn.Module) -> None:
     before = model.__dict__.pop("_requires_grad_before_adapters", {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
+
+
+def _check_initialization(adapter_config) -> None:
+    """Raise ValueError for an initialization that changes the base weights: unloading would leave them changed."""
+    kind = getattr(adapter_config, "init_lora_weights", True)
+    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(f"init_lora_weights={kind!r} changes the base weights: use True, 'gaussian' or 'orthogonal'.")

@@ -194,6 +194,7 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
         """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        _check_initialization(adapter_config)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
@@ -341,3 +342,10 @@ def _stored_files(name, subfolder: str | None = None, variant: str | None = None
             return [path for shard in sorted(set(shards)) if (path := find(shard)) is not None]
     file = find(f"{stem}{suffix}.safetensors")
     return [] if file is None else [file]
+
+
+def _check_initialization(adapter_config) -> None:
+    """Raise ValueError for an initialization that changes the base weights: unloading would leave them changed."""
+    kind = getattr(adapter_config, "init_lora_weights", True)
+    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(f"init_lora_weights={kind!r} changes the base weights: use True, 'gaussian' or 'orthogonal'.")

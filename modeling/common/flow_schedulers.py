@@ -28,8 +28,9 @@ _TOLERANCE = 2e-6  # UniPC starts at 1 - 1e-6
 def check_scheduler(scheduler: Any) -> None:
     """Raise ValueError, naming the scheduler and the setting, unless it can sample a flow-matching model.
 
-    Two updates of a small tensor, made by a scheduler of the same class and configuration, are compared with Euler's formula: x + (sigma' - sigma) * v at
-    sigma = shift * s / (1 + (shift - 1) * s) for the given times s.
+    Updates of a small tensor, made by a scheduler of the same class and configuration, are compared with Euler's formula:
+    x + (sigma' - sigma) * v at sigma = shift * s / (1 + (shift - 1) * s) for the given times s. The velocity v is
+    constant, so that UniPC's formula gives the same.
     """
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     is_unipc = name == "UniPCMultistepScheduler"
@@ -40,14 +41,17 @@ def check_scheduler(scheduler: Any) -> None:
             raise _unusable(name, f"{setting}={given!r} must be {value!r}")
     # from_config also keeps settings of the checkpoint's scheduler that the new class does not have.
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+    if not 0 < shift < np.inf:
+        raise _unusable(name, f"shift={shift:g} must be above 0")
     times = np.linspace(1.0, 0.0, 5)[:-1]
     expected = np.append(shift * times / (1 + (shift - 1) * times), 0.0)
     sigmas, updates = _try(scheduler, times)
     if sigmas is None or sigmas.shape != expected.shape or np.abs(sigmas - expected).max() > _TOLERANCE:
         hint = f"; give flow_shift={shift:g}" if is_unipc and config.get("flow_shift") != shift else ""
         raise _unusable(name, f"it does not follow the given times with shift={shift:g}{hint}")
-    if not is_unipc and (updates is None or not _is_euler(updates, expected)):
-        raise _unusable(name, "its updates are not those of Euler's method, or ignore the generator")
+    if updates is None or not _is_euler(updates, expected):
+        how = "fail where the velocity is constant" if is_unipc else "are not those of Euler's method"
+        raise _unusable(name, f"its updates {how}, or ignore the generator")
 
 
 def _unusable(name: str, why: str) -> ValueError:
@@ -61,7 +65,7 @@ _START, _VELOCITY = torch.tensor([[0.3, -1.2]]), torch.tensor([[0.7, 0.4]])
 
 
 def _try(scheduler: Any, times: np.ndarray) -> tuple[np.ndarray | None, list[torch.Tensor] | None]:
-    """The scheduler's sigmas for `times`, and a tensor after each of two updates; None for what fails."""
+    """The scheduler's sigmas for `times`, and a tensor after each update; None for what fails."""
     sigmas = updates = None
     try:
         trial = copy.deepcopy(scheduler)
@@ -69,7 +73,7 @@ def _try(scheduler: Any, times: np.ndarray) -> tuple[np.ndarray | None, list[tor
         trial.set_timesteps(sigmas=times, device="cpu")
         sigmas = np.asarray([float(sigma) for sigma in trial.sigmas])
         sample, updates = _START, []
-        for timestep in trial.timesteps[:2]:
+        for timestep in trial.timesteps:
             sample = trial.step(_VELOCITY, timestep, sample, return_dict=False)[0]
             updates.append(sample)
     except Exception:  # foreign code with arguments that it may not know

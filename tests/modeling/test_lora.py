@@ -69,6 +69,23 @@ def test_an_adapter_that_changed_the_base_weights_is_refused(fresh, tmp_path, in
     assert torch.equal(draw(other), before)
 
 
+@pytest.mark.parametrize("initialization", ["pissa", "pissa_niter_2", "olora", "corda", "loftq", "PiSSA"])
+def test_an_initialization_that_would_change_the_base_weights_is_refused(fresh, initialization):
+    from echo4o.modeling.blip3o.transformer_blip3o import Blip3oTransformer2DModel
+    from echo4o.modeling.omnigen2.transformer_omnigen2 import OmniGen2Transformer2DModel
+
+    model = fresh().transformer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = config()
+    settings.init_lora_weights = initialization
+    for owner in (model, Blip3oTransformer2DModel, OmniGen2Transformer2DModel):
+        add = owner.add_adapter if owner is model else lambda given, cls=owner: cls.add_adapter(None, given)
+        with pytest.raises(ValueError, match=f"init_lora_weights='{initialization}' changes the base weights"):
+            add(settings)
+    assert not getattr(model, "peft_config", None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("initialization", ["gaussian", "orthogonal"])
 def test_other_initializations_load_exactly(fresh, tmp_path, initialization):
     pipe = fresh()

@@ -77,6 +77,27 @@ def test_unipc_with_flow_sigmas_approaches_the_same_image_faster(mine):
     assert (unipc - fine).norm() < 0.5 * (coarse - fine).norm()
 
 
+@pytest.mark.parametrize("shift", [-1.0, float("nan"), float("inf")])
+def test_a_shift_that_gives_no_times_is_refused(mine, shift):
+    with pytest.raises(ValueError, match=f"shift={shift:g} must be above 0"):
+        check_scheduler(FlowMatchEulerDiscreteScheduler.from_config(mine.scheduler.config, shift=shift))
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler cannot generate"):
+        check_scheduler(UniPCMultistepScheduler(**UNIPC | {"flow_shift": shift}))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+def test_unipc_of_any_order_gives_numbers_or_is_refused(mine, order, solver):
+    for final in (True, False):
+        settings = UNIPC | {"solver_order": order, "solver_type": solver, "lower_order_final": final}
+        mine.scheduler = UniPCMultistepScheduler.from_config(mine.scheduler.config, **settings)
+        try:
+            assert latents(mine).isfinite().all()
+        except ValueError as error:
+            assert solver == "bh1" or not final
+            assert "its updates fail where the velocity is constant" in str(error)
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
