@@ -18,7 +18,8 @@ from torch import nn
 
 from echo4o.common.hub_names import is_repository_name
 from echo4o.modeling.common.publishing import INDEX_NAME
-from echo4o.modeling.common.weights import DTYPES, component_tensors, read_json
+from echo4o.modeling.common.weights import DTYPES, read_json
+from echo4o.modeling.pipelines import pipeline_class
 from echo4o.planning.assumptions import NF4_BYTES, RESERVE, USABLE
 from echo4o.planning.dry_run import vae_bytes
 from echo4o.training.backbones import backbone_class, backbone_of
@@ -68,11 +69,21 @@ def _in_folder(folder: Path) -> StoredPipeline:
             f"{folder} has no {INDEX_NAME}; convert an original checkpoint with `echo4o convert SRC DST` first, "
             "or plan for its sizes with the name `release`"
         )
-    backbone = backbone_class(backbone_of(str(folder)))
-    configs = {name: read_json(folder / name / "config.json") for name in backbone.component_classes}
-    headers = {name: component_tensors(folder / name) for name in configs}
+    backbone, cls = backbone_class(backbone_of(str(folder))), pipeline_class(folder)
+    headers = cls.stored_weights(folder)
+    headers = {name: headers[name] for name in backbone.component_classes if name in headers}
+    components = _empty(backbone, {name: read_json(folder / name / "config.json") for name in headers})
+    _check_loads(folder, cls, components, headers)
     tensors = {c: {n: (DTYPES[t.dtype], t.shape) for n, t in header.items()} for c, header in headers.items()}
-    return StoredPipeline(str(folder), backbone, _empty(backbone, configs), tensors, read_json(folder / INDEX_NAME))
+    return StoredPipeline(str(folder), backbone, components, tensors, read_json(folder / INDEX_NAME))
+
+
+def _check_loads(folder: Path, cls: Any, components: dict[str, nn.Module], headers: dict[str, dict]) -> None:
+    """Raise the errors that loading raises, apart from those in the values of weights."""
+    for name, model in components.items():
+        if "quantization_config" not in model.config:  # quantizers store additional tensors
+            cls.check_names(name, model, headers[name])
+    cls.from_pretrained(folder, **components)  # reads the components without weights, and checks that all fit
 
 
 def _release(backbone: type[Backbone], name: str) -> StoredPipeline:

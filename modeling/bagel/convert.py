@@ -27,6 +27,7 @@ from ..common.conversion import (
     write_weights,
 )
 from ..common.images import vae_scale_factor
+from ..common.loading import load_tokenizer
 from ..common.publishing import (
     INDEX_NAME,
     ComponentCode,
@@ -58,6 +59,7 @@ from .original_configs import (
 )
 from .original_keys import Key, all_keys, differences
 from .pipeline_echo4o import Echo4oPipeline
+from .segments_bagel import check_tokenizer
 
 # Component -> (file stem, class) of the components whose source file is published with them.
 OWN_CODE = {
@@ -188,9 +190,7 @@ def components_from_original(
 
         built["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(_scheduler_config())
     if "tokenizer" not in skip:
-        from transformers import Qwen2Tokenizer
-
-        built["tokenizer"] = Qwen2Tokenizer.from_pretrained(str(original.folder))
+        built["tokenizer"] = _tokenizer(original.folder)
     return built
 
 
@@ -217,7 +217,14 @@ def read_original(folder: Path) -> Original:
         problems += differences(expected, tensors, where)
     raise_problems(folder, problems)
     raise_problems(folder, _invalid_components(configs))
+    check_tokenizer(_tokenizer(folder), sizes.vocabulary)
     return Original(folder, keys, {**ema, **ae}, configs)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import Qwen2Tokenizer
+
+    return load_tokenizer(folder, Qwen2Tokenizer)
 
 
 def _invalid_components(configs: Configs) -> list[str]:
@@ -233,7 +240,7 @@ def _invalid_components(configs: Configs) -> list[str]:
 
 
 def _original_weights(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of ema.safetensors, or of the shards of the folder's index."""
+    """The tensors of ema.safetensors, or of the shards of the folder's index, which may name those of the VAE, too."""
     if (folder / "ema.safetensors").is_file():
         return read_header(folder / "ema.safetensors")
     indexes = sorted(folder.glob("*.safetensors.index.json"))
@@ -245,7 +252,7 @@ def _original_weights(folder: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(
             f"{folder} is not an original BAGEL checkpoint: it has neither ema.safetensors nor a *.safetensors.index.json."
         )
-    return indexed_tensors(indexes[0])
+    return {name: t for name, t in indexed_tensors(indexes[0]).items() if t.file.name != "ae.safetensors"}
 
 
 # --- parts of the folders --------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from .inputs_bagel import (
 )
 from .options_bagel import read_options
 from .prompt_encoding_bagel import PromptEncodingMixin
-from .segments_bagel import KVCache, Segment, SpecialTokens, patchify, unpatchify
+from .segments_bagel import KVCache, Segment, check_tokenizer, patchify, unpatchify
 from .text_generation_bagel import generate_text
 
 
@@ -155,12 +155,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         self._num_timesteps, self._interrupt = 0, False
         self._guidance_scale = self._current_timestep = self._attention_kwargs = None
         if tokenizer is not None:
-            SpecialTokens.from_tokenizer(tokenizer)
-            if len(tokenizer) > transformer.config.vocab_size:
-                raise ValueError(
-                    f"The tokenizer has {len(tokenizer)} tokens and the transformer embeds "
-                    f"{transformer.config.vocab_size}: they do not belong together."
-                )
+            check_tokenizer(tokenizer, transformer.config.vocab_size)
 
     @property
     def num_timesteps(self) -> int:

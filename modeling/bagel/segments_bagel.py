@@ -35,6 +35,16 @@ class SpecialTokens:
         return cls(*ids)
 
 
+def check_tokenizer(tokenizer, vocabulary: int) -> None:
+    """Raise ValueError if a tokenizer lacks special tokens, or has more tokens than the transformer embeds."""
+    SpecialTokens.from_tokenizer(tokenizer)
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the transformer embeds {vocabulary}: they do not belong "
+            "together."
+        )
+
+
 @dataclass(frozen=True)
 class Segment:
     """A text or an image of a sample, of one of four kinds (tests/parity/golden/README.md, "Conventions").

@@ -22,6 +22,7 @@ from ..common.conversion import (
     write_json,
     write_weights,
 )
+from ..common.loading import load_tokenizer
 from ..common.publishing import (
     INDEX_NAME,
     ComponentCode,
@@ -41,6 +42,7 @@ from .original_layout import (
     read_original,
 )
 from .pipeline_blip3o import Blip3oPipeline
+from .prompts_blip3o import check_tokenizer
 
 # Component -> (file stem, class) of the components that are published with their own file.
 OWN_CODE = {
@@ -115,6 +117,8 @@ def checked_original(folder: Path) -> Original:
     """
     original = read_original(folder)
     raise_problems(folder, _differences(original.configs, original.tensors))
+    vocabulary = _empty_model("language_model", original.configs["language_model"]).config.text_config.vocab_size
+    check_tokenizer(load_tokenizer(folder, _class("tokenizer")), vocabulary)
     return original
 
 
@@ -311,7 +315,7 @@ def components_from_original(
             config = original.configs[component]
             built[component] = cls(**config) if component == "image_processor" else cls.from_config(config)
     if "tokenizer" not in skip:
-        built["tokenizer"] = _class("tokenizer").from_pretrained(str(original.folder))
+        built["tokenizer"] = load_tokenizer(original.folder, _class("tokenizer"))
     if "language_model" in built and (original.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

@@ -25,6 +25,7 @@ from .prompts_blip3o import (
     NEGATIVE_PROMPT,
     RECONSTRUCT,
     TokenIds,
+    check_tokenizer,
     encode,
     generation_text,
     image_tokens,
@@ -130,12 +131,8 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
         self._interrupt = False
         self._num_timesteps = 0
         if tokenizer is not None:
-            TokenIds.from_tokenizer(tokenizer)
-            if language_model is not None and len(tokenizer) > language_model.config.text_config.vocab_size:
-                raise ValueError(
-                    f"The tokenizer has {len(tokenizer)} tokens and the language model embeds "
-                    f"{language_model.config.text_config.vocab_size}: they do not belong together."
-                )
+            rows = None if language_model is None else language_model.config.text_config.vocab_size
+            check_tokenizer(tokenizer, rows)
 
     @classmethod
     def _comparable_names(cls, component: str, module, names) -> set[str]:

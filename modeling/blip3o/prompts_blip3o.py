@@ -64,6 +64,16 @@ class TokenIds:
         return cls(*(known[name] for name in names))
 
 
+def check_tokenizer(tokenizer, vocabulary: int | None) -> None:
+    """Raise ValueError if a tokenizer lacks special tokens, or has more tokens than the language model embeds."""
+    TokenIds.from_tokenizer(tokenizer)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the language model embeds {vocabulary}: they do not belong "
+            "together."
+        )
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text; special tokens in it are read as such."""
     return tokenizer.encode(text, add_special_tokens=False)

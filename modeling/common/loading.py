@@ -82,6 +82,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
             raise ValueError("use_safetensors=False asks for pickled weights, which are not loaded.")
         folder = cls._local_folder(pretrained_model_name_or_path, kwargs)
         stored = cls._stored_weights(folder, set(kwargs), kwargs.get("variant"))
+        kwargs |= cls._load_tokenizer(folder, set(kwargs))
         if dtype is None or isinstance(dtype, dict):
             given = {name: value for name, value in (dtype or {}).items() if value is not None}
             default = given.get("default")
@@ -182,6 +183,23 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         return Path(name) if Path(name).is_dir() else Path(cls.download(str(name), **kwargs))
 
     @classmethod
+    def stored_weights(cls, folder: Path) -> dict[str, dict[str, StoredTensor]]:
+        """Component -> its stored tensors, as [`from_pretrained`] loads them. Raises as it does for absent files."""
+        return cls._stored_weights(folder, set(), None)
+
+    @classmethod
+    def check_names(cls, component: str, module: torch.nn.Module, names: Iterable[str]) -> None:
+        """Raise ValueError if the names of a component's stored tensors are not those of its model."""
+        if problems := cls._different_names(component, module, names):
+            raise ValueError(f"The weights cannot be used:\n  {shortened(problems)}")
+
+    @classmethod
+    def _different_names(cls, component: str, module: torch.nn.Module, names: Iterable[str]) -> list[str]:
+        wanted, found = (cls._comparable_names(component, module, n) for n in (module.state_dict(), names))
+        missing = [f"{component}: missing {n}" for n in sorted(wanted - found)]
+        return missing + [f"{component}: unexpected {n}" for n in sorted(found - wanted)]
+
+    @classmethod
     def _stored_weights(cls, folder: Path, passed: set[str], variant: str | None) -> dict[str, dict]:
         """Component -> its stored tensors, for every component of the index that has weights."""
         if not (folder / INDEX_NAME).is_file():
@@ -202,6 +220,20 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
             raise FileNotFoundError(f"{folder} lacks the component folders that its index names: {', '.join(lost)}.")
         weighted = [c for c in components if (folder / c / "config.json").is_file()]
         return {c: component_tensors(folder / c, variant) for c in weighted}
+
+    @classmethod
+    def _load_tokenizer(cls, folder: Path, passed: set[str]) -> dict[str, Any]:
+        """The tokenizer of a pipeline folder as an argument of this class; empty if it is passed, or the index has none.
+
+        It is loaded here because the errors of transformers do not say which file is wrong.
+        """
+        entry = read_json(folder / INDEX_NAME).get("tokenizer")
+        if "tokenizer" in passed or not _is_component(entry) or entry[0] != "transformers":
+            return {}
+        tokenizer_class = getattr(importlib.import_module("transformers"), entry[1], None)
+        if tokenizer_class is None:
+            raise ValueError(f"{folder / INDEX_NAME}: transformers has no tokenizer {entry[1]}.")
+        return {"tokenizer": load_tokenizer(folder / "tokenizer", tokenizer_class)}
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
@@ -251,9 +283,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
             state = module.state_dict()
             problems += [f"{name}: non-finite values in {n}" for n in nonfinite_names(state.items())]
             if getattr(module, "hf_quantizer", None) is None:  # quantizers store additional tensors
-                wanted, found = (self._comparable_names(name, module, names) for names in (state, tensors))
-                problems += [f"{name}: missing {n}" for n in sorted(wanted - found)]
-                problems += [f"{name}: unexpected {n}" for n in sorted(found - wanted)]
+                problems += self._different_names(name, module, tensors)
         if problems:
             raise ValueError(f"The weights cannot be used:\n  {shortened(problems)}")
 
@@ -280,6 +310,24 @@ def qwen_names(module: torch.nn.Module, names: Iterable[str]) -> set[str]:
     stored = (re.sub(r"^language_model\.", "model.", name) for name in stored)
     config: Any = module.config
     return {name for name in stored if not (config.tie_word_embeddings and name == "lm_head.weight")}
+
+
+def load_tokenizer(folder: Path, tokenizer_class: Any, needed: Iterable[str] = ()) -> Any:
+    """Load a tokenizer from its files. `needed`: special tokens that it must have.
+
+    Raises FileNotFoundError without files, and ValueError if they cannot be read or lack a token.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: it has neither tokenizer.json nor vocab.json.")
+    try:
+        tokenizer = tokenizer_class.from_pretrained(str(folder))
+    except Exception as error:  # transformers and tokenizers raise errors of any type for files that they cannot read
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {text}).") from error
+    known = tokenizer.get_vocab()
+    if lost := [token for token in needed if token not in known]:
+        raise ValueError(f"{folder}: its tokenizer lacks {', '.join(lost)}.")
+    return tokenizer
 
 
 def download_index(repo: str, **options) -> str:

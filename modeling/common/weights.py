@@ -117,10 +117,10 @@ def component_tensors(folder: Path, variant: str | None = None) -> dict[str, Sto
 
 
 def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
-    """All tensors of the shards that a `*.safetensors.index.json` names, by name.
+    """The tensors that a `*.safetensors.index.json` names, by name: those are what diffusers and transformers load.
 
-    Raises ValueError for an index that names anything else, or a damaged shard, FileNotFoundError for a shard that is
-    not there.
+    Raises ValueError for an index that names anything else or tensors that its files do not hold, or a damaged shard,
+    and FileNotFoundError for a shard that is not there.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
@@ -132,7 +132,10 @@ def indexed_tensors(index: Path) -> dict[str, StoredTensor]:
     lost = [n for n in names if not (index.parent / n).is_file()]
     if lost:
         raise FileNotFoundError(f"{index} names files that are not in its folder: {', '.join(lost)}.")
-    return _joined([index.parent / n for n in names])
+    stored = _joined([index.parent / n for n in names])
+    if absent := sorted(set(weight_map) - set(stored)):
+        raise ValueError(f"{index} names tensors that its files do not hold: {shortened(absent, ', ')}.")
+    return {name: stored[name] for name in weight_map}
 
 
 def _joined(files: Iterable[Path]) -> dict[str, StoredTensor]:

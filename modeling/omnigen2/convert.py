@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from ..common.conversion import copy_files, files_fingerprint, finish, raise_problems, write_json, write_weights
+from ..common.loading import load_tokenizer, qwen_names
 from ..common.publishing import INDEX_NAME, class_code, require_closed, require_standalone, write_sources
 from ..common.safetensors_stream import TensorCopy
 from ..common.weights import StoredTensor, component_tensors, main_dtype, nonfinite_names, read_json
@@ -58,6 +59,7 @@ def convert_to_diffusers(src: Path, dst: Path) -> None:
     """
     src, dst = Path(src), Path(dst)
     _require_release(src)
+    read_processor(src)  # its files are copied as they are
     _copy_weights(src, dst, _stored(src))
     copy_files(src / RELEASED_PROCESSOR, dst / "tokenizer", TOKENIZER_FILES)
     copy_files(src / RELEASED_PROCESSOR, dst / "image_processor", IMAGE_PROCESSOR_FILES)
@@ -141,7 +143,7 @@ def read_processor(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     if not processor.is_dir():
         raise FileNotFoundError(f"{folder} has no folder {RELEASED_PROCESSOR}.")
     if "tokenizer" not in skip:
-        components["tokenizer"] = AutoTokenizer.from_pretrained(processor)
+        components["tokenizer"] = load_tokenizer(processor, AutoTokenizer)
     if "image_processor" not in skip:
         components["image_processor"] = Qwen2VLImageProcessorPil.from_pretrained(processor)
     return components
@@ -155,15 +157,15 @@ def _require_release(folder: Path) -> None:
 
 
 def _stored(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """The tensors of every component with weights; those of the transformer and the VAE are what their configs say."""
+    """The tensors of every component with weights, which are what the configurations say."""
     stored = {name: component_tensors(folder / name) for name in WEIGHTED}
     problems = []
-    for name, cls in (("transformer", OmniGen2Transformer2DModel), ("vae", AutoencoderKL)):
-        with torch.device("meta"):
-            wanted = {
-                n: tuple(t.shape) for n, t in cls.from_config(cls.load_config(folder / name)).state_dict().items()
-            }
+    for name in WEIGHTED:
+        model = _empty_model(folder, name)
+        wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         found = {n: t.shape for n, t in stored[name].items()}
+        if name == "mllm":
+            wanted, found = _by_qwen_names(model, wanted), _by_qwen_names(model, found)
         problems += [f"{name}: missing {n}" for n in sorted(set(wanted) - set(found))]
         problems += [f"{name}: unexpected {n}" for n in sorted(set(found) - set(wanted))]
         problems += [
@@ -173,6 +175,21 @@ def _stored(folder: Path) -> dict[str, dict[str, StoredTensor]]:
         ]
     raise_problems(folder, problems)
     return stored
+
+
+def _empty_model(folder: Path, name: str) -> torch.nn.Module:
+    """A component on the meta device, as its configuration says."""
+    with torch.device("meta"):
+        if name == "mllm":
+            transformers = importlib.import_module("transformers")
+            config = transformers.Qwen2_5_VLConfig.from_pretrained(folder / name)
+            return transformers.Qwen2_5_VLForConditionalGeneration(config)
+        cls = {"transformer": OmniGen2Transformer2DModel, "vae": AutoencoderKL}[name]
+        return cls.from_config(cls.load_config(folder / name))
+
+
+def _by_qwen_names(model: torch.nn.Module, shapes: dict[str, tuple]) -> dict[str, tuple]:
+    return {plain: shape for name, shape in shapes.items() for plain in qwen_names(model, [name])}
 
 
 def _copy_weights(src: Path, dst: Path, stored: dict[str, dict[str, StoredTensor]]) -> None:

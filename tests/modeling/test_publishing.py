@@ -86,3 +86,50 @@ def test_auto_model_of_diffusers_loads_a_components_folder(tmp_path, how):
         assert type(loaded).__name__ == type(component).__name__ and loaded.dtype == component.dtype
         state = loaded.state_dict()
         assert all(torch.equal(state[key], value) for key, value in component.state_dict().items())
+
+
+FROM_HUB = """
+import sys
+import torch
+from diffusers import AutoModel
+from huggingface_hub import snapshot_download
+
+for name in ("transformer", "vision_model"):
+    folder = snapshot_download("ns/model", allow_patterns=f"{name}/*")
+    model = AutoModel.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    assert type(model).__module__.startswith("diffusers_modules.local"), type(model)
+    print(type(model).__name__, model.dtype, model.state_dict()[sys.argv[1] if name == "transformer" else sys.argv[2]].sum().item())
+assert AutoModel.from_pretrained("ns/model", subfolder="vae").config.latent_channels
+for name in ("transformer", "vision_model"):
+    try:
+        AutoModel.from_pretrained("ns/model", subfolder=name, trust_remote_code=True)
+    except ValueError as error:
+        assert "does not appear to have any custom code" in str(error), error
+    else:
+        raise AssertionError("diffusers reads the auto_map of a subfolder now: update docs/generating.md")
+"""
+
+
+@pytest.mark.slow
+def test_auto_model_of_diffusers_loads_components_from_the_hub(tmp_path):
+    """As docs/generating.md says. With `subfolder`, diffusers 0.42 looks for the `auto_map` in model_index.json, which
+    can name one class for all components."""
+    from echo4o.modeling.bagel.convert import convert_to_diffusers
+    from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
+    from echo4o.testing.hub import LoopbackHub
+    from echo4o.testing.processes import run_script
+
+    from .conftest import GOLDEN
+
+    convert_to_diffusers(GOLDEN / "checkpoint", tmp_path / "model")
+    pipe = Echo4oPipeline.from_pretrained(tmp_path / "model")
+    (tmp_path / "home").mkdir()
+    names = "proj_in.weight", "connector.fc1.weight"
+    with LoopbackHub() as hub:
+        hub.add_folder("ns/model", tmp_path / "model")
+        printed = run_script(FROM_HUB, *names, env=hub.environment(tmp_path / "home"), hide=["echo4o"]).stdout
+    expected = [
+        f"{type(model).__name__} {model.dtype} {model.state_dict()[name].sum().item()}"
+        for model, name in zip((pipe.transformer, pipe.vision_model), names)
+    ]
+    assert [line for line in printed.split("\n") if line.startswith("Bagel")] == expected
