@@ -129,6 +129,48 @@ def test_archives_that_are_damaged_or_encrypted(tmp_path):
     ]
 
 
+def test_secrets_are_found_in_columns_of_every_type_and_in_metadata(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    secret = FAKE["a Hugging Face token"]
+    texts = ["none", f"key {secret}"]
+    columns = {
+        "large": pa.array(texts, pa.large_string()),
+        "bytes": pa.array([text.encode() for text in texts]),
+        "dictionary": pa.array(texts).dictionary_encode(),
+        "list": pa.array([[text] for text in texts]),
+        "large list": pa.array([[text] for text in texts], pa.large_list(pa.string())),
+        "struct": pa.array([{"a": {"b": text}} for text in texts]),
+        "map": pa.array([[("a", text)] for text in texts], pa.map_(pa.string(), pa.string())),
+        "images": pa.array([[{"bytes": text.encode(), "path": None}] for text in texts]),
+        "null": pa.nulls(2),
+        "numbers": pa.array([[1], None]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = list(secrets.find_secrets("a.parquet", tmp_path / "a.parquet"))
+    assert found == [(f"row 1, column {name}", "a Hugging Face token") for name in list(columns)[:8]]
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({"note": secret}), tmp_path / "b.parquet")
+    assert list(secrets.find_secrets("b.parquet", tmp_path / "b.parquet")) == [("line 1", "a Hugging Face token")]
+
+
+def test_secrets_are_found_in_names_and_comments(tmp_path):
+    secret, kind = FAKE["a Hugging Face token"], "a Hugging Face token"
+    for name, data in archives_of(f"{secret}.txt", b"x").items():
+        assert list(secrets.find_secrets(name, data)) == [("a member's name", kind)], name
+    assert list(secrets.find_secrets(f"in/{secret}.txt", b"x")) == [("its name", kind)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.comment = secret.encode()
+    assert list(secrets.find_secrets("a.zip", tmp_path / "a.zip")) == [("its comment, line 1", kind)]
+
+
+@pytest.mark.parametrize("start", [b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07\x01\x00", b"\x28\xb5\x2f\xfd"])
+def test_archives_that_cannot_be_searched_are_refused(start, tmp_path):
+    (tmp_path / "a.dat").write_bytes(start + bytes(100))
+    with pytest.raises(ValueError, match="a.dat, the whole file: an archive of a kind that cannot be searched"):
+        safety.require_safe(safety.list_files(tmp_path))
+
+
 def test_secrets_are_found_across_chunks_in_headers_and_in_rows(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -16,8 +16,8 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        absolute = self.folder.absolute()
-        self._file = absolute.parent / f".{absolute.name}.lock"
+        place = Path(os.path.realpath(self.folder))  # one lock for all links to a folder
+        self._file = place.parent / f".{place.name}.lock"
         self._descriptor: int | None = None
 
     def acquire(self) -> Self:

@@ -39,7 +39,7 @@ def read_training(run: Path | None) -> Training | None:
     if run is None:
         return None
     recipe = load_recipe(run / RECIPE)
-    log = [json.loads(line) for line in (run / LOG).read_text("utf-8").splitlines()]
+    log = [json.loads(line) for line in (run / LOG).read_text("utf-8").split("\n") if line]
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _LOCAL_SETTINGS}
     values["model"] = _public_name(values["model"])
     values["latents"] = values["latents"] and _public_name(values["latents"])

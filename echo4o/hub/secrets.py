@@ -9,8 +9,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from echo4o.hub.remote import Source
 
@@ -32,6 +33,8 @@ _SECRETS = {
 }
 _SECRET = re.compile(b"|".join(b"(%s)" % pattern for pattern in _SECRETS.values()))
 _ENCRYPTED = "an encrypted file, which cannot be searched for secrets"
+_CLOSED = "an archive of a kind that cannot be searched for secrets"
+_CLOSED_KINDS = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x28\xb5\x2f\xfd")  # 7z, rar, zstd
 _BROKEN = (
     zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError,
     RuntimeError, ValueError,
@@ -40,6 +43,8 @@ _BROKEN = (
 
 def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
     """Yields the place and the kind of everything that looks like a secret; never the secret itself."""
+    if match := _SECRET.search(name.encode()):
+        yield "its name", _name_of(match)
     if isinstance(source, bytes):
         yield from _in_stream(io.BytesIO(source))
     elif name.endswith(".parquet"):
@@ -58,12 +63,17 @@ def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
                 if content is None:
                     yield member, _ENCRYPTED
                     continue
+                if match := _SECRET.search(member.encode("utf-8", "replace")):
+                    yield "a member's name", _name_of(match)
                 for place, what in _in_stream(content, depth + 1):
                     yield (f"{member}, {place}" if member else place), what
             return
         except _BROKEN:  # not an archive, or damaged: search its bytes
             stream.seek(0)
-    yield from _in_chunks(iter(lambda: stream.read(_CHUNK), b""))
+    first = stream.read(_CHUNK)
+    if first.startswith(_CLOSED_KINDS):
+        yield "the whole file", _CLOSED
+    yield from _in_chunks(chain([first], iter(lambda: stream.read(_CHUNK), b"")))
 
 
 def _archive_kind(stream: BinaryIO) -> str | None:
@@ -87,6 +97,7 @@ def _members(kind: str, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO | None
     """
     if kind == "zip":
         with zipfile.ZipFile(stream) as archive:
+            yield "its comment", io.BytesIO(archive.comment)
             for info in archive.infolist():
                 if info.flag_bits & 1:
                     yield info.filename, None
@@ -139,7 +150,7 @@ def _name_of(match: re.Match[bytes]) -> str:
 
 
 def _in_parquet(path: Path) -> Iterator[tuple[str, str]]:
-    """Searches the string columns; their bytes in the file are compressed."""
+    """Searches texts and bytes in all columns, and the metadata; their bytes in the file are compressed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -149,14 +160,43 @@ def _in_parquet(path: Path) -> Iterator[tuple[str, str]]:
         yield from _in_chunks([path.read_bytes()])
         return
     with file:
-        columns = [f.name for f in file.schema_arrow if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+        for key, value in (file.metadata.metadata or {}).items():
+            if key != b"ARROW:schema":  # the other entries again, in base64
+                yield from _in_chunks([value])
         row = 0
-        for batch in file.iter_batches(columns=columns, batch_size=1000):
-            for column in columns:
-                for number, value in enumerate(batch.column(column).to_pylist()):
-                    if value and (match := _SECRET.search(value.encode("utf-8", "replace"))):
+        for batch in file.iter_batches(batch_size=100):
+            for column, values in zip(batch.schema.names, batch.columns):
+                if not _match_in(values):
+                    continue
+                for number in range(len(batch)):
+                    if match := _match_in(values.slice(number, 1)):
                         yield f"row {row + number}, column {column}", _name_of(match)
             row += len(batch)
+
+
+def _match_in(array: Any) -> re.Match[bytes] | None:
+    """The first secret among the texts and bytes in an Arrow array of any type."""
+    import pyarrow as pa
+
+    kind, types = array.type, pa.types
+    if types.is_dictionary(kind):
+        return _match_in(array.dictionary_decode())
+    if types.is_struct(kind):
+        return next(filter(None, map(_match_in, array.flatten())), None)
+    if types.is_map(kind):  # keys and items are those of the array that this one is a slice of
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return next(
+            filter(None, (_match_in(part.slice(first, last - first)) for part in (array.keys, array.items))), None
+        )
+    if any(is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+        return _match_in(array.flatten())
+    if types.is_string(kind) or types.is_large_string(kind):
+        texts = (value.encode("utf-8", "replace") for value in array.to_pylist() if value)
+    elif types.is_binary(kind) or types.is_large_binary(kind):
+        texts = (value for value in array.to_pylist() if value)
+    else:
+        return None
+    return next(filter(None, map(_SECRET.search, texts)), None)
 
 
 def _safetensors_header(path: Path) -> bytes:

@@ -32,6 +32,16 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path, hol
         FolderLock(tmp_path / "out").acquire()
 
 
+@pytest.mark.parametrize("name", ["link", "link/inside/..", "out/", "other/../out", "links/out"])
+def test_a_folder_is_the_same_by_any_name(tmp_path, holder, name):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "links").symlink_to(tmp_path)
+    for folder in ("out/inside", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"in use by another process .process {holder.pid}."):
+        FolderLock(f"{tmp_path}/{name}").acquire()
+
+
 def test_a_killed_process_holds_nothing(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
