@@ -70,7 +70,7 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     """(name, prompt) from a file of JSON lines with a field prompt, instruction or text, or of plain lines."""
     path = Path(path)
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         if path.suffix in (".jsonl", ".json"):
@@ -81,5 +81,5 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
                 fields = ", ".join(_FIELDS)
                 raise ValueError(f"{path}:{number}: each line must be an object with one of {fields}") from None
         else:
-            prompts.append((path.stem, line))
+            prompts.append((path.stem, line.rstrip("\r")))
     return prompts

@@ -158,7 +158,7 @@ def export(
     if to is not None:
         folder = export_to_original(chosen[-1], out, weights.value)
         say(f"step {chosen[-1].step}, the adapter with original names:")
-        finish(folder, f'python: pipe.load_lora_weights("{out}")')
+        finish(folder, f"python: pipe.load_lora_weights({str(out)!r})")
         return
     folder = export_checkpoint(chosen[-1], out, weights.value, merge)
     adapter = not (folder / "model_index.json").is_file()

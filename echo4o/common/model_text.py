@@ -44,6 +44,21 @@ def json_objects(text: str) -> list[JsonObject]:
     return [each for each in found if each.start >= start]
 
 
+def valid_unicode(text: str) -> str:
+    """The text with the mark U+FFFD for halves of surrogate pairs, which no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        return valid_unicode(value)
+    if isinstance(value, list):
+        return [_valid(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_unicode(name): _valid(item) for name, item in value.items()}
+    return value
+
+
 def _objects(text: str) -> list[JsonObject]:
     decoder, found, failed = json.JSONDecoder(strict=False), [], 0
     position = text.find("{")
@@ -53,6 +68,6 @@ def _objects(text: str) -> list[JsonObject]:
         except (ValueError, RecursionError):
             end, failed = position + 1, failed + 1
         else:
-            found.append(JsonObject(value, position, end))
+            found.append(JsonObject(_valid(value), position, end))
         position = text.find("{", end)
     return found

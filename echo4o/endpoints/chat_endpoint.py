@@ -206,7 +206,7 @@ def read_content(content: Any) -> tuple[str, str | None]:
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in ("text", "output_text"):
+        elif isinstance(part, dict) and part.get("type") in (None, "text", "output_text"):
             value = part.get("text")
             texts.append(str(value.get("value", "") if isinstance(value, dict) else value or ""))
         elif isinstance(part, dict) and part.get("type") == "refusal":

@@ -8,6 +8,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from echo4o.common.model_text import valid_unicode
 from echo4o.endpoints.endpoint import CallFault, Endpoint
 from echo4o.endpoints.server_errors import ServerError
 
@@ -45,6 +46,8 @@ class OpenAIEndpoint(Endpoint):
             raise ValueError(f"the {what}'s URL must start with http:// or https://, it is {public_url(self.url)}")
         if urlsplit(self.url).username:
             raise ValueError(f"the {what}'s URL holds a user and password; the key belongs into {key_variable}")
+        if not _has_host(self.url):
+            raise ValueError(f"the {what}'s URL has no host, or a port that is not a number")
         self._key = os.environ.get(key_variable, "")
         if not self._key:
             raise ValueError(
@@ -60,6 +63,8 @@ class OpenAIEndpoint(Endpoint):
         self.timeout = timeout
         self._client: openai.AsyncOpenAI | None = None
         self.url, self._query = _split_query(self.url)
+        if len(dict(self._query)) < len(self._query):
+            raise ValueError(f"the {what}'s URL sets a parameter twice: {', '.join(name for name, _ in self._query)}")
         self._secrets = [self._key, *(value for name, value in self._query if _SECRET_PARAMETER.search(name))]
 
     def headers(self, key: str | None = None) -> dict[str, Any]:
@@ -157,7 +162,11 @@ class OpenAIEndpoint(Endpoint):
         return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
     def redact(self, text: str) -> str:
-        """The text without the key and the secrets of the address, which servers quote in their messages."""
+        """The text without the key and the secrets of the address, which servers quote in their messages.
+
+        It is valid Unicode, which JSON of a server need not be.
+        """
+        text = valid_unicode(text)
         for secret in self._secrets:
             text = text.replace(secret, "[key]") if len(secret) >= 6 else text
         return text
@@ -168,6 +177,14 @@ def public_url(url: str) -> str:
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')}"
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # the port is not a number, or a bracket of an IPv6 address is missing
+        return False
 
 
 def _split_query(url: str) -> tuple[str, list[tuple[str, str]]]:

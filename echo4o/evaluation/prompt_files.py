@@ -121,7 +121,7 @@ def read_prompts(benchmark: Benchmark, file: Path) -> list[BenchmarkPrompt]:
     """Read a prompt file, JSON lines or one JSON list; ValueError names the bad line."""
     text = file.read_text("utf-8-sig")
     is_list = text.lstrip().startswith("[")
-    rows = _read_list(text, file) if is_list else list(enumerate(text.splitlines(), start=1))
+    rows = _read_list(text, file) if is_list else list(enumerate(text.split("\n"), start=1))
     prompts, seen = [], {}
     for number, row in rows:
         where = f"{file}, {'entry' if is_list else 'line'} {number}"

@@ -319,5 +319,5 @@ def load_released_prompts(benchmark: Benchmark) -> dict[str, Any]:
         raise ValueError(f"--judge-prompt {RELEASED}: there are released scripts of {', '.join(SCRIPTS)} only")
     name = f"{benchmark.name}-judge"
     file = fetch(source, name, cache_folder() / "prompts", ".py.txt", "--judge-prompt")
-    prompt = ReleasedPrompt(ReleasedScript.read(file.read_text("utf-8"), source.sha256))
+    prompt = ReleasedPrompt(ReleasedScript.read(file.read_text("utf-8-sig"), source.sha256))
     return {aspect.name: prompt for aspect in benchmark.aspects}

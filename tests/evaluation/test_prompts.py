@@ -212,3 +212,22 @@ def test_names_are_forgiving_and_unknown_ones_are_listed():
     assert get_benchmark("Imagine-Bench").name == "imagine_bench"
     with pytest.raises(ValueError, match=f"there is no benchmark 'mmlu'; known are {', '.join(BENCHMARKS)}"):
         get_benchmark("mmlu")
+
+
+def test_files_with_a_byte_order_mark_and_with_separators_in_their_texts(tmp_path):
+    """U+2028 and its kin end a line for Python's `splitlines`, and not in JSON lines."""
+    from echo4o.dataset_scripts.contamination import read_prompts as read_plain
+    from echo4o.evaluation.benchmarks.dpg.prompts import read_texts
+
+    text = "a cup\u2028and\x85a\x0bplate"
+    row = {"tag": "counting", "prompt": text, "include": [{"class": "cup", "count": 1}]}
+    lines = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n"
+    (tmp_path / "prompts.jsonl").write_text(lines, "utf-8")
+    (prompt,) = read_prompts(get_benchmark("genevalpp"), tmp_path / "prompts.jsonl")
+    assert prompt.text == text
+    assert read_plain(tmp_path / "prompts.jsonl") == [("prompts", text)]
+    (tmp_path / "dpg.jsonl").write_text("\ufeff" + json.dumps({"id": "1", "text": text}, ensure_ascii=False), "utf-8")
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "1.txt").write_text("\ufeffa cup", "utf-8")
+    assert read_texts(tmp_path / "dpg") == {"1": "a cup"}
+    assert read_texts(tmp_path / "dpg.jsonl") == {"1": text}

@@ -152,6 +152,21 @@ def test_addresses_of_calls(given, called):
     assert str(request.url) == called
 
 
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("http:///v1", "has no host, or a port that is not a number"),
+        ("http://h:port/v1?key=AIzaSecret", "has no host, or a port that is not a number"),
+        ("http://[::1/v1", "Invalid IPv6 URL|has no host"),
+        ("http://h/v1?tag=a&tag=b", "sets a parameter twice: tag, tag"),
+    ],
+)
+def test_addresses_that_cannot_be_called(url, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        Endpoint("m", url, "OPENAI_API_KEY", 5.0)
+    assert "AIzaSecret" not in str(caught.value)
+
+
 def test_azure_deployments_get_the_key_in_its_own_header(monkeypatch):
     from openai._models import FinalRequestOptions
 
@@ -169,3 +184,13 @@ def test_secrets_of_the_query_are_not_shown():
     assert endpoint.shorten("no page /v1?key=AIzaSecret&api-version=2024-10-21 " + "x" * 400).endswith("xxx...")
     assert "AIzaSecret" not in endpoint.shorten("no page /v1?key=AIzaSecret")
     assert "2024-10-21" in endpoint.shorten("api-version=2024-10-21 is not supported")
+
+
+def test_halves_of_surrogate_pairs_become_marks():
+    """JSON can hold them, and a file in UTF-8 cannot."""
+    endpoint = Endpoint("m", "http://h/v1", "OPENAI_API_KEY", 5.0)
+    assert endpoint.shorten("\ud83d cut \ud83d\ude00") == "\ufffd cut \U0001f600"
+
+
+def test_parts_without_a_type_are_text():
+    assert read_content([{"text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}]) == ("a", None)

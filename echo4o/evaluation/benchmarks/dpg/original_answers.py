@@ -126,7 +126,7 @@ def _answers(prompts: Sequence[BenchmarkPrompt], file: Path) -> dict[tuple[str, 
 
 
 def _lines(file: Path) -> Iterator[_OriginalAnswer]:
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
         match = _LINE.fullmatch(line)

@@ -75,12 +75,12 @@ def prompts_hash(texts: Mapping[str, str]) -> str:
 def read_texts(file: Path) -> dict[str, str]:
     """Prompts by id, from JSON lines or from a folder of text files. Raises ValueError that names the place."""
     if file.is_dir():
-        texts = {path.stem: path.read_text("utf-8").strip() for path in sorted(file.glob("*.txt"))}
+        texts = {path.stem: path.read_text("utf-8-sig").strip() for path in sorted(file.glob("*.txt"))}
         if not texts:
             raise ValueError(f"{file}: there is no <item_id>.txt in this folder")
         return texts
     texts = {}
-    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(file.read_text("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

@@ -114,7 +114,7 @@ def _require_same_prompt(file: Path, prompt: BenchmarkPrompt) -> None:
     if not file.is_file():
         return
     try:
-        row = strict_json.loads(file.read_text("utf-8"))
+        row = strict_json.loads(file.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file}: this is not JSON ({error})") from None
     clauses = {"include": row.get("include"), "exclude": row.get("exclude", [])} if isinstance(row, dict) else {}
