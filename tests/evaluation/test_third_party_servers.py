@@ -23,8 +23,21 @@ from tests.evaluation.test_command import run
 from tests.evaluation.test_faults import judge
 from tests.evaluation.test_local_judges import tiny_llava  # noqa: F401
 
-START_SECONDS = 30  # until the server has to answer
+START_SECONDS = 120  # until the server has to answer; its imports take long on a busy machine
 pytestmark = pytest.mark.long
+
+
+def wait_for(server: subprocess.Popen, port: int, log: Path) -> None:
+    """Wait until a server accepts connections; an error with the end of its log if it does not."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if time.monotonic() > end or server.poll() is not None:
+                raise AssertionError(f"no server after {START_SECONDS} s: {log.read_text()[-2000:]}") from None
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -42,13 +55,7 @@ def serving(folder, *options):
             [command, *start, *options, "--stats-file", folder / "stats"], stdout=log, stderr=log
         )
     try:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+        wait_for(server, port, folder / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -112,15 +119,7 @@ def transformers_server(tiny_llava, tmp_path):
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 4 * START_SECONDS  # imports torch and loads the model
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if time.monotonic() > end or server.poll() is not None:
-                    raise AssertionError((tmp_path / "log").read_text()[-2000:]) from None
-                time.sleep(0.2)
+        wait_for(server, port, tmp_path / "log")
         yield f"http://127.0.0.1:{port}/v1", str(tiny_llava)
     finally:
         server.terminate()
