@@ -14,6 +14,7 @@ from echo4o.dataset_scripts.row_groups import RowGroups
 from echo4o.modeling.common.image_files import open_image, to_rgb
 from echo4o.training.backbones.base import RowPreparation
 from echo4o.training.columns import MappedRows
+from echo4o.training.recipe import ValidationSettings
 
 
 class UnreadableImage(ValueError):
@@ -31,6 +32,12 @@ class DecodedRows:
 
     def sample(self, prepared: Any, epoch: int) -> Any:
         return self.source.sample(prepared, epoch)
+
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        return self.source.noise_levels(settings)
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]:
+        return self.source.validation_samples(prepared, times)
 
 
 def is_mapped(dataset: Any) -> bool:

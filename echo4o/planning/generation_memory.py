@@ -78,7 +78,7 @@ def _in_folder(folder: Path) -> StoredPipeline:
     return StoredPipeline(str(folder), backbone, components, tensors, read_json(folder / INDEX_NAME))
 
 
-def _check_loads(folder: Path, cls: Any, components: dict[str, nn.Module], headers: dict[str, dict]) -> None:
+def _check_loads(folder: Path, cls: Any, components: dict[str, Any], headers: dict[str, dict]) -> None:
     """Raise the errors that loading raises, apart from those in the values of weights."""
     for name, model in components.items():
         if "quantization_config" not in model.config:  # quantizers store additional tensors

@@ -227,7 +227,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
 
         It is loaded here because the errors of transformers do not say which file is wrong.
         """
-        entry = read_json(folder / INDEX_NAME).get("tokenizer")
+        entry: Any = read_json(folder / INDEX_NAME).get("tokenizer")
         if "tokenizer" in passed or not _is_component(entry) or entry[0] != "transformers":
             return {}
         tokenizer_class = getattr(importlib.import_module("transformers"), entry[1], None)
