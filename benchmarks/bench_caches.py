@@ -11,8 +11,8 @@ from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
 from benchmarks.bench_sampling import THREADS, quickstart_pipeline
 from benchmarks.measure import threads
-from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.generation import STEPS, judge
+from echo4o.quickstart.imperfect_rows import single_object_prompts
 
 PROMPTS = 30
 

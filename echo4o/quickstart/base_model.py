@@ -1,8 +1,4 @@
-"""Builds the tiny BAGEL of the quickstart and trains its base model on single objects.
-
-The base model has the role that BAGEL has for Echo-4o: it generates simple images and was not trained on complex
-instructions. Its training data has single objects only, none of them held out, and no row of Shapes-4o.
-"""
+"""Builds the tiny BAGEL of the quickstart and trains its base model on imperfectly captioned scenes."""
 
 from __future__ import annotations
 
@@ -16,13 +12,13 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, is_held_out
-from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
-from echo4o.evaluation.benchmarks.shapes4o.scene import COLOURS, IMAGE_SIZE, SHAPES, ShapeGroup, lay_out
+from echo4o.evaluation.benchmarks.shapes4o.grammar import held_out_prompts
+from echo4o.evaluation.benchmarks.shapes4o.scene import IMAGE_SIZE
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.quickstart.generation import generate_and_score
+from echo4o.quickstart.imperfect_rows import CLUTTERED, LOOSE, MISALIGNED, imperfect_rows, single_object_prompts
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
@@ -72,40 +68,6 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
     )
 
 
-def single_objects() -> list[ShapeGroup]:
-    """Returns every single object that is not held out, with its colour, and without it if it is the typical colour."""
-    stated = [ShapeGroup(shape, colour) for shape in SHAPES for colour in COLOURS]
-    return [group for group in [*stated, *(ShapeGroup(shape) for shape in SHAPES)] if not is_held_out([group])]
-
-
-def _name(group: ShapeGroup) -> str:
-    return f"a {group.colour} {group.shape}" if group.colour else f"a {group.shape}"
-
-
-def single_object_rows(number: int, seed: int) -> list[dict]:
-    """Returns the training rows of the base model: four of five ask for an image, the fifth asks what an image shows."""
-    rng = np.random.default_rng([seed, 77])
-    groups, rows = single_objects(), []
-    for index in range(number):
-        group = groups[int(rng.integers(len(groups)))]
-        image = render(lay_out([group], "free", rng), tint(int(rng.integers(2197))))
-        row = {"id": f"single-{seed}-{index}", "instruction": f"a photo of {_name(group)}", "reference_images": []}
-        row |= {"image": image, "answer": None}
-        if index % 5 == 4:
-            named = ShapeGroup(group.shape, group.drawn_colour)
-            row |= {"instruction": "what is this?", "answer": _name(named)}
-            row |= {"image": None, "reference_images": [image]}
-        rows.append(row)
-    return rows
-
-
-def single_object_prompts(number: int) -> list[ShapesPrompt]:
-    """Returns prompts for single objects, for which the base model was trained."""
-    groups = [group for group in single_objects() if group.colour]
-    chosen = [groups[i] for i in np.random.default_rng(5).permutation(len(groups))[:number]]
-    return [ShapesPrompt("single object", f"a photo of {_name(group)}", (group,)) for group in chosen]
-
-
 class RowList(list):
     """A list with the methods of `datasets.Dataset` that the trainer calls."""
 
@@ -114,30 +76,34 @@ class RowList(list):
 
 
 def train_base(
-    tokenizer, vae: AutoencoderKL, folder: Path, seed: int = 0, steps: int | None = None, rows: int = 6000
+    tokenizer, vae: AutoencoderKL, folder: Path, seed: int = 0, steps: int | None = None, rows: int = 12_000
 ) -> dict:
-    """Trains the base model, saves it as a pipeline folder in 16 bit, and scores it on single objects.
+    """Trains the base model, saves it as a pipeline folder in 16 bit, and scores it.
 
     Returns:
-        The contents of `base.json`: steps, seconds, loss of the last steps, and the score.
+        The contents of `base.json`: the composition of the rows, steps, seconds, loss of the last steps, and the scores
+        on the held-out prompts and on single objects.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as run_dir:
         changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
         recipe = load_recipe(bundled_recipe("quickstart_base"), changes)
         pipeline = build_pipeline(tokenizer, vae, seed)
-        result = Trainer(recipe, pipeline, RowList(single_object_rows(rows, seed))).run()
+        result = Trainer(recipe, pipeline, RowList(imperfect_rows(rows, seed))).run()
         _move(result.pipeline_dir, folder)
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
-    generated = generate_and_score(pipeline, single_object_prompts(30), seed=seed)
+    scores = {
+        "held_out": generate_and_score(pipeline, held_out_prompts(), seed).scores["overall"],
+        "single_objects": generate_and_score(pipeline, single_object_prompts(30), seed).scores["overall"],
+    }
     facts = {
+        "rows": {"number": rows, "misaligned": MISALIGNED, "loose": LOOSE, "cluttered": CLUTTERED},
         "steps": len(result.log),
         "samples": result.log[-1]["samples"],
         "seconds": round(result.seconds),
         "threads": torch.get_num_threads(),
         "mse": round(float(np.mean([entry["mse"] for entry in result.log[-100:]])), 4),
-        "single_objects": {"right": generated.scores["overall"].right, "of": generated.scores["overall"].of},
-    }
+    } | {name: {"right": score.right, "of": score.of} for name, score in scores.items()}
     (folder / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -145,15 +111,16 @@ def train_base(
 def _move(saved: Path, folder: Path) -> None:
     """Moves a saved pipeline into the base folder and keeps the tokenizer and VAE there.
 
-    Copies of the package's code and local paths are removed, because the folder is part of the package.
+    Copies of the package's code, their names and local paths are removed, because the folder is part of the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for code in [*saved.glob("*.py"), *saved.glob("*/*.py")]:
         code.unlink()
     for file in [*saved.glob("*.json"), *saved.glob("*/config.json")]:
         values = json.loads(file.read_text("utf-8"))
-        if values.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+        kept = {key: value for key, value in values.items() if key not in ("_name_or_path", "auto_map")}
+        if kept != values:
+            file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
     for item in saved.iterdir():
         target = folder / item.name
         if item.name in ("tokenizer", "vae") and target.is_dir():
@@ -161,3 +128,5 @@ def _move(saved: Path, folder: Path) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         shutil.move(item, target)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -47,7 +47,6 @@ def write_report(
     html = environment.get_template("quickstart_report.html.j2").render(
         r=result,
         rows=sum(result["rows"].values()),
-        own=result["base_on_single_objects"],
         curve=Markup(loss_curve(log, validations)),
         items_by_tag=items_by_tag,
     )

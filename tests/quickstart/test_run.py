@@ -8,18 +8,21 @@ from PIL import Image
 
 from echo4o.evaluation.benchmarks.shapes4o.accuracy import scores_by_tag
 from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
-from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, held_out_contents, held_out_prompts, is_held_out
+from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, held_out_prompts
 from echo4o.evaluation.benchmarks.shapes4o.rendering import render
 from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup, lay_out
 from echo4o.quickstart import run as quickstart
-from echo4o.quickstart.base_model import single_object_prompts, single_object_rows, single_objects
+from echo4o.quickstart.comparison import compared_scores
 from echo4o.quickstart.generation import GeneratedImages
+from echo4o.quickstart.image_strip import image_strip
 from echo4o.quickstart.quickstart_report import loss_curve, write_report
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 
 RESULT = {
     "rows": {"surreal_fantasy": 1},
-    "base_on_single_objects": {"right": 9, "of": 10, "mean": 0.9, "low": 0.6, "high": 0.98},
+    "compared": [],
+    "recorded": False,
+    "serve": "echo4o serve --model out/pipeline",
     "layout_words": "The words decide.",
     "chance_of_references": 0.0016,
     "prompts": 2,
@@ -29,6 +32,7 @@ RESULT = {
     "reloaded_difference": 0,
     "seconds": 12.0,
     "stages": {"rendering": 1.0},
+    "processor_seconds": {"rendering": 1.9},
     "sizes_mb": {"pipeline": 10.5},
     "training": {"steps": 3, "samples": 96, "samples_per_second": 100.0},
     "machine": {"threads": 2, "cpus": 2, "python": "3.11", "torch": "2.13"},
@@ -52,33 +56,47 @@ def test_report_is_one_file_with_pictures_and_intervals(tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2 * 2 + 2  # before and after of two prompts, two references
     assert re.search(r"overall</td>\s*<td class=\"number\">0.00</td>", html)
-    assert "<svg" in html and "No control from random weights was run" in html
+    assert "<svg" in html and "No comparison was recorded" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report must need nothing beside it"
-    control = {"mean": 0.5, "right": 1, "of": 2, "low": 0.1, "high": 0.9, "training": {"steps": 3}}
-    write_report(tmp_path / "report.html", RESULT | {"scores": tables, "control": control}, before, after, LOG)
-    assert "from random weights reaches 0.50 (1 of 2; 95%: 0.10" in (tmp_path / "report.html").read_text()
+    assert html.index("data:image/png") < html.index("<svg") < html.index("<table>"), (
+        "images, then the curve and tables"
+    )
+    assert html.rstrip().endswith("<pre>echo4o serve --model out/pipeline</pre>\n</body>\n</html>")
+    score = {"mean": 0.5, "right": 1, "of": 2, "low": 0.1, "high": 0.9}
+    compared = compared_scores(score, score, 3, {"base + loose": {"0": {"scores": {"overall": score}, "steps": 3}}})
+    write_report(
+        tmp_path / "report.html",
+        RESULT | {"scores": tables, "compared": compared, "recorded": True},
+        before,
+        after,
+        LOG,
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert "base, 3 steps of loose captions" in html and "recorded, 1 seed<" in html and "No comparison" not in html
+
+
+def test_the_comparison_pools_the_seeds_of_a_record():
+    def run(right: int) -> dict:
+        return {"scores": {"overall": {"right": right, "of": 90}}, "steps": 150}
+
+    own = {"mean": 0.0, "right": 0, "of": 90, "low": 0.0, "high": 0.04}
+    rows = compared_scores(own, own, 150, {"random + clean": {"0": run(30), "1": run(60)}})
+    assert [row["measured"] for row in rows] == ["here", "here", "recorded, 2 seeds"]
+    assert (rows[2]["right"], rows[2]["of"], rows[2]["mean"]) == (90, 180, 0.5)
+    assert rows[2]["name"] == "random weights, 150 clean steps"
+    assert rows[2]["low"] == pytest.approx(0.43, abs=0.01) and rows[2]["high"] == pytest.approx(0.57, abs=0.01)
 
 
 def test_loss_curve_of_a_single_step():
     assert loss_curve(LOG[:1]).startswith("<svg")
 
 
-def test_the_base_sees_no_held_out_content():
-    assert all(not is_held_out([group]) for group in single_objects())
-    rows = single_object_rows(50, seed=0)
-    assert len({row["id"] for row in rows}) == 50
-    assert sum(row["answer"] is not None for row in rows) == 10
-    assert any(len(content) == 1 for content in held_out_contents()), "then the check above checks something"
-    prompts = single_object_prompts(10)
-    assert all(check(p.groups, detect(render(lay_out(p.groups))))[0] for p in prompts)
-
-
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (4.0, "faster than .* about 2 min"),
-        (8.0, "as fast as .* about 3 min"),
-        (16.0, "2.0x slower than .* about 7 min"),
+        (4.0, "faster than .* about 1 min"),
+        (8.0, "as fast as .* about 1 min"),
+        (16.0, "2.0x slower than .* about 3 min"),
     ],
 )
 def test_the_remaining_time_is_estimated(seconds, words):
@@ -122,11 +140,10 @@ def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
     assert len((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()) == 3
     said = capfd.readouterr().out
-    assert (
-        "Multi-reference by chance alone: 0.002" in said
-        and "Control, measured once" in said
-        and "echo4o generate" in said
-    )
+    assert re.search(r"random weights, \d+ clean steps .* recorded, \d seed", said)
+    assert said.rstrip().endswith(f"echo4o serve --model {tmp_path / 'out' / 'pipeline'}")
+    strip = image_strip(tmp_path / "out", per_tag=1)
+    assert strip.height < strip.width == 88 + len(TAGS) * 136 and len(set(strip.getdata())) > 100
 
 
 def test_group_words_match_the_detector():
