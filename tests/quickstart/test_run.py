@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,7 +13,8 @@ from echo4o.evaluation.benchmarks.shapes4o.grammar import TAGS, held_out_prompts
 from echo4o.evaluation.benchmarks.shapes4o.rendering import render
 from echo4o.evaluation.benchmarks.shapes4o.scene import ShapeGroup, lay_out
 from echo4o.quickstart import run as quickstart
-from echo4o.quickstart.comparison import compared_scores
+from echo4o.quickstart.comparison import compared_scores, comparison_table
+from echo4o.quickstart.control import EXPERIMENTS
 from echo4o.quickstart.generation import GeneratedImages
 from echo4o.quickstart.image_strip import image_strip
 from echo4o.quickstart.quickstart_report import loss_curve, write_report
@@ -87,6 +89,19 @@ def test_the_comparison_pools_the_seeds_of_a_record():
     assert rows[2]["low"] == pytest.approx(0.43, abs=0.01) and rows[2]["high"] == pytest.approx(0.57, abs=0.01)
 
 
+def test_the_guide_shows_the_recorded_tables():
+    control = quickstart.recorded(quickstart.BASE, "control")
+    guide = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text("utf-8")
+    assert comparison_table(control) in guide
+
+
+def test_the_recorded_experiments_are_those_of_the_recipe():
+    control = quickstart.recorded(quickstart.BASE, "control")
+    steps = load_recipe(bundled_recipe("quickstart_cpu")).steps
+    assert {"base", "base + clean", "base + loose", "random + clean"} <= control.keys() <= EXPERIMENTS.keys()
+    assert {run["steps"] for name, runs in control.items() for run in runs.values() if name != "base"} == {steps}
+
+
 def test_loss_curve_of_a_single_step():
     assert loss_curve(LOG[:1]).startswith("<svg")
 
@@ -95,8 +110,8 @@ def test_loss_curve_of_a_single_step():
     ("seconds", "words"),
     [
         (4.0, "faster than .* about 1 min"),
-        (8.0, "as fast as .* about 1 min"),
-        (16.0, "2.0x slower than .* about 3 min"),
+        (6.0, "as fast as .* about 1 min"),
+        (12.0, "2.0x slower than .* about 2 min"),
     ],
 )
 def test_the_remaining_time_is_estimated(seconds, words):
