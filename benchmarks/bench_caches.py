@@ -1,6 +1,6 @@
 """What TaylorSeer and FirstBlockCache save and what they cost: layers run, memory, and pictures, on the quickstart's base.
 
-30 prompts of single objects, which the base draws well (28 right without a cache), 24 updates as in the quickstart.
+30 prompts of single objects, which the base draws well (30 right without a cache), 24 updates as in the quickstart.
 """
 
 import time
