@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from echo4o.serving.engine import Engine
 from echo4o.serving.errors import ApiError
@@ -16,7 +16,7 @@ from echo4o.serving.images_api import read_parts, require_model
 from echo4o.serving.requests import Fields, read_json
 from echo4o.serving.served_model import ServedModel, read_seed
 from echo4o.serving.tasks import Answer, ChatTask, Text
-from echo4o.serving.waiting import EventStream, api_error, results, server_sent, submit
+from echo4o.serving.waiting import EventStream, api_error, event_response, results, server_sent, submit
 
 _ROLES = ("system", "developer", "user", "assistant")
 
@@ -49,7 +49,7 @@ class ChatApi:
         prompt_tokens = self.model.count_tokens(prompt)
         if stream:
             events = self._stream(tasks[0], head, prompt_tokens if usage else None)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return event_response(events)
         answers: list[Answer] = await results(request, tasks)
         choices = [
             {

@@ -1,8 +1,6 @@
 """`/v1/images/generations` and `/v1/images/edits`."""
 
 import asyncio
-import base64
-import io
 import time
 from typing import Any
 
@@ -10,16 +8,16 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from echo4o.common.image_metadata import to_png
 from echo4o.serving.engine import Engine
 from echo4o.serving.errors import ApiError
+from echo4o.serving.image_output import FORMATS, OutputFormat, describe, image_events
 from echo4o.serving.requests import Fields, read_form, read_json, read_size
 from echo4o.serving.served_model import ServedModel
 from echo4o.serving.tasks import GeneratedImage, ImageTask
 from echo4o.serving.uploads import open_upload, read_data_url
-from echo4o.serving.waiting import results, submit
+from echo4o.serving.waiting import EventStream, event_response, results, submit
 
-_FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+_MOST_PARTIAL = 3  # as OpenAI's API
 _MAX_FILES = 64  # of one request, whatever the checkpoint allows
 
 
@@ -33,7 +31,7 @@ class ImagesApi:
         """Generate images from a prompt, from interleaved `inputs`, or with references in `images` (data URLs)."""
         fields = await read_json(request)
         items = await asyncio.to_thread(self._read_items, fields)
-        return await self._run(request, fields, items)
+        return await self._run(request, fields, items, "image_generation")
 
     async def edits(self, request: Request) -> Response:
         """Generate images from a prompt and one or several reference images of a form."""
@@ -49,7 +47,7 @@ class ImagesApi:
         items: list[str | Image.Image] = await asyncio.to_thread(
             lambda: [open_upload(data, f"image {n}", limits.upload_pixels) for n, data in enumerate(files, 1)]
         )
-        return await self._run(request, fields, [*items, prompt])
+        return await self._run(request, fields, [*items, prompt], "image_edit")
 
     def _read_items(self, fields: Fields) -> list[str | Image.Image]:
         inputs, urls = fields.take("inputs", list), fields.take("images", list, [])
@@ -60,22 +58,28 @@ class ImagesApi:
             raise ApiError(400, "inputs: stands for prompt and images; send one or the other")
         return read_parts(inputs, "inputs", self.model)
 
-    async def _run(self, request: Request, fields: Fields, items: list[str | Image.Image]) -> Response:
+    async def _run(self, request: Request, fields: Fields, items: list[str | Image.Image], kind: str) -> Response:
+        """Answer a request; `kind` is the first part of the names of streamed events."""
         require_model(fields, self.model)
-        as_format = fields.take("output_format", str, "png")
-        if as_format not in _FORMATS:
-            raise ApiError(400, f"output_format: must be one of {', '.join(_FORMATS)} (given: {as_format[:40]!r})")
-        quality = fields.take("output_compression", int, 100)
-        if not 0 <= quality <= 100:
-            raise ApiError(400, f"output_compression: must be from 0 to 100 (given: {quality})")
-        if fields.take("stream", bool, False):
-            raise ApiError(400, "stream: images are not streamed")
-        tasks = self._tasks(fields, items)
+        output = read_output(fields)
+        stream, partial = fields.take("stream", bool, False), fields.take("partial_images", int, 0)
+        if not 0 <= partial <= _MOST_PARTIAL:
+            raise ApiError(400, f"partial_images: must be from 0 to {_MOST_PARTIAL} (given: {partial})")
+        if partial and not stream:
+            raise ApiError(400, 'partial_images: needs "stream": true')
+        tasks = self._tasks(fields, items, previews=partial)
+        if stream:
+            if len(tasks) != 1:
+                raise ApiError(400, "n: a stream holds one image")
+            events = EventStream(tasks[0])
+            submit(self.engine, tasks)
+            tokens = self.model.count_tokens(tasks[0].text)
+            return event_response(image_events(tasks[0], events, output, kind, partial, tokens))
         submit(self.engine, tasks)
         images = await results(request, tasks)
-        return JSONResponse(await asyncio.to_thread(_answer, images, as_format, quality))
+        return JSONResponse(await asyncio.to_thread(_answer, images, output))
 
-    def _tasks(self, fields: Fields, items: list[str | Image.Image]) -> list[ImageTask]:
+    def _tasks(self, fields: Fields, items: list[str | Image.Image], previews: int) -> list[ImageTask]:
         height, width = read_size(fields)
         count, seed = fields.take("n", int, 1), fields.take("seed", int)
         names = fields.take("adapter", (str, list))
@@ -88,7 +92,19 @@ class ImagesApi:
             width=width,
             options=self.model.read_options(fields.rest()),
             adapters=self.model.read_adapters(names, scales),
+            previews=previews,
         )
+
+
+def read_output(fields: Fields) -> OutputFormat:
+    """The format in which a request asks for its images."""
+    name = fields.take("output_format", str, "png")
+    if name not in FORMATS:
+        raise ApiError(400, f"output_format: must be one of {', '.join(FORMATS)} (given: {name[:40]!r})")
+    quality = fields.take("output_compression", int, 100)
+    if not 0 <= quality <= 100:
+        raise ApiError(400, f"output_compression: must be from 0 to 100 (given: {quality})")
+    return OutputFormat(name, quality)
 
 
 def require_model(fields: Fields, model: ServedModel) -> None:
@@ -122,24 +138,6 @@ def read_parts(parts: list[Any], place: str, model: ServedModel) -> list[str | I
     return items
 
 
-def encode(generated: GeneratedImage, as_format: str = "png", quality: int = 100) -> bytes:
-    """An image as the bytes of a file; PNG files store what the image was generated from."""
-    if as_format == "png":
-        return to_png(generated.image, generated.metadata)
-    stream = io.BytesIO()
-    generated.image.save(stream, _FORMATS[as_format], quality=quality)
-    return stream.getvalue()
-
-
-def _answer(images: list[GeneratedImage], as_format: str, quality: int) -> dict[str, Any]:
-    data = []
-    for generated in images:
-        entry = {
-            "b64_json": base64.b64encode(encode(generated, as_format, quality)).decode(),
-            "seed": generated.seed,
-            "settings": generated.settings,
-        }
-        if generated.plan is not None:
-            entry["plan"] = generated.plan
-        data.append(entry)
-    return {"created": int(time.time()), "output_format": as_format, "data": data}
+def _answer(images: list[GeneratedImage], output: OutputFormat) -> dict[str, Any]:
+    data = [describe(generated) | {"b64_json": output.base64(generated)} for generated in images]
+    return {"created": int(time.time()), "output_format": output.name, "data": data}

@@ -19,7 +19,6 @@ _ONLY = {
     "mask": (),
     "modalities": (["text"],),
     "moderation": ("low",),
-    "partial_images": (0,),
     "presence_penalty": (0,),
     "quality": ("auto",),
     "response_format": ("b64_json", {"type": "text"}),

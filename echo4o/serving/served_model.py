@@ -54,6 +54,7 @@ class ServedModel:
         adapters: the adapters that act unless a request selects others, with their scales.
         limits: what requests may ask for.
         origin: what the metadata of an image says about the model.
+        previews: make previews while sampling, where a request asks for them.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class ServedModel:
         adapters: Adapters = (),
         limits: Limits | None = None,
         origin: ModelOrigin | None = None,
+        previews: bool = True,
     ):
         self.pipe, self.name, self.source = pipe, name, source
-        self.origin = origin or ModelOrigin()
+        self.origin, self.previews = origin or ModelOrigin(), previews
         self.default_adapters, self.limits = adapters, limits or Limits()
         self.image_options = _options(type(pipe).__call__)
         self.can_chat = hasattr(type(pipe), "chat")
@@ -178,7 +180,7 @@ class ServedModel:
         width: int | None = None,
         options: dict[str, Any] | None = None,
         adapters: Adapters | None = None,
-        previews: bool = False,
+        previews: int = 0,
     ) -> list[ImageTask]:
         """One task for each of `count` images; image number i has the seed `seed + i`, so that each can be made again
         alone. A missing seed is random.
@@ -186,6 +188,7 @@ class ServedModel:
         Args:
             items: texts and reference images in reading order.
             options: what `read_options` returned.
+            previews: most previews of each image.
 
         Raises:
             ValueError: for what this pipeline or this server does not allow.
@@ -212,7 +215,7 @@ class ServedModel:
                 height=height,
                 width=width,
                 one_size=self.one_size,
-                previews=previews,
+                previews=previews if self.previews else 0,
             )
             for i in range(count)
         ]

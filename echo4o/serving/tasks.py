@@ -113,13 +113,13 @@ class ImageTask(Task):
     Args:
         height, width: pixels; None leaves it to the pipeline.
         one_size: the pipeline needs one size for all images of a call.
-        previews: send previews while sampling.
+        previews: most previews to send while sampling.
     """
 
     height: int | None = None
     width: int | None = None
     one_size: bool = False
-    previews: bool = False
+    previews: int = 0
 
     @property
     def key(self) -> tuple:

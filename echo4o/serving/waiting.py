@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 from echo4o.serving.engine import Engine, EngineClosed, QueueFull
 from echo4o.serving.errors import ApiError
@@ -69,6 +71,8 @@ def api_error(error: Exception) -> ApiError:
     """The error that a client is told for a failed task. What a bug says stays in the server's log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Cancelled | CancelledError):
+        return ApiError(503, "the server is shutting down")
     if isinstance(error, ValueError):
         return ApiError(400, " ".join(str(error).split()))
     if type(error).__name__ == "OutOfMemoryError":
@@ -94,6 +98,11 @@ class EventStream:
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (event := await self._events.get()) is not None:
             yield event
+
+
+def event_response(events: AsyncIterator[str]) -> StreamingResponse:
+    """A response that streams server-sent events."""
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 def server_sent(value: Any, event: str | None = None) -> str:

@@ -9,8 +9,6 @@ from PIL import Image
 
 from echo4o.serving.tasks import ChatTask, ImageTask, Progress, Text
 
-_PREVIEWS = 8  # per image
-
 
 class Cancelled(Exception):
     """Raised inside a pipeline call when nobody waits for its results."""
@@ -29,14 +27,22 @@ class StepWatcher:
         total = pipe.num_timesteps
         left = (time.monotonic() - self.started) / (step + 1) * (total - step - 1)
         latents = given.get("latents")
-        due = (step + 1) % max(1, total // _PREVIEWS) == 0 and step + 1 < total
         for index, task in enumerate(self.tasks):
             preview = None
-            if due and latents is not None and self.before is not None and task.previews and not task.stop.is_set():
+            due = step + 1 in preview_steps(total, task.previews) and not task.stop.is_set()
+            if due and latents is not None and self.before is not None:
                 preview = _preview(pipe, self.before[index], latents[index], step)
             task.notify(Progress(step + 1, total, left, preview))
         self.before = latents
         return {}
+
+
+def preview_steps(total: int, number: int) -> set[int]:
+    """The updates (from 1) after which previews are made: at most `number`, evenly spaced, none after the last.
+
+    A preview needs two updates.
+    """
+    return {max(2, round(total * index / (number + 1))) for index in range(1, number + 1)} & set(range(2, total))
 
 
 def _preview(pipe: Any, before: torch.Tensor, after: torch.Tensor, step: int) -> Image.Image:

@@ -14,7 +14,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from echo4o.serving.images_api import encode
+from echo4o.serving.image_output import OutputFormat
 from echo4o.serving.served_model import ServedModel
 
 
@@ -42,7 +42,7 @@ class Images:
         if isinstance(generated, ValueError):
             return JSONResponse({"error": {"message": str(generated)}}, status_code=400)
         headers = {"X-Seed": str(generated.seed), "X-Batch": str(generated.batch)}
-        return Response(encode(generated), media_type="image/png", headers=headers)
+        return Response(OutputFormat().encode(generated), media_type="image/png", headers=headers)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.05)
     async def generate(self, tasks: list) -> list:

@@ -27,6 +27,10 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max())
 
 
+def mean_difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
+
+
 def test_an_image_has_its_seed_and_settings_and_can_be_made_again(client, tiny):
     import torch
 
@@ -131,6 +135,67 @@ def test_requests_that_wait_together_run_as_one_batch_and_equal_single_ones(serv
     assert after.get(4, 0) == before.get(4, 0) + 1, "the four requests ran in one call"
     for one, many in zip(alone, together):
         assert one.size == many.size and difference(one, many) <= 2
+
+
+def test_images_are_streamed_with_partial_images(client):
+    """As the official client reads it; its own types check every event."""
+    from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
+
+    options = {"model": "echo4o", "prompt": "a photo of a red circle", "extra_body": {"steps": 8, "seed": 5}}
+    *partial, completed = client.images.generate(stream=True, partial_images=2, size="48x32", **options)
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    for event in partial:
+        ImageGenPartialImageEvent.model_validate(event.to_dict(), strict=True)
+        assert opened(event).size == (48, 32) and event.size == "48x32"
+    ImageGenCompletedEvent.model_validate(completed.to_dict(), strict=True)
+    assert completed.usage.input_tokens > 0
+    whole = client.images.generate(size="48x32", **options).data[0]
+    assert completed.b64_json == whole.b64_json
+    for name in ("seed", "settings"):
+        assert completed.model_extra[name] == whole.model_extra[name]
+    far, near = (mean_difference(opened(event), opened(completed)) for event in partial)
+    assert far >= near > 0, "previews come closer to the image"
+    (only,) = client.images.generate(stream=True, **options, output_format="webp")
+    assert only.type == "image_generation.completed" and opened(only).format == "WEBP"
+
+
+def test_edits_are_streamed(client):
+    from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
+
+    image, options = ("a.png", png(), "image/png"), {"prompt": "like this", "extra_body": {"steps": 6, "seed": 5}}
+    partial, completed = client.images.edit(image=image, stream=True, partial_images=1, **options)
+    ImageEditPartialImageEvent.model_validate(partial.to_dict(), strict=True)
+    ImageEditCompletedEvent.model_validate(completed.to_dict(), strict=True)
+    assert completed.b64_json == client.images.edit(image=image, **options).data[0].b64_json
+
+
+def test_a_client_that_leaves_a_stream_cancels_its_image(server, client):
+    before = server.engine.metrics["cancelled"]
+    stream = client.images.generate(prompt="a dot", stream=True, partial_images=3, extra_body={"steps": 200})
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    stream.close()
+    server.wait_until_idle()
+    assert server.engine.metrics["cancelled"] == before + 1
+
+
+def test_streams_that_cannot_be_honoured_are_errors(client):
+    for fields, words in (
+        ({"partial_images": 1}, 'needs "stream": true'),
+        ({"partial_images": 4, "stream": True}, "from 0 to 3"),
+        ({"n": 2, "stream": True}, "a stream holds one image"),
+        ({"stream": "yes"}, "stream: must be true or false"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.images.generate(prompt="a dot", extra_body=fields)
+    with pytest.raises(openai.APIError, match="multiples of 16"):  # the pipeline refuses it, after the stream began
+        list(client.images.generate(prompt="a dot", stream=True, size="47x33"))
+
+
+def test_previews_are_spaced_evenly():
+    from echo4o.serving.watching import preview_steps
+
+    assert preview_steps(100, 3) == {25, 50, 75} and preview_steps(49, 1) == {24}
+    assert preview_steps(4, 8) == {2, 3} and preview_steps(2, 3) == set() == preview_steps(50, 0)
 
 
 def test_questions_are_answered_streamed_and_not(client, tiny):

@@ -42,7 +42,7 @@ def test_a_batch_equals_its_images_alone(model):
     size = {} if type(model.pipe).__name__ == "Echo4oPipeline" else {"height": 64, "width": 64}
     tasks = [model.image_tasks(items, seed=seed, options=options, **size)[0] for seed, items in enumerate(prompts)]
     events = []
-    tasks[0].previews, tasks[0].on_event = True, events.append
+    tasks[0].previews, tasks[0].on_event = 8, events.append
     together = model.generate(tasks)
     assert [each.step for each in events] and events[-1].total >= 2
     for task, generated in zip(tasks, together, strict=True):

@@ -66,7 +66,7 @@ def alive(server) -> None:
         ({"image_guidance_scale": 2.0}, None, "needs a reference"),
         ({"quality": "hd"}, "quality", "not supported"),
         ({"response_format": "url"}, "response_format", "b64_json"),
-        ({"stream": True}, "stream", "not streamed"),
+        ({"partial_images": 1}, "partial_images", 'needs "stream"'),
         ({"output_format": "tiff"}, "output_format", "png, jpeg, webp"),
         ({"colour": "red"}, "colour", "does not take this field"),
         ({"latents": [1]}, "latents", "does not take this field"),

@@ -15,6 +15,7 @@ from echo4o.serving.engine import Engine, EngineClosed, QueueFull
 from echo4o.serving.tasks import Task
 from echo4o.serving.uploads import open_upload
 
+_PREVIEWS = 8  # per image
 _PLACE = re.compile(r"\[image (\d+)\]", re.I)
 
 
@@ -43,7 +44,7 @@ class Handlers:
         """
         try:
             references = self.open_files(files)
-            tasks = self.model.image_tasks(interleave(prompt, references), previews=True, **arguments)
+            tasks = self.model.image_tasks(interleave(prompt, references), previews=_PREVIEWS, **arguments)
             self.engine.submit(tasks)
         except (ValueError, QueueFull, EngineClosed) as error:
             raise gr.Error(str(error), print_exception=False) from None
