@@ -65,7 +65,7 @@ class ImageGenerator:
     def pipe(self) -> Any:
         from echo4o.cli.generate_loading import load_for_generation
 
-        pipe = load_for_generation(self.model, self.device, self.loading)
+        pipe = load_for_generation(self.model, self.device, self.loading, self.adapters)
         say(pipe.placement().line)
         return pipe
 
@@ -109,8 +109,8 @@ class ImageGenerator:
     @cached_property
     def _adapter_facts(self) -> tuple[dict[str, Any], ...]:
         return tuple(
-            {"name": public_name(name), "scale": scale, "revision": model_revision(name)}
-            for name, scale in self.adapters
+            {"name": public_name(each.place), "scale": each.scale, "revision": model_revision(each.place)}
+            for each in self.adapters
         )
 
 

@@ -1,17 +1,20 @@
-"""Loads the pipeline of ``echo4o generate``: adapters, offloading, quantization, step caches, compilation."""
+"""Loads the pipeline of ``echo4o generate`` and ``echo4o serve``: adapters, offloading, quantization, step caches, compilation."""
 
 import tempfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from echo4o.cli.generate_options import Cache, LoadingOptions, Offload, Quantize
+from echo4o.cli.generate_options import Adapter, Cache, ModelOptions, Offload, Quantize
 from echo4o.cli.models import Dtype, class_of, load_pipeline
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_for_generation(model: str, device: "torch.device", options: LoadingOptions) -> Any:
-    """Load a pipeline as the options ask.
+def load_for_generation(
+    model: str, device: "torch.device", options: ModelOptions, adapters: Sequence[Adapter] = ()
+) -> Any:
+    """Load a pipeline as the options ask, with all adapters active.
 
     Raises ValueError, naming the option, where the model or a missing package does not allow it.
     """
@@ -21,7 +24,7 @@ def load_for_generation(model: str, device: "torch.device", options: LoadingOpti
         pipe = load_pipeline(model, device, options.dtype)
     else:
         pipe = load_pipeline(model, _cpu(), options.dtype)
-    _load_adapters(pipe, options.adapters())
+    _load_adapters(pipe, adapters)
     if options.quantize is Quantize.fp8:
         _cast_to_fp8(pipe)
     _enable_cache(pipe, options.cache)
@@ -37,7 +40,7 @@ def _cpu() -> "torch.device":
     return torch.device("cpu")
 
 
-def _load_quantized(model: str, device: "torch.device", options: LoadingOptions) -> Any:
+def _load_quantized(model: str, device: "torch.device", options: ModelOptions) -> Any:
     import torch
 
     import echo4o
@@ -53,14 +56,14 @@ def _load_quantized(model: str, device: "torch.device", options: LoadingOptions)
     return pipe if options.offload is not Offload.none else pipe.to(device)
 
 
-def _load_adapters(pipe: Any, adapters: list[tuple[str, float]]) -> None:
-    for number, (name, _) in enumerate(adapters):
+def _load_adapters(pipe: Any, adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
         try:
-            pipe.load_lora_weights(name, adapter_name=f"lora{number}")
+            pipe.load_lora_weights(adapter.place, adapter_name=adapter.name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--lora {name}: {error}") from error
+            raise ValueError(f"--lora {adapter.place}: {error}") from error
     if adapters:
-        pipe.set_adapters([f"lora{number}" for number in range(len(adapters))], [scale for _, scale in adapters])
+        pipe.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
 
 
 def _cast_to_fp8(pipe: Any) -> None:

@@ -1,9 +1,9 @@
-"""The options of ``echo4o generate``. Each dataclass is one panel of the help."""
+"""The options of ``echo4o generate``; ``echo4o serve`` shares those of the model. Each dataclass is a panel of the help."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -112,18 +112,18 @@ class OutputOptions:
     ] = False
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter to load: the name that it gets, where it is, and its scale."""
+
+    name: str
+    place: str
+    scale: float
+
+
 @dataclass
-class LoadingOptions:
+class ModelOptions:
     """Model"""
 
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="LoRA weights to load, with an optional scale: a folder, a file or a Hub repository. Repeatable.",
-            metavar="NAME[:SCALE]",
-            show_default=False,
-        ),
-    ] = None
     device: Device = "auto"
     dtype: DtypeOption = Dtype.auto
     offload: Annotated[
@@ -140,10 +140,6 @@ class LoadingOptions:
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the repeated blocks: slower start, faster updates.")
     ] = False
-
-    def adapters(self) -> list[tuple[str, float]]:
-        """(name, scale) of every adapter."""
-        return [parse_lora(text) for text in self.lora or []]
 
     def check(self, device: "torch.device") -> None:
         """Raise ValueError for options that cannot take effect on the device."""
@@ -166,6 +162,25 @@ class LoadingOptions:
             "cache": self.cache.value,
             "compile": self.compile,
         }
+
+
+@dataclass
+class LoadingOptions(ModelOptions):
+    """Model"""
+
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA weights to load, with an optional scale: a folder, a file or a Hub repository. Repeatable.",
+            metavar="NAME[:SCALE]",
+            show_default=False,
+        ),
+    ] = None
+
+    def adapters(self) -> list[Adapter]:
+        """The adapters, named lora0, lora1, ..."""
+        places = [parse_lora(text) for text in self.lora or []]
+        return [Adapter(f"lora{number}", place, scale) for number, (place, scale) in enumerate(places)]
 
 
 def parse_lora(text: str) -> tuple[str, float]:

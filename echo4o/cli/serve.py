@@ -3,19 +3,30 @@
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from echo4o.cli.evaluate_options import spread
 from echo4o.cli.frame import say
-from echo4o.cli.models import Device, Dtype, DtypeOption, Model, check_model, choose_device, load_pipeline
+from echo4o.cli.generate_options import Adapter, Cache, ModelOptions, Offload, Quantize
+from echo4o.cli.models import Model, check_model, choose_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from echo4o.serving.limits import Limits
+    from echo4o.serving.served_model import ServedModel
 
 KEY_VARIABLE = "ECHO4O_API_KEY"
 _SCALED = re.compile(r"(.+):(-?\d+(?:\.\d+)?)")
 
 
+@spread
 def serve(
+    *,
     model: Model,
     lora: Annotated[
         list[str] | None,
@@ -42,15 +53,27 @@ def serve(
         ),
     ] = None,
     max_batch: Annotated[
-        int, typer.Option(min=1, max=64, help="Most images that run together in one call of the pipeline.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Most images that run together in one call of the pipeline.",
+            show_default="8; 1 with --cache first-block",
+        ),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(min=1, max=10_000, help="Most images that wait; further requests get status 429.")
     ] = 64,
     max_upload: Annotated[int, typer.Option(min=1, help="Most MiB of a request, its images included.")] = 64,
     app: Annotated[bool, typer.Option("--app/--no-app", help="Serve the web app at /, or the API alone.")] = True,
-    device: Device = "auto",
-    dtype: DtypeOption = Dtype.auto,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the images of the app in this folder, so that its history outlives the server.",
+            show_default="until the server ends",
+        ),
+    ] = None,
+    loading: ModelOptions,
 ) -> None:
     """Serve a model: a web app at / and an OpenAI-compatible API under /v1.
 
@@ -68,44 +91,88 @@ def serve(
     require_serving(app)
     key = read_key(api_key)
     adapters = [read_adapter(text) for text in lora or []]
-    if len({adapter[0] for adapter in adapters}) < len(adapters):
+    if len({adapter.name for adapter in adapters}) < len(adapters):
         raise ValueError("--lora: two adapters have the same name; write NAME=WHERE")
+    if history is not None and not app:
+        raise ValueError("--history keeps the images of the app, which --no-app leaves out")
+    batch = batch_limit(max_batch, loading)
     check_model(model)
-    where = choose_device(device)
+    where = choose_device(loading.device)
+    loading.check(where)
+    check_together(loading, adapters)
 
     from echo4o.serving.server import bind
 
     listening = bind(host, port)  # before the model is loaded, which can take minutes
 
-    from echo4o.common.revisions import model_revision, public_name
+    from echo4o.serving.app.history import History
     from echo4o.serving.engine import Engine
     from echo4o.serving.limits import Limits
-    from echo4o.serving.served_model import ModelOrigin, ServedModel
     from echo4o.serving.server import build_server, run
 
-    pipe = load_pipeline(model, where, dtype)
-    say(pipe.placement().line)
-    for adapter, place, _ in adapters:
-        pipe.load_lora_weights(place, adapter_name=adapter)
-    limits = Limits(batch=max_batch, queue=max_queue, upload_bytes=max_upload * 2**20)
-    scales = tuple((adapter, scale) for adapter, _, scale in adapters)
-    origin = ModelOrigin(
-        revision=model_revision(model, None if Path(model).exists() else pipe),
-        adapters={
-            adapter: {"name": public_name(place), "revision": model_revision(place)} for adapter, place, _ in adapters
-        },
-        loading={"dtype": dtype.value, "device": where.type},
-    )
-    served = ServedModel(pipe, name, public_name(model), scales, limits, origin)
+    kept = History(history) if app else None
+    limits = Limits(batch=batch, queue=max_queue, upload_bytes=max_upload * 2**20)
+    served = load_served(model, name, where, loading, adapters, limits)
     local = is_loopback(host)
     if not local and key is None:
         say(f"warning: everybody who reaches {host} can use this server; set {KEY_VARIABLE} to require a key")
     engine = Engine(served)
-    server = build_server(engine, key=key, local=local, with_app=app)
+    server = build_server(engine, key=key, local=local, with_app=app, history=kept)
     address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listening.getsockname()[1]}"
     say(f"serving {model} as {name!r}" + (f"; the app is at {address}" if app else "") + "; Ctrl-C ends it")
     print(f"{address}/v1", flush=True)
     run(engine, listening, server)
+
+
+def load_served(
+    model: str,
+    name: str,
+    device: "torch.device",
+    loading: ModelOptions,
+    adapters: Sequence[Adapter],
+    limits: "Limits | None" = None,
+) -> "ServedModel":
+    """Load a pipeline with its adapters, and describe where it comes from for the metadata of its images."""
+    from echo4o.cli.generate_loading import load_for_generation
+    from echo4o.common.revisions import model_revision, public_name
+    from echo4o.serving.served_model import ModelOrigin, ServedModel
+
+    pipe = load_for_generation(model, device, loading, adapters)
+    say(pipe.placement().line)
+    origin = ModelOrigin(
+        revision=model_revision(model, None if Path(model).exists() else pipe),
+        adapters={
+            each.name: {"name": public_name(each.place), "revision": model_revision(each.place)} for each in adapters
+        },
+        loading=loading.description(device),
+    )
+    scales = tuple((each.name, each.scale) for each in adapters)
+    # With --offload model, a preview would move the transformer off the GPU and back.
+    previews = loading.offload is not Offload.model
+    return ServedModel(pipe, name, public_name(model), scales, limits, origin, previews)
+
+
+def check_together(loading: ModelOptions, adapters: Sequence[Adapter]) -> None:
+    """Raise ValueError for options that cannot work together in a server, whose requests select adapters."""
+    if adapters and loading.compile:
+        raise ValueError(
+            "--lora and --compile cannot be combined: each change of adapters would compile the model again"
+        )
+    if adapters and loading.quantize is not Quantize.none:
+        raise ValueError(
+            f"--lora and --quantize {loading.quantize} cannot be combined: adapters are not changed on quantized weights"
+        )
+
+
+def batch_limit(given: int | None, loading: ModelOptions) -> int:
+    """Most images of a batch. Raises ValueError for several with a cache that would mix the images of a batch."""
+    alone = loading.cache is Cache.first_block
+    if alone and given is not None and given > 1:
+        raise ValueError(
+            "--max-batch and --cache first-block cannot be combined: this cache decides once for a whole batch, so that "
+            "an image would depend on the requests beside it"
+        )
+    return given or (1 if alone else 8)
 
 
 def require_serving(app: bool) -> None:
@@ -129,8 +196,8 @@ def read_key(variable: str | None) -> str | None:
     return key
 
 
-def read_adapter(text: str) -> tuple[str, str, float]:
-    """(name, place, scale) of `[NAME=]WHERE[:SCALE]`."""
+def read_adapter(text: str) -> Adapter:
+    """The adapter of `[NAME=]WHERE[:SCALE]`. Without a name, it gets that of its folder, file or repository."""
     name, equals, place = text.partition("=")
     if not equals or "/" in name:
         name, place = "", text
@@ -140,7 +207,7 @@ def read_adapter(text: str) -> tuple[str, str, float]:
     name = name or re.sub(r"[^\w-]", "-", Path(place).name.removesuffix(".safetensors"))
     if not re.fullmatch(r"[\w-]{1,64}", name):
         raise ValueError(f"--lora {text}: the name {name!r} must consist of letters, digits, '-' and '_'")
-    return name, place, scale
+    return Adapter(name, place, scale)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,7 @@
 """The server: the API, the app and the guard around both, in one process."""
 
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,6 +15,9 @@ from echo4o.serving.errors import ApiError, error_response
 from echo4o.serving.guard import Guard
 from echo4o.serving.images_api import ImagesApi
 from echo4o.serving.waiting import ClientGone, api_error
+
+if TYPE_CHECKING:
+    from echo4o.serving.app.history import History
 
 
 def build_api(engine: Engine) -> FastAPI:
@@ -52,6 +55,7 @@ class _Information:
             "root": model.source or model.name,
             "pipeline": type(model.pipe).__name__,
             "adapters": model.adapter_names,
+            "default_adapters": [{"name": name, "scale": scale} for name, scale in model.default_adapters],
             "image_fields": sorted(model.image_options),
             "chat_fields": sorted(model.chat_options),
         }
@@ -84,19 +88,27 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return error_response(api_error(error))
 
 
-def build_server(engine: Engine, *, key: str | None = None, local: bool = True, with_app: bool = True) -> Guard:
+def build_server(
+    engine: Engine,
+    *,
+    key: str | None = None,
+    local: bool = True,
+    with_app: bool = True,
+    history: "History | None" = None,
+) -> Guard:
     """The whole server as an ASGI application.
 
     Args:
         key: the key of the API, and the password of the app; None: both are open.
         local: accept only requests that name this machine as their host.
         with_app: serve the app at `/`.
+        history: where the app keeps images; None: until the server ends.
     """
     api = build_api(engine)
     if with_app:
         from echo4o.serving.app.page import mount_app
 
-        mount_app(api, engine, key)
+        mount_app(api, engine, key, history)
     return Guard(api, engine, key, local)
 
 

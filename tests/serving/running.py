@@ -40,16 +40,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(model, key: str | None = None, with_app: bool = False) -> Iterator[Running]:
-    """Serve a `ServedModel` on a free port."""
+def serving(model, key: str | None = None, with_app: bool = False, history=None, port: int = 0) -> Iterator[Running]:
+    """Serve a `ServedModel` on a port; 0 takes a free one."""
     import uvicorn
 
     from echo4o.serving.engine import Engine
     from echo4o.serving.server import bind, build_server
 
     engine = Engine(model)
-    listening = bind("127.0.0.1", 0)
-    config = uvicorn.Config(build_server(engine, key=key, with_app=with_app), log_level="warning", access_log=False)
+    listening = bind("127.0.0.1", port)
+    app = build_server(engine, key=key, with_app=with_app, history=history)
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

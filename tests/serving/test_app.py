@@ -13,7 +13,7 @@ from PIL import Image
 from echo4o.common.image_metadata import ImageMetadata
 from echo4o.serving.limits import Limits
 from tests.serving.browser import chromium, keep_screenshot
-from tests.serving.running import png, serving
+from tests.serving.running import BASE, png, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WAIT = 60_000  # milliseconds
@@ -177,6 +177,47 @@ def test_mistakes_are_shown_and_the_page_goes_on(page):
     page.locator("#generate-seed input, #generate-seed textarea").first.fill("seven")
     page.click("#generate-start")
     page.get_by_text("must be a whole number").first.wait_for()
+
+
+def test_adapters_are_picked_and_the_history_outlives_the_server(browser, adapter_folders, tmp_path):
+    import torch
+
+    from echo4o.cli.generate_options import Adapter, ModelOptions
+    from echo4o.cli.serve import load_served
+    from echo4o.serving.app.history import History
+
+    adapters = [Adapter(name, str(adapter_folders / name), scale) for name, scale in (("warm", 1.0), ("cold", 0.5))]
+    model = load_served(str(BASE), "echo4o", torch.device("cpu"), ModelOptions(), adapters)
+    history = History(tmp_path / "history")
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(WAIT)
+    with serving(model, with_app=True, history=history) as running:
+        page.goto(running.root)
+        page.fill("#generate-prompt textarea", "a photo of a red circle")
+        open_settings(page)
+        set_number(page, "generate-num_inference_steps", 2)
+        for wanted in ({"warm": 1.0, "cold": 0.5}, {"cold": 0.25}):
+            if len(wanted) == 1:
+                page.locator("#generate-adapters").get_by_label("warm").uncheck()
+                page.locator("#generate-scale-cold input[type=number]").fill("0.25")
+                keep_screenshot(page, "adapters")
+            page.click("#generate-start")
+            page.wait_for_function(f"document.querySelectorAll('#history img').length === {3 - len(wanted)}")
+            kept = [entry for own in history._visitors.values() for entry in own]
+            newest = max(kept, key=lambda entry: entry.file.name)
+            assert {each["name"]: each["scale"] for each in newest.settings["adapters"]} == wanted
+        port = running.port
+        page.goto("about:blank")  # closes its connections
+    with serving(model, with_app=True, history=History(tmp_path / "history"), port=port) as running:
+        page.goto(running.root)
+        images(page, "history").first.click()
+        shown_settings(page, f'"seed": {newest.seed}', '"scale": 0.25')
+        page.click("#history-reuse")
+        page.wait_for_function("document.querySelector('#generate-seed input, #generate-seed textarea').value !== ''")
+        open_settings(page)
+        assert not page.locator("#generate-adapters").get_by_label("warm").is_checked()
+        assert page.locator("#generate-scale-cold input[type=number]").input_value() == "0.25"
+    page.context.close()
 
 
 def test_the_keyboard_is_enough_and_a_phone_can_show_it(app, browser):

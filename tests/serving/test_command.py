@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -57,6 +59,56 @@ def test_mistakes_are_one_line(tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2 and words in result.stderr, (arguments, result.output)
         assert result.stderr.strip().count("\n") == 0
+
+
+def test_options_that_cannot_work_together_are_one_error(tmp_path):
+    pytest.importorskip("fastapi", reason="pip install 'echo4o[app]'")
+    (tmp_path / "file").write_text("x")
+    for options, words in {
+        "--lora a --quantize int8": "--lora and --quantize int8 cannot be combined",
+        "--lora a --compile": "--lora and --compile cannot be combined",
+        "--cache first-block --max-batch 4": "--max-batch and --cache first-block cannot be combined",
+        "--quantize int8 --compile": "--compile and --quantize cannot be combined",
+        "--quantize nf4 --device cpu": "--quantize nf4 needs a CUDA GPU",
+        "--offload model --device cpu": "--offload model moves weights",
+        "--no-app --history kept": "--history keeps the images of the app",
+        f"--history {tmp_path / 'file'}": "cannot be used",
+    }.items():
+        result = run("--model", str(BASE), "--port", "0", *options.split())
+        assert result.exit_code == 2 and words in result.stderr, (options, result.output)
+        assert result.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"cache": "first-block"}, {"cache": "taylorseer"}, {"offload": "disk"}])
+def test_ways_to_run_the_model_serve_batches(options):
+    """What `generate` gives with these options, and a batched image equals the single one."""
+    import torch
+
+    from echo4o.cli.generate_options import Cache, ModelOptions, Offload
+    from echo4o.cli.models import Dtype
+    from echo4o.cli.serve import batch_limit, load_served
+    from echo4o.serving.limits import Limits
+
+    kinds = {"cache": Cache, "offload": Offload}
+    in_float32 = ModelOptions(dtype=Dtype.float32)
+    loading = replace(in_float32, **{name: kinds[name](value) for name, value in options.items()})
+    limits = Limits(batch=batch_limit(None, loading))
+    model = load_served(str(BASE), "echo4o", torch.device("cpu"), loading, [], limits)
+    plain = load_served(str(BASE), "echo4o", torch.device("cpu"), in_float32, [])
+    tasks = [
+        model.image_tasks([text], seed=seed, options={"num_inference_steps": 8})[0]
+        for seed, text in enumerate(["a photo of a red circle", "a photo of a blue star"])
+    ]
+    assert limits.batch == (1 if loading.cache is Cache.first_block else 8)
+    alone = [np.asarray(model.generate([task])[0].image, dtype=int) for task in tasks]
+    if limits.batch > 1:
+        together = [np.asarray(each.image, dtype=int) for each in model.generate(tasks)]
+        assert all(np.abs(a - b).max() <= 2 for a, b in zip(alone, together, strict=True))
+    exact = np.asarray(plain.generate(tasks[:1])[0].image, dtype=int)
+    changed = np.abs(exact - alone[0]).max() > 0
+    assert changed if loading.cache is Cache.taylorseer else loading.cache is Cache.first_block or not changed
+    assert model.generate(tasks[:1])[0].metadata.loading[next(iter(options))] == next(iter(options.values()))
 
 
 def test_a_port_that_is_in_use_is_told_before_the_model_is_loaded():

@@ -42,14 +42,14 @@ class Controls:
                 options[name] = given[name]
         height, width = _size(given)
         names = given.get("adapters")
-        scales = [float(given.get("adapter_scale") or 0.0)] * len(names) if names else None
+        scales = [float(given[_scale_of(name)] or 0.0) for name in names] if names else None
         return {
             "count": int(given.get("count") or 1),
             "seed": _seed(given.get("seed")),
             "height": height,
             "width": width,
             "options": self.model.read_options(options),
-            "adapters": self.model.read_adapters(names if names is not None else None, scales),
+            "adapters": self.model.read_adapters(names, scales),
         }
 
     def restore(self, seed: int, settings: dict[str, Any]) -> dict[Any, Any]:
@@ -67,9 +67,13 @@ class Controls:
         if "adapters" in self.components:
             adapters = settings.get("adapters", [])
             updates[self.components["adapters"]] = [each["name"] for each in adapters]
-            if adapters:
-                updates[self.components["adapter_scale"]] = adapters[0]["scale"]
+            updates |= {self.components[_scale_of(each["name"])]: each["scale"] for each in adapters}
         return updates
+
+
+def _scale_of(adapter: str) -> str:
+    """Name of the component with the scale of an adapter."""
+    return f"scale of {adapter}"
 
 
 def _seed(text: str | None) -> int | None:
@@ -121,13 +125,7 @@ def build_controls(model: ServedModel, tab: str) -> Controls:
         _build_options(model, parts, tab)
         _build_size(model, parts, tab)
         if model.adapter_names:
-            active = [name for name, _ in model.default_adapters]
-            scale = model.default_adapters[0][1] if model.default_adapters else 1.0
-            with gr.Row():
-                parts["adapters"] = gr.CheckboxGroup(
-                    model.adapter_names, value=active, label="Adapters", elem_id=f"{tab}-adapters"
-                )
-                parts["adapter_scale"] = gr.Slider(0, 2, scale, step=0.05, label="Strength of the adapters")
+            _build_adapters(model, parts, tab)
     return controls
 
 
@@ -155,6 +153,20 @@ def _build_options(model: ServedModel, parts: dict[str, Any], tab: str) -> None:
         parts["think"] = gr.Checkbox(False, label="Plan in words first", elem_id=f"{tab}-think")
     if "negative_prompt" in model.image_options:
         parts["negative_prompt"] = gr.Textbox("", label="What to avoid", elem_id=f"{tab}-negative")
+
+
+def _build_adapters(model: ServedModel, parts: dict[str, Any], tab: str) -> None:
+    active = dict(model.default_adapters)
+    parts["adapters"] = gr.CheckboxGroup(
+        model.adapter_names, value=list(active), label="Adapters", elem_id=f"{tab}-adapters"
+    )
+    with gr.Row():
+        for name in model.adapter_names:
+            scale = active.get(name, 1.0)
+            low, high = min(0.0, scale), max(2.0, scale)
+            parts[_scale_of(name)] = gr.Slider(
+                low, high, scale, step=0.05, label=f"Strength of {name}", elem_id=f"{tab}-scale-{name}", min_width=200
+            )
 
 
 def _build_size(model: ServedModel, parts: dict[str, Any], tab: str) -> None:

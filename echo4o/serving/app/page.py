@@ -6,6 +6,8 @@ from typing import Any
 import gradio as gr
 import gradio.themes
 from fastapi import FastAPI
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from echo4o.serving.app.controls import Controls, build_controls
 from echo4o.serving.app.examples import EDIT_EXAMPLES, PROMPTS, example_files
@@ -19,6 +21,7 @@ QUIET: dict[str, Any] = PRIVATE | {"show_progress": "hidden"}
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: auto; }
 .status { min-height: 1.6em; }
+.results .grid-wrap { max-height: none !important; } /* gradio would cut large images at half of the window */
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   button.primary, button.secondary, button.stop { min-height: 44px; }
@@ -26,15 +29,27 @@ CSS = """
 """
 
 
-def mount_app(api: FastAPI, engine: Engine, key: str | None = None) -> FastAPI:
-    """Add the app to the API's server at `/`. With a key, it asks for it as the password (any user name)."""
+_DELETE_COPIES = (600, 86_400)  # seconds: how often, and how old; gradio's copies of images that it has shown
+
+
+def copy_of(entry: Entry) -> str:
+    """A copy of an image in gradio's cache, from which the page may read: the history's folder stays private."""
+    return save_file_to_cache(entry.file, get_upload_folder())
+
+
+def mount_app(api: FastAPI, engine: Engine, key: str | None = None, history: History | None = None) -> FastAPI:
+    """Add the app to the API's server at `/`. With a key, it asks for it as the password (any user name).
+
+    Args:
+        history: where images are kept; None: until the server ends.
+    """
 
     def allowed(user: str, password: str) -> bool:
         return hmac.compare_digest(password.encode(), (key or "").encode())
 
     return gr.mount_gradio_app(
         api,
-        build_page(engine),
+        build_page(engine, history=history),
         path="/",
         auth=allowed if key else None,
         auth_message="The password is the key of the server; the user name can be anything." if key else None,
@@ -56,23 +71,22 @@ def launch_options(engine: Engine) -> dict[str, Any]:
     }
 
 
-def build_page(engine: Engine, title: str | None = None) -> gr.Blocks:
+def build_page(engine: Engine, title: str | None = None, history: History | None = None) -> gr.Blocks:
     """The page of an engine."""
-    return _Page(engine).build(title or engine.model.source or "echo4o")
+    return _Page(engine, history or History()).build(title or engine.model.source or "echo4o")
 
 
 class _Page:
     """Builds the page and connects its parts."""
 
-    def __init__(self, engine: Engine):
-        self.model = engine.model
-        self.history = History()
+    def __init__(self, engine: Engine, history: History):
+        self.model, self.history = engine.model, history
         self.handlers = Handlers(engine, self.history)
 
     def build(self, title: str) -> gr.Blocks:
-        with gr.Blocks(title=f"echo4o: {title}", analytics_enabled=False) as page:
+        with gr.Blocks(title=f"echo4o: {title}", analytics_enabled=False, delete_cache=_DELETE_COPIES) as page:
             gr.Markdown(f"# {title}")
-            self.token = gr.BrowserState("", storage_key="echo4o-visitor")
+            self.token = gr.BrowserState("", storage_key="echo4o-visitor", secret=self.history.secret)
             self.shown = gr.Gallery(
                 label="Your images, the newest first: select one for its settings",
                 columns=6,
@@ -106,7 +120,7 @@ class _Page:
         self.handlers.cancel(request.session_hash or "")
 
     def _gallery(self, token: str) -> list[tuple[str, str]]:
-        return [(str(entry.file), entry.caption) for entry in self.history.entries(token)]
+        return [(copy_of(entry), entry.caption) for entry in self.history.entries(token)]
 
     # --- generate ---
 
@@ -195,6 +209,7 @@ class _Page:
             fit_columns=False,
             interactive=False,
             elem_id=f"{tab}-results",
+            elem_classes="results",
             buttons=["fullscreen"],
         )
 
@@ -223,7 +238,7 @@ class _Page:
         running = state.preview is not None and not state.done
         updates[preview] = gr.update(value=state.preview if running else None, visible=running)
         if len(entries) != shown:
-            updates[results] = [(str(entry.file), f"seed {entry.seed}") for entry in entries]
+            updates[results] = [(copy_of(entry), f"seed {entry.seed}") for entry in entries]
             updates[self.shown] = self._gallery(token)
         return updates
 
@@ -244,7 +259,7 @@ class _Page:
         prompt.submit(*run[0], **run[1])
         again = gr.Button("Edit the newest image further", size="sm", elem_id="edit-again")
         again.click(
-            lambda token: [str(entry.file) for entry in self.history.entries(token)[:1]], self.token, files, **QUIET
+            lambda token: [copy_of(entry) for entry in self.history.entries(token)[:1]], self.token, files, **QUIET
         )
         examples = [[example_files()[:count], text] for count, text in EDIT_EXAMPLES]
         gr.Examples(examples, [files, prompt], label="Examples", elem_id="edit-examples")
@@ -305,7 +320,7 @@ class _Page:
             return (
                 entry.file.name,
                 gr.update(visible=True),
-                gr.update(value=str(entry.file)),
+                gr.update(value=copy_of(entry)),
                 gr.update(value=entry.to_json(), visible=True),
             )
 

@@ -1,0 +1,122 @@
+"""LoRA adapters through the server: loaded once, selected by each request, with its scale."""
+
+import base64
+import io
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="pip install 'echo4o[app]'")
+
+import numpy as np
+import openai
+from PIL import Image
+
+from echo4o.cli.generate_options import Adapter, ModelOptions
+from echo4o.cli.models import Dtype
+from echo4o.common.image_metadata import read_metadata
+from tests.serving.running import BASE, load_tiny, serving
+
+PROMPT = "a photo of a red circle"
+
+
+@pytest.fixture(scope="module")
+def server(adapter_folders):
+    """As `echo4o serve --lora warm=... --lora cold=...:0.5` starts it."""
+    import torch
+
+    from echo4o.cli.serve import load_served
+
+    adapters = [
+        Adapter("warm", str(adapter_folders / "warm"), 1.0),
+        Adapter("cold", str(adapter_folders / "cold"), 0.5),
+    ]
+    loading = ModelOptions(dtype=Dtype.float32)
+    with serving(load_served(str(BASE), "echo4o", torch.device("cpu"), loading, adapters)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+def generate(client, **fields):
+    body = {"steps": 3, "seed": 5} | fields
+    return client.images.generate(model="echo4o", prompt=PROMPT, extra_body=body).data[0]
+
+
+def pixels(entry) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(entry.b64_json))), dtype=int)
+
+
+def difference(a, b) -> int:
+    return int(np.abs(pixels(a) - pixels(b)).max())
+
+
+def direct(adapter_folders, **scales: float) -> np.ndarray:
+    """The image of a pipeline that has only these adapters."""
+    import torch
+
+    pipe = load_tiny()
+    for name in scales:
+        pipe.load_lora_weights(adapter_folders / name, adapter_name=name)
+    if scales:
+        pipe.set_adapters(list(scales), list(scales.values()))
+    image = pipe(PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
+    return np.asarray(image, dtype=int)
+
+
+def test_a_request_selects_adapters_and_scales(client, adapter_folders, tmp_path):
+    (model,) = client.models.list().data
+    assert model.model_extra["adapters"] == ["cold", "warm"]
+    assert model.model_extra["default_adapters"] == [
+        {"name": "warm", "scale": 1.0},
+        {"name": "cold", "scale": 0.5},
+    ]
+    wanted = {
+        "default": ({}, {"warm": 1.0, "cold": 0.5}),
+        "one": ({"adapter": "warm"}, {"warm": 1.0}),
+        "scaled": ({"adapter": "cold", "adapter_scale": 0.7}, {"cold": 0.7}),
+        "both": ({"adapter": ["cold", "warm"], "adapter_scale": [0.2, 0.3]}, {"cold": 0.2, "warm": 0.3}),
+        "none": ({"adapter": "none"}, {}),
+    }
+    entries = {name: generate(client, **fields) for name, (fields, _) in wanted.items()}
+    for name, (_, scales) in wanted.items():
+        assert np.abs(pixels(entries[name]) - direct(adapter_folders, **scales)).max() <= 1, name
+        listed = [{"name": each, "scale": scale} for each, scale in scales.items()]
+        assert entries[name].model_extra["settings"]["adapters"] == listed
+    assert difference(entries["one"], entries["none"]) > 8
+    assert difference(entries["one"], entries["scaled"]) > 8
+    file = tmp_path / "scaled.png"
+    file.write_bytes(base64.b64decode(entries["scaled"].b64_json))
+    (stored,) = read_metadata(file).adapters
+    assert stored["name"] == "cold" and stored["scale"] == 0.7 and stored["revision"] != "unknown"
+    with pytest.raises(openai.BadRequestError, match="'hot' is not loaded; this server has cold, warm"):
+        generate(client, adapter="hot")
+
+
+def test_requests_with_different_adapters_that_wait_together_equal_single_ones(server, client):
+    fields = [{"adapter": "warm"}, {"adapter": "cold"}, {"adapter": "none"}, {"adapter": "warm", "adapter_scale": 0.5}]
+    fields = [each | {"seed": seed} for seed, each in enumerate(fields)] + [{"adapter": "cold", "seed": 9}]
+    alone = [generate(client, **each) for each in fields]
+    together: list = [None] * len(fields)
+
+    def ask(index: int) -> None:
+        together[index] = generate(client, **fields[index])
+
+    before = server.engine.metrics.batch_sizes
+    blocker = threading.Thread(target=generate, args=(client,), kwargs={"steps": 150})
+    blocker.start()
+    while not server.engine.running:
+        time.sleep(0.001)
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(fields))]
+    for thread in threads:
+        thread.start()
+    for thread in [*threads, blocker]:
+        thread.join()
+    assert server.engine.metrics.batch_sizes.get(2, 0) == before.get(2, 0) + 1, (
+        "those with equal adapters run together"
+    )
+    assert all(difference(one, other) <= 2 for one, other in zip(alone, together, strict=True))
