@@ -66,6 +66,9 @@ def main(options: Namespace) -> None:
             rates[clients].append(images_per_second(clients))
     one = statistics.median(rates[1])
     print(f"images per second, {options.steps} updates each ({torch.get_num_threads()} threads)")
+    for clients in CLIENTS[1:]:
+        gains = [many / one for many, one in zip(rates[clients], rates[1], strict=True)]
+        options.results.add(f"serving: images per second of {clients} clients / 1 client", gains, at_least=1.0)
     for clients, values in rates.items():
         print(f"  {clients:>2} clients  {spread(values, 2):<24} x{statistics.median(values) / one:.2f}")
     print(f"batch sizes: {dict(sorted(engine.metrics.batch_sizes.items()))}")

@@ -40,3 +40,26 @@ def test_another_file_is_an_error(tmp_path, capsys, text):
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
     assert ended.value.code == 2 and "a.json is not a result" in capsys.readouterr().err
+
+
+def test_the_table_of_quantized_weights_compares_with_the_stored_ones():
+    from PIL import Image
+
+    from benchmarks.quantized_quality import Measured, table
+    from echo4o.evaluation.benchmarks.shapes4o.accuracy import scores_by_tag
+    from echo4o.quickstart.generation import GeneratedImages
+
+    def row(name: str, megabytes: float, level: int, right: list[bool]) -> Measured:
+        images = [Image.new("RGB", (4, 4), (level,) * 3)] * len(right)
+        return Measured(
+            name, megabytes, GeneratedImages([], images, [], scores_by_tag(["single"] * len(right), right))
+        )
+
+    rows = [
+        row("float32", 2, 10, [True] * 4),
+        row("as stored", 2, 12, [True] * 4),
+        row("int8", 1, 15, [True, False] * 2),
+    ]
+    lines = table(rows).splitlines()
+    assert lines[3] == "| as stored | 2.00 MB | 1.00 [0.51, 1.00] (4/4) | 0.00 of 255 |"
+    assert "(2/4)" in lines[4] and lines[4].endswith("| 3.00 of 255 |") and "| 1.00 MB |" in lines[4]
