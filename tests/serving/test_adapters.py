@@ -39,7 +39,7 @@ def server(adapter_folders):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return server.client()
+    return server.client().with_options(timeout=600)
 
 
 def generate(client, **fields):
@@ -106,15 +106,20 @@ def test_requests_with_different_adapters_that_wait_together_equal_single_ones(s
     def ask(index: int) -> None:
         together[index] = generate(client, **fields[index])
 
-    before = server.engine.metrics.batch_sizes
-    blocker = threading.Thread(target=generate, args=(client,), kwargs={"steps": 150})
-    blocker.start()
-    while not server.engine.running:
+    engine, model, release = server.engine, server.engine.model, threading.Event()
+    before = engine.metrics.batch_sizes
+    (blocker,) = model.image_tasks([PROMPT], options=model.read_options({"steps": 2}))
+    blocker.on_event = lambda event: release.wait()
+    engine.submit([blocker])
+    while not engine.running:
         time.sleep(0.001)
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(fields))]
     for thread in threads:
         thread.start()
-    for thread in [*threads, blocker]:
+    while engine.waiting < len(fields):
+        time.sleep(0.01)
+    release.set()
+    for thread in threads:
         thread.join()
     assert server.engine.metrics.batch_sizes.get(2, 0) == before.get(2, 0) + 1, (
         "those with equal adapters run together"
