@@ -48,7 +48,7 @@ class Student:
         return f"student-{self.updates}" + (f"-seed-{self.seed}" if self.seed else "")
 
 
-STUDENTS = (Student(4, 600), Student(8, 300, start=4), Student(2, 600, start=4))
+STUDENTS = (Student(4, 600), Student(8, 100, start=4), Student(2, 500, start=4))
 
 
 @dataclass(frozen=True)
