@@ -1,8 +1,9 @@
-"""Measures few-step adapters on the quickstart's tiny model: the table of docs/few_steps.md.
+"""Measures few-step adapters on tiny models: the tables of docs/few_steps.md.
 
 `python -m echo4o.quickstart.few_steps QUICKSTART OUT` takes the fine-tuned pipeline and the dataset of a finished
-quickstart, makes the teacher's trajectories, trains adapters of 4, 8 and 2 updates, and scores all ways of sampling on
-held-out prompts. It takes about an hour on one core. After an interruption the same command continues.
+quickstart, makes the teacher's trajectories, trains adapters, and scores all ways of sampling on held-out prompts. It
+does the same with the quickstart's base model, whose images of a prompt differ from each other. Both take about an hour
+on one core. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,9 @@ from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
 from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, held_out_prompts
 from echo4o.evaluation.statistics import bootstrap
 from echo4o.modeling.pipelines import pipeline_class
+from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.generation import STEPS, generate_images, judge
+from echo4o.quickstart.run import BASE
 from echo4o.training.precompute import run as precompute
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.teacher import TeacherSettings
@@ -29,6 +33,7 @@ from echo4o.training.train import train
 
 SEGMENTS = 8
 PROMPTS = 1536  # of the quickstart's training rows, whose trajectories the adapters learn from
+SINGLE_OBJECTS = 60  # at most
 VARIANTS = (1, 2, 3)  # of the 90 held-out contents: 270 prompts
 SEEDS = (0, 1, 2)  # of the images' noise
 BATCH = 45  # prompts per call
@@ -48,7 +53,10 @@ class Student:
         return f"student-{self.updates}" + (f"-seed-{self.seed}" if self.seed else "")
 
 
-STUDENTS = (Student(4, 600), Student(8, 100, start=4), Student(2, 500, start=4))
+STUDENTS, BASE_STUDENTS = (
+    (Student(4, 600), Student(8, 100, start=4), Student(2, 500, start=4)),
+    (Student(2, 300), Student(1, 300, start=2)),
+)
 
 
 @dataclass(frozen=True)
@@ -65,39 +73,84 @@ class Way:
         return {} if self.guided or self.adapter else {"guidance_scale": 1.0}
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """A teacher, its adapters, and the prompts that they are scored on.
+
+    Args:
+        model: pipeline folder of the teacher.
+        rows: makes the dataset whose prompts the adapters learn from.
+        images_per_prompt: trajectories of each row.
+        batch_size: of the training.
+    """
+
+    model: Path
+    out: Path
+    rows: Callable[[], Any]
+    prompts: Sequence[ShapesPrompt]
+    students: Sequence[Student]
+    images_per_prompt: int = 1
+    batch_size: int = 32
+
+
+def of_quickstart(quickstart: Path, out: Path) -> Experiment:
+    """The fine-tuned model of a finished quickstart, with references among its prompts."""
+
+    def rows():
+        from datasets import load_dataset
+
+        dataset = load_dataset(str(quickstart / "dataset"), "all", split="train", cache_dir=str(out / "cache"))
+        chosen = dataset.shuffle(seed=0).select(range(PROMPTS))
+        return chosen.select_columns(["id", "instruction", "reference_images"])
+
+    prompts = [prompt for variant in VARIANTS for prompt in held_out_prompts(variant=variant)]
+    return Experiment(quickstart / "pipeline", out, rows, prompts, STUDENTS)
+
+
+def of_base(out: Path) -> Experiment:
+    """The base model, which generates single objects at any position."""
+    prompts = single_object_prompts(SINGLE_OBJECTS)
+
+    def rows():
+        from datasets import Dataset
+
+        return Dataset.from_list([{"id": f"single-{i}", "instruction": p.text} for i, p in enumerate(prompts)])
+
+    return Experiment(BASE, out, rows, prompts, BASE_STUDENTS, images_per_prompt=20, batch_size=16)
+
+
 # --- making the adapters --------------------------------------------------------------------------------------------
 
 
-def make_trajectories(quickstart: Path, out: Path) -> None:
-    """Store the teacher's trajectories for prompts and references of the quickstart's dataset."""
-    from datasets import load_dataset
-
+def make_trajectories(experiment: Experiment) -> None:
+    """Store the teacher's trajectories."""
+    out, copies = experiment.out, experiment.images_per_prompt
     if not (out / "prompts").is_dir():
-        rows = load_dataset(str(quickstart / "dataset"), "all", split="train", cache_dir=str(out / "cache"))
-        chosen = rows.shuffle(seed=0).select(range(PROMPTS))
-        chosen.select_columns(["id", "instruction", "reference_images"]).save_to_disk(out / "prompts")
-    settings = TeacherSettings(updates=STEPS, segments=SEGMENTS, batch_size=32)
-    precompute(str(out / "prompts"), str(quickstart / "pipeline"), out / "trajectories", teacher=settings)
+        experiment.rows().save_to_disk(out / "prompts")
+    batch = max(1, 80 // copies) if copies > 1 else 32
+    settings = TeacherSettings(updates=STEPS, segments=SEGMENTS, batch_size=batch, images_per_prompt=copies)
+    precompute(str(out / "prompts"), str(experiment.model), out / "trajectories", teacher=settings)
 
 
-def train_student(student: Student, quickstart: Path, out: Path) -> Path:
+def train_student(student: Student, experiment: Experiment) -> Path:
     """Train an adapter, or return the folder of the one that is there."""
+    out = experiment.out
     folder = out / student.name
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     settings = {
-        "model": str(quickstart / "pipeline"),
+        "model": str(experiment.model),
         "output_dir": str(folder),
         "data.path": str(out / "prompts"),
         "distill": {"teacher": str(out / "trajectories"), "steps": student.updates},
         "optimizer": {"lr": 2e-3, "warmup_steps": 20, "schedule": "linear"},
         "steps": student.steps,
-        "batch_size": 32,
+        "batch_size": experiment.batch_size,
         "packing": None,
         "mixed_precision": "no",
         "gradient_checkpointing": False,
         "device": "cpu",
-        "validation": {"every": 100, "share": 0.02, "max_rows": 32},
+        "validation": {"every": 100, "share": 0.1 if experiment.images_per_prompt > 1 else 0.02, "max_rows": 32},
         "checkpoints": {"every": 100},
         "resume": True,
         "seed": student.seed,
@@ -141,26 +194,27 @@ def load(folder: Path, way: Way):
     return pipeline
 
 
-def measure(folder: Path, ways: Sequence[Way], out: Path) -> dict:
+def measure(experiment: Experiment, ways: Sequence[Way]) -> dict:
     """Scores by way and seed, kept in `out/scores.json`; measured ones are not measured again."""
-    prompts = [prompt for variant in VARIANTS for prompt in held_out_prompts(variant=variant)]
-    scores = read_json(out / "scores.json") or {}
+    prompts, file = experiment.prompts, experiment.out / "scores.json"
+    scores = read_json(file) or {}
     for way in ways:
         pipeline = None
         for seed in SEEDS:
             if str(seed) not in scores.setdefault(way.name, {}):
-                pipeline = pipeline or load(folder, way)
+                pipeline = pipeline or load(experiment.model, way)
                 scores[way.name][str(seed)] = score(pipeline, way, prompts, seed)
-                write_json(out / "scores.json", scores)
+                write_json(file, scores)
                 print(
                     f"{way.name}, seed {seed}: {sum(scores[way.name][str(seed)]['right'])}/{len(prompts)}", flush=True
                 )
     return scores
 
 
-def seconds(folder: Path, ways: Sequence[Way], rounds: int = 5) -> dict[str, float]:
+def seconds(experiment: Experiment, ways: Sequence[Way], rounds: int = 5) -> dict[str, float]:
     """Median seconds of one call with 8 prompts, the ways taking turns."""
-    prompts, pipelines = held_out_prompts()[::12], [load(folder, way) for way in ways]
+    prompts = experiment.prompts[:: len(experiment.prompts) // 8][:8]
+    pipelines = [load(experiment.model, way) for way in ways]
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     for turn in range(rounds + 1):
         for way, pipeline in zip(ways, pipelines, strict=True):
@@ -171,9 +225,9 @@ def seconds(folder: Path, ways: Sequence[Way], rounds: int = 5) -> dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(scores: dict, times: dict[str, float], teacher: str) -> str:
-    """The results as a Markdown table; differences to the teacher with paired 95% intervals over prompts."""
-    prompts = [prompt for variant in VARIANTS for prompt in held_out_prompts(variant=variant)]
+def table(scores: dict, times: dict[str, float], teacher: str, prompts: Sequence[ShapesPrompt]) -> str:
+    """The results as a Markdown table; differences to the teacher with paired 95% intervals over contents."""
+    contents = [f"{prompt.tag} {sorted(map(str, prompt.groups))}" for prompt in prompts]
     with_references = [bool(prompt.references) for prompt in prompts]
     lines = [
         "| sampling | right (95%) | minus teacher (95%, paired) | with references | row-updates | fewer | faster |",
@@ -185,48 +239,57 @@ def table(scores: dict, times: dict[str, float], teacher: str) -> str:
         referenced = [ok for run in runs for ok, has in zip(run["right"], with_references, strict=True) if has]
         rows, base = runs[0]["rows"], scores[teacher]["0"]["rows"]
         faster = f"{times[teacher] / times[name]:.1f}x" if name in times else ""
-        cells = [name, _share(every), _difference(runs, list(scores[teacher].values())), _share(referenced)]
+        cells = [name, _share(every), _difference(runs, list(scores[teacher].values()), contents), _share(referenced)]
         lines.append(f"| {' | '.join(cells)} | {rows:.1f} | {base / rows:.1f}x | {faster} |")
     return "\n".join(lines)
 
 
 def _share(right: Sequence[bool]) -> str:
+    if not right:
+        return ""
     accuracy = Accuracy(sum(right), len(right))
     low, high = accuracy.interval
     return f"{accuracy.mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _difference(runs: Sequence[dict], teacher: Sequence[dict]) -> str:
-    """The mean difference and its interval. The unit is a prompt: its seeds are averaged first."""
-    seeds = min(len(runs), len(teacher))
-    pairs = [zip(run["right"], other["right"], strict=True) for run, other in zip(runs, teacher)]
-    by_seed = [[float(a) - float(b) for a, b in pair] for pair in pairs]
-    prompts = [sum(values) / seeds for values in zip(*by_seed, strict=True)]
-    intervals, _ = bootstrap({"all": prompts}, lambda sizes: {"all": {"all": 1.0}})
+def _difference(runs: Sequence[dict], teacher: Sequence[dict], contents: Sequence[str]) -> str:
+    """The mean difference and its interval. The unit is a content: its wordings and seeds are averaged first."""
+    by_content: dict[str, list[float]] = {}
+    for run, other in zip(runs, teacher):  # as many seeds as both have
+        for content, a, b in zip(contents, run["right"], other["right"], strict=True):
+            by_content.setdefault(content, []).append(float(a) - float(b))
+    means = [statistics.mean(values) for values in by_content.values()]
+    intervals, _ = bootstrap({"all": means}, lambda sizes: {"all": {"all": 1.0}})
     low, high = intervals["all"]
-    return f"{statistics.mean(prompts):+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{statistics.mean(means):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def run(quickstart: Path, out: Path) -> str:
-    """Make and measure everything; returns the table, which is also written to `out/table.md`."""
+def run(experiment: Experiment, updates: Sequence[int]) -> str:
+    """Make and measure everything; returns the table, which is also written to `out/table.md`.
+
+    Args:
+        updates: numbers of updates at which the teacher is measured without training, with and without guidance.
+    """
+    out = experiment.out
     out.mkdir(parents=True, exist_ok=True)
-    make_trajectories(quickstart, out)
+    make_trajectories(experiment)
     teacher = Way(f"teacher, {STEPS} updates, guidance", STEPS)
-    untrained = [Way(f"teacher, {k} updates, guidance", k) for k in (8, 4, 2)]
-    untrained += [Way(f"teacher, {k} updates, no guidance", k, guided=False) for k in (8, 4, 2)]
-    adapters = {student: train_student(student, quickstart, out) for student in STUDENTS}
-    students = [Way(f"student, {s.updates} updates", adapter=adapters[s]) for s in STUDENTS]
+    untrained = [Way(f"teacher, {k} updates, guidance", k) for k in updates]
+    untrained += [Way(f"teacher, {k} updates, no guidance", k, guided=False) for k in updates]
+    adapters = {student: train_student(student, experiment) for student in experiment.students}
+    students = [Way(f"student, {s.updates} updates", adapter=adapters[s]) for s in experiment.students]
     ways = [teacher, *untrained, *students]
-    scores = measure(quickstart / "pipeline", ways, out)
-    result = table(scores, seconds(quickstart / "pipeline", ways), teacher.name)
+    scores = measure(experiment, ways)
+    result = table(scores, seconds(experiment, ways), teacher.name, experiment.prompts)
     (out / "table.md").write_text(result + "\n", "utf-8")
     return result
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measures few-step adapters on the quickstart's tiny model.")
+    parser = argparse.ArgumentParser(description="Measures few-step adapters on tiny models.")
     parser.add_argument("quickstart", type=Path, help="the folder of a finished quickstart")
     parser.add_argument("out", type=Path, help="the folder to write")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(run(given.quickstart, given.out))
+    print(run(of_quickstart(given.quickstart, given.out / "quickstart"), (4, 2, 1)))
+    print(run(of_base(given.out / "base"), (2, 1)))

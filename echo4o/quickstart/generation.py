@@ -35,9 +35,12 @@ def reference_images_of(prompt: ShapesPrompt) -> list[Image.Image]:
 
 
 def generate_images(
-    pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int = STEPS, **options
+    pipeline, prompts: Sequence[ShapesPrompt], seed: int, steps: int | None = STEPS, **options
 ) -> list[Image.Image]:
-    """Generates one image per prompt in one batch; each image has its own generator, seeded by its position."""
+    """Generates one image per prompt in one batch; each image has its own generator, seeded by its position.
+
+    `steps=None` is the default of the pipeline, or the preset of an active adapter.
+    """
     return pipeline(
         [prompt.text for prompt in prompts],
         image=[reference_images_of(prompt) or None for prompt in prompts],
