@@ -106,8 +106,11 @@ def test_ways_to_run_the_model_serve_batches(options):
         together = [np.asarray(each.image, dtype=int) for each in model.generate(tasks)]
         assert all(np.abs(a - b).max() <= 2 for a, b in zip(alone, together, strict=True))
     exact = np.asarray(plain.generate(tasks[:1])[0].image, dtype=int)
-    changed = np.abs(exact - alone[0]).max() > 0
-    assert changed if loading.cache is Cache.taylorseer else loading.cache is Cache.first_block or not changed
+    difference = np.abs(exact - alone[0]).max()
+    if loading.cache is Cache.taylorseer:
+        assert difference > 0, "layers were skipped"
+    if loading.offload is not Offload.none:
+        assert difference <= 1  # from disk within 1e-5, see docs/memory.md
     assert model.generate(tasks[:1])[0].metadata.loading[next(iter(options))] == next(iter(options.values()))
 
 
