@@ -57,7 +57,7 @@ from .original_configs import (
     read_original_jsons,
     sizes_of,
 )
-from .original_keys import Key, all_keys, differences
+from .original_keys import TensorEntry, all_keys, differences
 from .pipeline_echo4o import Echo4oPipeline
 from .segments_bagel import check_tokenizer
 
@@ -88,11 +88,11 @@ _DESCRIBED = "components.json"  # in this folder: the component configurations t
 
 
 @dataclass(frozen=True)
-class Original:
+class BagelCheckpoint:
     """A checked original checkpoint: its keys, its stored tensors, and the configurations of our components."""
 
     folder: Path
-    keys: list[Key]
+    keys: list[TensorEntry]
     tensors: dict[str, StoredTensor]  # by original name; no name is in both weight files
     configs: Configs
 
@@ -194,7 +194,7 @@ def components_from_original(
     return built
 
 
-def read_original(folder: Path) -> Original:
+def read_original(folder: Path) -> BagelCheckpoint:
     """Read and check the headers and JSON files of an original checkpoint, without reading tensors.
 
     Raises the same errors as convert_to_diffusers.
@@ -218,7 +218,7 @@ def read_original(folder: Path) -> Original:
     raise_problems(folder, problems)
     raise_problems(folder, _invalid_components(configs))
     check_tokenizer(_tokenizer(folder), sizes.vocabulary)
-    return Original(folder, keys, {**ema, **ae}, configs)
+    return BagelCheckpoint(folder, keys, {**ema, **ae}, configs)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -339,7 +339,7 @@ def _write_vocabulary(dst: Path) -> None:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def _build(component: str, original: Original, dtype: torch.dtype | None) -> torch.nn.Module:
+def _build(component: str, original: BagelCheckpoint, dtype: torch.dtype | None) -> torch.nn.Module:
     from accelerate import init_empty_weights
     from safetensors import safe_open
 

@@ -275,6 +275,15 @@ def check_components(**components) -> None:
         raise ValueError(f"The VAE ({name}) lacks its encoder or its decoder; the pipeline needs both.")
 
 
+def check_negative_prompt(negative_prompt) -> None:
+    """Raise ValueError for a negative prompt other than None and an empty text."""
+    if negative_prompt is not None and negative_prompt != "":
+        raise ValueError(
+            "negative_prompt is not supported: BAGEL's guidance compares with the same inputs without their last text, "
+            "and was not trained with another one. Describe what the image should show instead."
+        )
+
+
 def check_settings(*, do_sample: bool, temperature: float, output_type: str = "pil", **counts: int) -> None:
     """Check the arguments that depend neither on the prompt nor on the checkpoint; `counts` are integers from 1."""
     for name, value in counts.items():

@@ -34,7 +34,7 @@ class Sizes:
     vae_blocks: int  # ResNet blocks per level of the encoder
 
 
-class Key(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor's component, its name and shape in our layout, and its name and shape in the original one."""
 
     component: str
@@ -44,16 +44,16 @@ class Key(NamedTuple):
     original_shape: tuple[int, ...]
 
 
-def all_keys(sizes: Sizes) -> list[Key]:
+def all_keys(sizes: Sizes) -> list[TensorEntry]:
     """Every tensor of a checkpoint of these sizes, in the order of the forward pass."""
     return [*transformer_keys(sizes), *vision_keys(sizes), *vae_keys(sizes)]
 
 
-def transformer_keys(s: Sizes) -> Iterator[Key]:
+def transformer_keys(s: Sizes) -> Iterator[TensorEntry]:
     """The tensors of `transformer/`; in the original, of ema.safetensors."""
 
-    def key(name: str, original: str, *shape: int) -> Key:
-        return Key("transformer", name, original, shape, shape)
+    def key(name: str, original: str, *shape: int) -> TensorEntry:
+        return TensorEntry("transformer", name, original, shape, shape)
 
     patch = s.latent_patch**2 * s.latent_channels
     yield key("embed_tokens.weight", "language_model.model.embed_tokens.weight", s.vocabulary, s.hidden)
@@ -90,11 +90,11 @@ def _layer(s: Sizes, suffix: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield f"ff.{which}.weight", f"mlp{suffix}.{which}.weight", shape
 
 
-def vision_keys(s: Sizes) -> Iterator[Key]:
+def vision_keys(s: Sizes) -> Iterator[TensorEntry]:
     """The tensors of `vision_model/`: the tower, the connector and its position table, all from ema.safetensors."""
 
-    def key(name: str, original: str, *shape: int) -> Key:
-        return Key("vision_model", name, original, shape, shape)
+    def key(name: str, original: str, *shape: int) -> TensorEntry:
+        return TensorEntry("vision_model", name, original, shape, shape)
 
     tower, width, inner = "vit_model.vision_model", s.vit_hidden, s.vit_intermediate
     yield key("patch_embed.weight", f"{tower}.embeddings.patch_embedding.weight", width, s.vit_patch_values)
@@ -115,7 +115,7 @@ def vision_keys(s: Sizes) -> Iterator[Key]:
     yield key("pos_embed", "vit_pos_embed.pos_embed", s.vit_side**2, s.hidden)
 
 
-def vae_keys(s: Sizes) -> Iterator[Key]:
+def vae_keys(s: Sizes) -> Iterator[TensorEntry]:
     """The tensors of `vae/` (diffusers AutoencoderKL); originals lie in ae.safetensors (the FLUX layout)."""
     channels, top = s.vae_channels, len(s.vae_channels) - 1
     yield from _conv("encoder.conv_in", "encoder.conv_in", channels[0], 3)
@@ -143,21 +143,23 @@ def vae_keys(s: Sizes) -> Iterator[Key]:
     yield from _ends("decoder", width, 3)
 
 
-def _vae(name: str, original: str, shape: tuple[int, ...], original_shape: tuple[int, ...] | None = None) -> Key:
-    return Key("vae", name, original, shape, original_shape or shape)
+def _vae(
+    name: str, original: str, shape: tuple[int, ...], original_shape: tuple[int, ...] | None = None
+) -> TensorEntry:
+    return TensorEntry("vae", name, original, shape, original_shape or shape)
 
 
-def _conv(name: str, original: str, out: int, into: int, side: int = 3) -> Iterator[Key]:
+def _conv(name: str, original: str, out: int, into: int, side: int = 3) -> Iterator[TensorEntry]:
     yield _vae(f"{name}.weight", f"{original}.weight", (out, into, side, side))
     yield _vae(f"{name}.bias", f"{original}.bias", (out,))
 
 
-def _norm(name: str, original: str, width: int) -> Iterator[Key]:
+def _norm(name: str, original: str, width: int) -> Iterator[TensorEntry]:
     for part in ("weight", "bias"):
         yield _vae(f"{name}.{part}", f"{original}.{part}", (width,))
 
 
-def _resnet(name: str, original: str, into: int, out: int) -> Iterator[Key]:
+def _resnet(name: str, original: str, into: int, out: int) -> Iterator[TensorEntry]:
     yield from _norm(f"{name}.norm1", f"{original}.norm1", into)
     yield from _conv(f"{name}.conv1", f"{original}.conv1", out, into)
     yield from _norm(f"{name}.norm2", f"{original}.norm2", out)
@@ -166,7 +168,7 @@ def _resnet(name: str, original: str, into: int, out: int) -> Iterator[Key]:
         yield from _conv(f"{name}.conv_shortcut", f"{original}.nin_shortcut", out, into, 1)
 
 
-def _middle(half: str, width: int) -> Iterator[Key]:
+def _middle(half: str, width: int) -> Iterator[TensorEntry]:
     yield from _resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", width, width)
     ours, theirs = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
     yield from _norm(f"{ours}.group_norm", f"{theirs}.norm", width)
@@ -177,7 +179,7 @@ def _middle(half: str, width: int) -> Iterator[Key]:
     yield from _resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", width, width)
 
 
-def _ends(half: str, width: int, out: int) -> Iterator[Key]:
+def _ends(half: str, width: int, out: int) -> Iterator[TensorEntry]:
     yield from _norm(f"{half}.conv_norm_out", f"{half}.norm_out", width)
     yield from _conv(f"{half}.conv_out", f"{half}.conv_out", out, width)
 

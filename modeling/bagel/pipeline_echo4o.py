@@ -36,6 +36,7 @@ from .denoising_bagel import (
 from .inputs_bagel import (
     PromptInputs,
     check_components,
+    check_negative_prompt,
     check_settings,
     read_generators,
     read_latents,
@@ -268,11 +269,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
             temperature=temperature,
             output_type=output_type,
         )
-        if negative_prompt is not None and negative_prompt != "":
-            raise ValueError(
-                "negative_prompt is not supported: BAGEL's guidance compares with the same inputs without their last "
-                "text, and was not trained with another one. Describe what the image should show instead."
-            )
+        check_negative_prompt(negative_prompt)
         check_components(**self.components)
         check_scheduler(self.scheduler)
         sigmas = read_sigmas(sigmas, timesteps, num_inference_steps)
@@ -348,7 +345,6 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
                 progress.update()
                 if self._interrupt:
                     break
-
         self._current_timestep = None
 
         # 5. Decode

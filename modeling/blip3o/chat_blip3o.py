@@ -1,16 +1,31 @@
 """Answers about images, by the language model as it is."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from PIL import Image
 
 from ..common.images import qwen_vision_inputs
 from .conditions_blip3o import onload
 from .inputs_blip3o import check_numbers, check_whole_numbers, read_chats
-from .prompts_blip3o import encode, image_tokens, user_turn
+from .prompts_blip3o import TokenIds, encode, image_tokens, user_turn
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
 
-class ChatMixin:
-    """Put before `DiffusionPipeline`; the pipeline has `language_model`, `tokenizer` and `image_processor`."""
+class Blip3oChatMixin(_Pipeline):
+    """`chat`. Put it before `DiffusionPipeline`."""
+
+    language_model: Any
+    tokenizer: Any
+    image_processor: Any
+
+    @property
+    def token_ids(self) -> TokenIds:
+        return TokenIds.from_tokenizer(self.tokenizer)
 
     @torch.no_grad()
     def chat(

@@ -5,6 +5,7 @@ run of its own; the mask that other paddings need is not needed. The positions o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +83,8 @@ def central_crop(image: Image.Image, side: int) -> Image.Image:
 def eva_pixels(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """An image as the EVA-CLIP tower reads it: (3, side, side) float32 of its centre."""
     pixels = torch.from_numpy(np.array(central_crop(image.convert("RGB"), side))).permute(2, 0, 1)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    return (pixels.float() / 255 - mean) / std
+    means, stds = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    return (pixels.float() / 255 - means) / stds
 
 
 def onload(module: nn.Module) -> None:
@@ -91,6 +92,6 @@ def onload(module: nn.Module) -> None:
 
     Offloading moves a component when it is called; parts of the language model are called on their own here.
     """
-    hook = getattr(module, "_hf_hook", None)  # accelerate 1.15
+    hook: Any = getattr(module, "_hf_hook", None)  # accelerate 1.15
     if type(hook).__name__ == "CpuOffload":
         hook.pre_forward(module)

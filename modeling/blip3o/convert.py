@@ -36,8 +36,8 @@ from ..common.weights import StoredTensor, component_tensors, main_dtype, nonfin
 from .original_layout import (
     DECODER,
     DECODER_VARIANT,
+    Blip3oCheckpoint,
     Configs,
-    Original,
     original_name,
     read_original,
 )
@@ -110,7 +110,7 @@ def convert_to_diffusers(src: Path, dst: Path, *, shard_bytes: int = SHARD_BYTES
     finish(dst)
 
 
-def checked_original(folder: Path) -> Original:
+def checked_original(folder: Path) -> Blip3oCheckpoint:
     """Read an original checkpoint and compare its tensors with the models that its configurations describe.
 
     Raises as convert_to_diffusers; no tensor is read.
@@ -172,7 +172,7 @@ def _write_configs(dst: Path, configs: Configs) -> None:
         write_json(dst / component / names.get(component, "config.json"), config)
 
 
-def _keep_original(original: Original, dst: Path) -> None:
+def _keep_original(original: Blip3oCheckpoint, dst: Path) -> None:
     kept = dst / KEPT_FOLDER
     copy_files(original.folder, kept, ROOT_JSONS)
     for file in sorted((original.folder / DECODER).rglob("*.json")):
@@ -183,7 +183,7 @@ def _keep_original(original: Original, dst: Path) -> None:
     write_json(kept / _DESCRIBED, {"configs": original.configs, "eva": original.eva})
 
 
-def _pipeline_index(original: Original, config: dict[str, Any]) -> dict[str, Any]:
+def _pipeline_index(original: Blip3oCheckpoint, config: dict[str, Any]) -> dict[str, Any]:
     import diffusers
 
     components: dict[str, Any] = {name: list(entry) for name, entry in (OWN_CODE | LIBRARY_CLASSES).items()}
@@ -201,9 +201,13 @@ def _pipeline_index(original: Original, config: dict[str, Any]) -> dict[str, Any
 
 def _component_codes(configs: Configs) -> dict[str, ComponentCode]:
     """The source files of the components that no library provides."""
-    codes = {component: class_code(_model_class(component)) for component in OWN_CODE if component in configs}
-    for code in codes.values():
-        require_standalone(code.text, f"{code.stem}.py")
+    codes = {}
+    for component in OWN_CODE:
+        if component in configs:
+            code = class_code(_model_class(component))
+            assert code is not None
+            require_standalone(code.text, f"{code.stem}.py")
+            codes[component] = code
     return codes
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -50,8 +51,19 @@ class DecoderSettings:
         return self.guidance_scale > 1 and self.output_type != "features"
 
 
-class DecoderMixin:
-    """Put before `DiffusionPipeline`; the pipeline has the components `transformer`, `unet`, `vae`, `decoder_scheduler`."""
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
+
+
+class Blip3oDecoderMixin(_Pipeline):
+    """The decoder of a pipeline. Put it before `DiffusionPipeline`."""
+
+    transformer: Any
+    unet: Any
+    vae: Any
+    decoder_scheduler: Any
 
     @property
     def vae_scale_factor(self) -> int:
@@ -102,8 +114,10 @@ class DecoderMixin:
             return features
         if negative is not None:
             negative = negative.expand(len(features), -1, -1)
+        assert noise.latents is not None
         self._num_timesteps = settings.num_steps
-        with self.progress_bar(total=settings.num_steps) as progress:
+        pipe: Any = self  # diffusers' decorator hides the signature of progress_bar from type checkers
+        with pipe.progress_bar(total=settings.num_steps) as progress:
             latents = sample_image_latents(
                 self.unet,
                 self.decoder_scheduler,
@@ -136,7 +150,7 @@ class DecoderMixin:
     def _settings(
         self, height, width, original_size, crop, num_steps, scale, output_type, callback
     ) -> DecoderSettings:
-        default = self.config.default_size
+        default = self.config["default_size"]
         height, width = (default if value is None else value for value in (height, width))
         check_whole_numbers(height=height, width=width, num_inference_steps=num_steps)
         check_numbers(guidance_scale=scale)

@@ -48,7 +48,7 @@ def check_whole_numbers(**values: Any) -> None:
 def check_numbers(**values: Any) -> None:
     """Raise ValueError for an argument that is not a finite number of at least 0."""
     for name, value in values.items():
-        good = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < float("inf")
+        good = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf")
         if not good:
             raise ValueError(f"{name}={value!r} must be a number of at least 0.")
 

@@ -33,7 +33,7 @@ Configs = dict[str, dict[str, Any]]  # component -> configuration
 
 
 @dataclass(frozen=True)
-class Key:
+class TensorNames:
     """A tensor's component and name with us, and its name in the original's file of that component."""
 
     component: str
@@ -42,7 +42,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Original:
+class Blip3oCheckpoint:
     """An original checkpoint: where each tensor lies, and what our components are built with.
 
     Args:
@@ -56,19 +56,19 @@ class Original:
     eva: str
 
 
-def key_of(original: str) -> Key:
+def key_of(original: str) -> TensorNames:
     """Where a tensor of the original's language model checkpoint belongs."""
     if original == QUERIES:
-        return Key("transformer", "queries.weight", original)
+        return TensorNames("transformer", "queries.weight", original)
     if original.startswith(HEAD):
-        return Key("transformer", original.removeprefix(HEAD), original)
+        return TensorNames("transformer", original.removeprefix(HEAD), original)
     if original.startswith(EVA):
-        return Key("vision_model", original.removeprefix(EVA), original)
+        return TensorNames("vision_model", original.removeprefix(EVA), original)
     if original.startswith("visual."):
-        return Key("language_model", f"model.{original}", original)
+        return TensorNames("language_model", f"model.{original}", original)
     if original.startswith("model."):
-        return Key("language_model", f"model.language_model.{original.removeprefix('model.')}", original)
-    return Key("language_model", original, original)
+        return TensorNames("language_model", f"model.language_model.{original.removeprefix('model.')}", original)
+    return TensorNames("language_model", original, original)
 
 
 def original_name(component: str, name: str) -> str:
@@ -85,7 +85,7 @@ def original_name(component: str, name: str) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_original(folder: Path) -> Original:
+def read_original(folder: Path) -> Blip3oCheckpoint:
     """Read the headers and JSON files of an original checkpoint.
 
     Raises:
@@ -107,7 +107,7 @@ def read_original(folder: Path) -> Original:
         del tensors["vision_model"]
     for part in ("unet", "vae"):
         tensors[part] = component_tensors(folder / DECODER / part, DECODER_VARIANT)
-    return Original(folder, tensors, component_configs(folder, config, tensors), eva)
+    return Blip3oCheckpoint(folder, tensors, component_configs(folder, config, tensors), eva)
 
 
 def _require_files(folder: Path) -> None:

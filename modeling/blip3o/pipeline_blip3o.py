@@ -6,19 +6,21 @@ files, so that it works in the package and beside component folders on the Hub.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput, logging
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 
 from ..common.images import qwen_vision_inputs
 from ..common.loading import PortablePipelineMixin, qwen_names
 from ..common.lora import TransformerLoraMixin, scales_lora
-from .chat_blip3o import ChatMixin
+from .chat_blip3o import Blip3oChatMixin
 from .conditions_blip3o import eva_pixels, image_states, onload, query_states, square
-from .decoder_blip3o import DecoderMixin, Noise
+from .decoder_blip3o import Blip3oDecoderMixin, Noise
 from .inputs_blip3o import check_numbers, check_whole_numbers, read_images, read_prompts
 from .prompts_blip3o import (
     IMAGE,
@@ -50,7 +52,9 @@ class Blip3oPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, TransformerLoraMixin, DiffusionPipeline):
+class Blip3oPipeline(
+    Blip3oChatMixin, Blip3oDecoderMixin, PortablePipelineMixin, TransformerLoraMixin, DiffusionPipeline
+):
     """Generates images from text in two stages: image features, and the SDXL decoder of these features.
 
     Sampling follows the released code. What is hidden state there is an argument here: the noise of the negative
@@ -147,10 +151,6 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
     def interrupt(self) -> bool:
         return self._interrupt
 
-    @property
-    def token_ids(self) -> TokenIds:
-        return TokenIds.from_tokenizer(self.tokenizer)
-
     # --- conditions and features --------------------------------------------------------------------------------------
 
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None = None) -> torch.Tensor:
@@ -192,7 +192,8 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
     ) -> torch.Tensor:
         """(B, K, hidden) and (B, C, rows, columns) -> image features (B, tokens, C) in float32."""
         condition = condition.to(self.transformer.dtype)
-        with self.progress_bar(total=num_steps) as progress:
+        progress_bar: Any = self.progress_bar  # diffusers' decorator hides its signature from type checkers
+        with progress_bar(total=num_steps) as progress:
             features = sample_features(
                 self.transformer,
                 self.scheduler,
@@ -365,14 +366,18 @@ class Blip3oPipeline(ChatMixin, DecoderMixin, PortablePipelineMixin, Transformer
             if found := special_tokens_in(self.tokenizer, prompt):
                 logger.warning(f"The prompt contains {', '.join(found)}, which the model reads as special tokens.")
 
-    def _generate(self, condition, negatives, per_prompt, noise: Noise, sampler, settings, features=None):
+    def _generate(
+        self, condition, negatives, per_prompt, noise: Noise, sampler, settings, features: torch.Tensor | None = None
+    ):
         """Images from the states of the queries, or from image features where these are given."""
         encoded, negative = features is not None, None
-        if not encoded:
+        if features is None:
+            assert noise.features is not None
             features = self._features(condition, noise.features, *sampler)
         if settings.guided and encoded:  # the original guides these against the features of an all-zero input
             side = self.vision_model.config.image_size
             negative = self._encode_pixels(torch.zeros(3, side, side))[None]
         elif settings.guided:
+            assert noise.negative is not None
             negative = self._negative_features(negatives, noise.negative, per_prompt, sampler)
         return self._decode(features, negative, noise, settings)

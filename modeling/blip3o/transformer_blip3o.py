@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, LuminaFeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import (
@@ -65,10 +65,11 @@ class UnmaskedLuminaAttnProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))  # (B, L, heads, head_dim)
+        rotate: Any = apply_rotary_emb  # declared to return a tuple, which it does not for complex rotations
         if query_rotary_emb is not None:
-            query = apply_rotary_emb(query, query_rotary_emb, use_real=False)
+            query = rotate(query, query_rotary_emb, use_real=False)
         if key_rotary_emb is not None:
-            key = apply_rotary_emb(key, key_rotary_emb, use_real=False)
+            key = rotate(key, key_rotary_emb, use_real=False)
         if repeats := attn.heads // key.shape[2] - 1:
             key, value = (x.repeat_interleave(repeats + 1, dim=2) for x in (key, value))
         query, key = query.to(dtype), key.to(dtype)
@@ -81,24 +82,29 @@ class Blip3oBlock(LuminaNextDiTBlock):
     """A Lumina-Next layer with feed-forward layers of a given width."""
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, ffn_dim: int, norm_eps: float, qk_norm: bool):
+        no_multiplier: Any = None  # diffusers declares a number
         super().__init__(
             dim=hidden_size,
             num_attention_heads=heads,
             num_kv_heads=kv_heads,
             multiple_of=1,
-            ffn_dim_multiplier=None,
+            ffn_dim_multiplier=no_multiplier,
             norm_eps=norm_eps,
             qk_norm=qk_norm,
             cross_attention_dim=hidden_size,
         )
         self.feed_forward = LuminaFeedForward(dim=hidden_size, inner_dim=ffn_dim, multiple_of=1)
-        self.attn1.set_processor(UnmaskedLuminaAttnProcessor())
-        self.attn2.set_processor(UnmaskedLuminaAttnProcessor())
+        for attention in (self.attn1, self.attn2):
+            processor: Any = UnmaskedLuminaAttnProcessor()  # diffusers lists the known processors in a type
+            attention.set_processor(processor)
 
-    def forward(self, hidden_states, encoder_hidden_states, image_rotary_emb, temb):
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - without masks
+        self, hidden_states, encoder_hidden_states, image_rotary_emb, temb
+    ):
         """(B, L, hidden), (B, K, hidden), (1, L, head_dim / 2) complex, (B, time width) -> (B, L, hidden)."""
+        no_mask: Any = None
         return super().forward(
-            hidden_states, None, image_rotary_emb, encoder_hidden_states, None, temb, cross_attention_kwargs={}
+            hidden_states, no_mask, image_rotary_emb, encoder_hidden_states, no_mask, temb, cross_attention_kwargs={}
         )
 
 
@@ -126,7 +132,10 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
         num_queries: learned queries; each becomes one condition token.
     """
 
+    config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
+
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any
     _no_split_modules = ["Blip3oBlock"]
     _repeated_blocks = ["Blip3oBlock"]
     # Inputs, outputs and the time embedding: quantizing them changes results.
@@ -187,13 +196,13 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
         kwargs["dtype"] = dtype or _stored_dtype(pretrained_model_name_or_path, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+    def load_lora_adapter(self, *args, **kwargs):
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
+        super().load_lora_adapter(*args, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
         _check_initialization(adapter_config)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
@@ -277,9 +286,10 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
 
 
 def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    """Raise ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    config: Any = model.config
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value, default = model.config.get(name), parameter.default
+        value, default = config.get(name), parameter.default
         if default is parameter.empty or isinstance(default, bool):
             continue
         kind = {int: numbers.Integral, float: numbers.Real}[type(default)]

@@ -84,6 +84,8 @@ class EvaClipVisionModel(ModelMixin, ConfigMixin):
         pooling_stride: side of the squares of patches whose mean is one image feature.
     """
 
+    config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
+
     _no_split_modules = ["EvaClipBlock"]
     _repeated_blocks = ["EvaClipBlock"]
     _keep_in_full_precision = ["patch_embed"]
@@ -150,11 +152,12 @@ class EvaClipVisionModel(ModelMixin, ConfigMixin):
 
 
 def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not a whole number above 0."""
+    """Raise ValueError for an option in config.json that is not a whole number above 0."""
+    config: Any = model.config
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value = model.config.get(name)
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if parameter.default is not parameter.empty and not (whole and value > 0):
+        value = config.get(name)
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if parameter.default is not parameter.empty and not (is_whole and int(value) > 0):
             raise ValueError(
                 f"{name}={value!r} in the config.json of a {type(model).__name__} must be a whole number above 0."
             )

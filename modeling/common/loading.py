@@ -169,7 +169,7 @@ class PortablePipelineMixin(PublishingMixin, PlacementMixin):
         """The components and options of this class, and of the published class that it may pass `**kwargs` to."""
         found = [inspect.signature(owner.__init__).parameters for owner in (cls._published_class, cls)]
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return {n: p for of in found for n, p in of.items() if n != "self" and p.kind in named}
+        return {n: p for parameters in found for n, p in parameters.items() if n != "self" and p.kind in named}
 
     @classmethod
     def _check_options(cls, options: dict) -> None:

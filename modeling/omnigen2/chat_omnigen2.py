@@ -1,6 +1,7 @@
 """Answers of OmniGen2's language model, and images that it asks for."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -11,9 +12,20 @@ from .inputs_omnigen2 import check_sampling, check_settings, read_requests
 from .output_omnigen2 import OmniGen2PipelineOutput
 from .prompts_omnigen2 import END_TOKENS, GENERATE_TOKEN, IMAGE_TOKEN, chat_text
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
-class ChatMixin:
-    """`chat` and `respond`. Put before the pipeline's other bases."""
+
+class OmniGen2ChatMixin(_Pipeline):
+    """`chat` and `respond`. Put it before `DiffusionPipeline`."""
+
+    mllm: Any
+    tokenizer: Any
+    image_processor: Any
+    token_ids: Callable[[str], list[int]]
+    _generate: Callable[..., Any]
 
     def chat_inputs(self, prompt: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Arguments of the `mllm` for a question about images of any size, on the execution device."""
@@ -74,8 +86,18 @@ class ChatMixin:
         """
         check_settings(max_new_tokens=max_new_tokens)
         check_sampling(do_sample, temperature)
-        options = {"presets": self.config.presets, "max_references": self.config.max_references, "align_res": True}
-        requests = read_requests(prompt, None, image, None, None, self.config.presets["text_to_image"], **options)
+        presets = self.config["presets"]
+        requests = read_requests(
+            prompt,
+            None,
+            image,
+            None,
+            None,
+            presets["text_to_image"],
+            presets=presets,
+            max_references=self.config["max_references"],
+            align_res=True,
+        )
         answers = [self._answer(r.prompt, r.references, max_new_tokens, do_sample, temperature) for r in requests]
         self.maybe_free_model_hooks()
         return answers[0] if isinstance(prompt, str) else answers
@@ -129,8 +151,8 @@ class ChatMixin:
                 "image_guidance_scale": image_guidance_scale,
                 "guidance_range": guidance_range,
             },
-            presets=self.config.presets,
-            max_references=self.config.max_references,
+            presets=self.config["presets"],
+            max_references=self.config["max_references"],
             align_res=align_res,
         )
         images = requests[0].references

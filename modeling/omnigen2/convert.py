@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from ..common.conversion import copy_files, files_fingerprint, finish, raise_problems, write_json, write_weights
 from ..common.loading import load_tokenizer, qwen_names
@@ -71,6 +72,7 @@ def convert_to_diffusers(src: Path, dst: Path) -> None:
     sources = OmniGen2Pipeline._published_sources
     require_closed(sources)
     code = class_code(OmniGen2Transformer2DModel)
+    assert code is not None
     require_standalone(code.text, "The file of the transformer")
     write_sources(dst, sources, {"transformer": code})
     write_json(dst / INDEX_NAME, _index())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..common.image_files import to_rgb
-from .sampling_omnigen2 import Guidance
+from .sampling_omnigen2 import OmniGen2Guidance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SIZE = 1024  # pixels, without a reference that sets the size
@@ -33,7 +33,7 @@ class Request:
     height: int | None
     width: int | None
     takes_reference_size: bool
-    guidance: Guidance
+    guidance: OmniGen2Guidance
 
 
 def read_presets(presets: dict | None) -> dict:
@@ -42,7 +42,7 @@ def read_presets(presets: dict | None) -> dict:
     _check_keys("presets", presets, PRESETS)
     for task, preset in presets.items():
         _check_keys(f"presets[{task!r}]", preset, PRESETS[task])
-        Guidance.checked(*(preset[name] for name in GUIDANCE_OPTIONS))
+        OmniGen2Guidance.checked(*(preset[name] for name in GUIDANCE_OPTIONS))
     return copy.deepcopy(presets)
 
 
@@ -91,7 +91,7 @@ def read_requests(
         chosen = [preset[n] if options[n] is None else options[n] for n in GUIDANCE_OPTIONS]
         is_given = is_flat and len(prompts) == 1
         aligned = len(rgb) == 1 and align_res and (is_given or (h is None and w is None))
-        requests.append(Request(text, negative, rgb, h, w, aligned, Guidance.checked(*chosen)))
+        requests.append(Request(text, negative, rgb, h, w, aligned, OmniGen2Guidance.checked(*chosen)))
     return requests
 
 

@@ -6,9 +6,11 @@ files, so that it works in the package and beside component folders on the Hub.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -19,7 +21,7 @@ from ..common.lora import TransformerLoraMixin, scales_lora
 from ..common.pipeline_outputs import callback_tensors, images_as, stack_equal
 from ..common.publishing import INDEX_NAME
 from ..common.weights import read_json
-from .chat_omnigen2 import ChatMixin
+from .chat_omnigen2 import OmniGen2ChatMixin
 from .image_processor_omnigen2 import generated_size, reference_pixels, rounded_uint8, to_size
 from .inputs_omnigen2 import (
     DEFAULT_SIZE,
@@ -34,12 +36,12 @@ from .inputs_omnigen2 import (
 from .original_adapter_omnigen2 import read_original_adapter
 from .output_omnigen2 import OmniGen2PipelineOutput
 from .prompts_omnigen2 import prompt_text
-from .sampling_omnigen2 import GeneratedImage, check_scheduler, sample, set_latents, set_times
+from .sampling_omnigen2 import SampledImage, check_scheduler, sample, set_latents, set_times
 
 RELEASED_PROCESSOR = "processor"  # the release keeps tokenizer and image processor in one folder
 
 
-class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, DiffusionPipeline):
+class OmniGen2Pipeline(OmniGen2ChatMixin, PortablePipelineMixin, TransformerLoraMixin, DiffusionPipeline):
     """Text to image, editing with up to five references, and answers to questions.
 
     Args:
@@ -128,7 +130,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         return index.is_file() and RELEASED_PROCESSOR in read_json(index)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
         """As in the base class; the index of the release is brought to ours."""
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         config = dict(loaded[0] if isinstance(loaded, tuple) else loaded)
@@ -220,7 +222,8 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         if request.takes_reference_size:
             image = request.references[0]
             pixels = reference_pixels(image, max_pixels, max_side, self.latent_stride, "reference 0")
-            return tuple(pixels.shape[1:]), tuple(pixels.shape[1:])
+            size = pixels.shape[1], pixels.shape[2]
+            return size, size
         result = request.height or DEFAULT_SIZE, request.width or DEFAULT_SIZE
         generated = generated_size(*result, max_pixels, self.latent_stride)
         if not all(generated):
@@ -315,8 +318,8 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
             height,
             width,
             options,
-            presets=self.config.presets,
-            max_references=self.config.max_references,
+            presets=self.config["presets"],
+            max_references=self.config["max_references"],
             align_res=align_res,
         )
         images = self._generate(
@@ -345,7 +348,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         generator,
         latents,
         output_type: str,
-        callback: tuple = (None, None),
+        callback: tuple[Any, Any] = (None, None),
     ):
         """Images of the requests; `features_of` reads a prompt. Everything is checked before it is called."""
         check_scheduler(self.scheduler)
@@ -375,7 +378,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
             # The references of a prompt are refined once for all of its images, whose times are the same.
             references += [(latent, i, index * copies) for i, latent in enumerate(encoded)]
             images += [
-                GeneratedImage(
+                SampledImage(
                     latent=latent,
                     text=own[0],
                     negative=own[1] if guided else None,
@@ -388,7 +391,8 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         for item in images:
             set_times(item.scheduler, steps, item.latent.shape[1] * item.latent.shape[2], times)
         features = [features_of(text) for text in texts]
-        with self.progress_bar(total=steps) as progress:
+        progress_bar: Any = self.progress_bar  # diffusers' decorator hides its signature from type checkers
+        with progress_bar(total=steps) as progress:
             predict = self._predictor(images, features, references)
             on_step_end = self._step_end(callback[0], names, images, progress)
             sample(images, steps, predict, self.transformer, on_step_end)
@@ -396,7 +400,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
         self.maybe_free_model_hooks()
         return results
 
-    def _predictor(self, images: list[GeneratedImage], features: list[torch.Tensor], references: list[tuple]):
+    def _predictor(self, images: list[SampledImage], features: list[torch.Tensor], references: list[tuple]):
         """The function that predicts the velocities of all branches in one pass.
 
         Texts are refined and references embedded once; a change of the branches only changes where tokens go.
@@ -422,13 +426,13 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
 
         return predict
 
-    def _decode(self, images: list[GeneratedImage], sizes: list[tuple[int, int]], output_type: str):
+    def _decode(self, images: list[SampledImage], sizes: list[tuple[int, int]], output_type: str):
         if output_type == "latent":
             return stack_equal([image.latent for image in images])
         pixels = [to_size(self.decode_latent(i.latent), *size) for i, size in zip(images, sizes, strict=True)]
         return images_as(output_type, pixels, rounded_uint8)
 
-    def _step_end(self, callback, names: list[str], images: list[GeneratedImage], progress):
+    def _step_end(self, callback, names: list[str], images: list[SampledImage], progress):
         """What happens after each update: the caller's callback, then the progress bar."""
 
         def on_step_end(step: int, timestep: torch.Tensor) -> bool:
@@ -445,8 +449,7 @@ class OmniGen2Pipeline(ChatMixin, PortablePipelineMixin, TransformerLoraMixin, D
 
 def _with_known_options(scheduler):
     """The release's scheduler configuration in diffusers' terms; any other scheduler as it is."""
-    is_dynamic = None if scheduler is None else scheduler.config.get("dynamic_time_shift")
-    if is_dynamic is None:
+    if scheduler is None or scheduler.config.get("dynamic_time_shift") is None:
         return scheduler
-    steps = scheduler.config.num_train_timesteps
+    steps, is_dynamic = scheduler.config.num_train_timesteps, scheduler.config["dynamic_time_shift"]
     return FlowMatchEulerDiscreteScheduler(steps, use_dynamic_shifting=is_dynamic, time_shift_type="linear")

@@ -18,7 +18,7 @@ from ..common.step_cache import cached_update, reset_step_cache
 
 
 @dataclass(frozen=True)
-class Guidance:
+class OmniGen2Guidance:
     """Guidance of an image; a scale of 1 is off.
 
     Args:
@@ -32,7 +32,7 @@ class Guidance:
     range: tuple[float, float]
 
     @classmethod
-    def checked(cls, scale, image_scale, guidance_range) -> "Guidance":
+    def checked(cls, scale, image_scale, guidance_range) -> "OmniGen2Guidance":
         """Raises ValueError for values that are not possible."""
         for name, value in (("guidance_scale", scale), ("image_guidance_scale", image_scale)):
             if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
@@ -53,7 +53,7 @@ class Guidance:
 
 
 @dataclass
-class GeneratedImage:
+class SampledImage:
     """An image while it is sampled.
 
     Args:
@@ -68,7 +68,7 @@ class GeneratedImage:
     text: int
     negative: int | None
     references: tuple[int, ...]
-    guidance: Guidance
+    guidance: OmniGen2Guidance
     scheduler: Any
 
     def branches(self, is_guided: bool) -> list[tuple[int, tuple[int, ...]]]:
@@ -126,7 +126,7 @@ def set_times(scheduler, steps: int, latent_pixels: int, times: Sequence[float] 
     scheduler.set_begin_index(0)
 
 
-def set_latents(images: list[GeneratedImage], latents) -> None:
+def set_latents(images: list[SampledImage], latents) -> None:
     """Replace the latents of all images. Raises ValueError for another number, shape, or non-finite values."""
     given = list(latents)
     shapes, wanted = [tuple(x.shape) for x in given], [tuple(image.latent.shape) for image in images]
@@ -149,7 +149,7 @@ def check_scheduler(scheduler) -> None:
 
 
 def sample(
-    images: list[GeneratedImage],
+    images: list[SampledImage],
     steps: int,
     predict: Callable[[list[torch.Tensor], torch.Tensor, tuple[bool, ...]], Sequence[torch.Tensor]],
     transformer,

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
@@ -61,7 +61,7 @@ class Reference(NamedTuple):
     """
 
     latent: torch.Tensor
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - hides tuple.index
     target: int
 
 
@@ -221,6 +221,9 @@ class OmniGen2AttnProcessor:
 class OmniGen2Attention(nn.Module, AttentionModuleMixin):
     """Grouped-query attention with normalized, rotated queries and keys: [`project`], [`forward`], then `to_out`."""
 
+    processor: Any
+    to_out: Any  # nn.ModuleList with one linear layer, as in diffusers' attention
+
     _default_processor_cls = OmniGen2AttnProcessor
     _available_processors = [OmniGen2AttnProcessor]
     _supports_qkv_fusion = False
@@ -234,7 +237,8 @@ class OmniGen2Attention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=QK_NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(num_heads * head_dim, hidden_size, bias=False)])
-        self.set_processor(OmniGen2AttnProcessor())
+        processor: Any = OmniGen2AttnProcessor()  # diffusers lists the known processors in a type
+        self.set_processor(processor)
 
     def project(self, x: torch.Tensor, angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T, hidden) -> queries (T, H, D), keys and values (T, K, D)."""
@@ -269,6 +273,8 @@ class OmniGen2TransformerBlock(nn.Module):
 
     With `time_size`, the time embedding scales the inputs and gates the outputs of both; without it, nothing does.
     """
+
+    norm1: Any  # nn.RMSNorm or OmniGen2ModulatedNorm
 
     def __init__(
         self, hidden_size: int, inner_size: int, num_heads: int, num_kv_heads: int, eps: float, time_size: int | None
@@ -380,7 +386,8 @@ class OmniGen2TimeCaptionEmbed(nn.Module):
 
     def __init__(self, hidden_size: int, text_feat_dim: int, time_size: int, timestep_scale: float, eps: float):
         super().__init__()
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
+        scale: Any = timestep_scale  # diffusers declares an integer
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=scale)
         self.timestep_embedder = TimestepEmbedding(256, time_size)
         self.caption_embedder = nn.Sequential(
             nn.RMSNorm(text_feat_dim, eps=eps), nn.Linear(text_feat_dim, hidden_size)
@@ -426,7 +433,14 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         timestep_scale: factor of the times before their embedding.
     """
 
+    config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
+    context_refiner: Any  # these four: nn.ModuleList of OmniGen2TransformerBlock
+    noise_refiner: Any
+    ref_image_refiner: Any
+    layers: Any
+
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any
     _no_split_modules = ["OmniGen2TransformerBlock"]
     _repeated_blocks = ["OmniGen2TransformerBlock"]
     # Quantizing the input and output projections or the embeddings changes results.
@@ -512,23 +526,23 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             kwargs["quantization_config"] = _exempting(kwargs["quantization_config"], cls._keep_in_full_precision)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, **kwargs):
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
-        _note_what_trains(self)
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
+    def load_lora_adapter(self, *args, **kwargs):
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
+        _save_requires_grad(self)
+        super().load_lora_adapter(*args, **kwargs)
         self.train(self.training)
 
     def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """As in diffusers; the injected layers then are in the mode (training or evaluation) of the model."""
+        """As in diffusers; injected layers take the mode (training or evaluation) of the model."""
         _check_initialization(adapter_config)
-        _note_what_trains(self)
+        _save_requires_grad(self)
         super().add_adapter(adapter_config, adapter_name)
         self.train(self.training)
 
     def unload_lora(self) -> None:
-        """As in diffusers; the model's own parameters then require gradients as before the first adapter."""
+        """As in diffusers, but parameters require gradients again as before the first adapter."""
         super().unload_lora()
-        _restore_what_trained(self)
+        _restore_requires_grad(self)
 
     def enable_cache(self, config) -> None:
         """As in diffusers, for its `FirstBlockCacheConfig`. Raises ValueError for another configuration."""
@@ -612,9 +626,9 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     def prepare(
         self,
         texts: Sequence[torch.Tensor],
-        references: Sequence[Reference | tuple],
+        references: Sequence[tuple],
         target_sizes: Sequence[tuple[int, int]],
-        rows: Sequence[Row | tuple] | None = None,
+        rows: Sequence[tuple] | None = None,
     ) -> Condition:
         """Compute what all updates of a batch share: refined texts, embedded references, positions.
 
@@ -622,33 +636,34 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             texts: text features, each (tokens, text_feat_dim).
             references: [`Reference`]s of all rows, or tuples of their fields.
             target_sizes: latent size (h, w) of each target.
-            rows: [`Row`]s, or tuples of their fields. None: one row per target, with the text and the references of the same index.
+            rows: [`Row`]s, or tuples of their fields. None: one row per target, with the text and the references of
+                the same index.
 
         Raises:
             ValueError: more references in a row than the model has embeddings for.
         """
+        references = [Reference(*reference) for reference in references]
         if rows is None:
             owned = [tuple(i for i, r in enumerate(references) if r.target == t) for t in range(len(target_sizes))]
-            rows = [Row(index, own, index) for index, own in enumerate(owned)]
-        references = [Reference(*reference) for reference in references]
+            all_rows = [Row(index, own, index) for index, own in enumerate(owned)]
+        else:
+            all_rows = [Row(*row) for row in rows]
         most = max((reference.index + 1 for reference in references), default=0)
         if most > MAX_REFERENCES:
             raise ValueError(f"A row has {most} references; the model takes at most {MAX_REFERENCES}.")
-        sizes = [(tuple(r.latent.shape[-2:]), r.target) for r in references]
-        layout = self.layout([len(text) for text in texts], sizes, target_sizes, [Row(*row) for row in rows])
+        sizes = [(_size(reference.latent), reference.target) for reference in references]
+        layout = self.layout([len(text) for text in texts], sizes, target_sizes, all_rows)
         embedded = self._embed_references(references, layout)
         text = self.time_caption_embed.caption_embedder(torch.cat(list(texts)).to(self.x_embedder.weight.dtype))
         for block in self.context_refiner:
             text = self._run(block, text, layout.text_angles, layout.text_lengths)
         return Condition(text, embedded, layout)
 
-    def with_rows(
-        self, condition: Condition, references: Sequence[Reference | tuple], rows: Sequence[Row | tuple]
-    ) -> Condition:
+    def with_rows(self, condition: Condition, references: Sequence[tuple], rows: Sequence[tuple]) -> Condition:
         """The same texts and references in other rows, for example without guidance branches. Nothing is recomputed."""
         layout, patch = condition.layout, self.config.patch_size
         sizes = [(height * patch, width * patch) for height, width in layout.target_grids]
-        reference_sizes = [(tuple(latent.shape[-2:]), target) for latent, _, target in references]
+        reference_sizes = [(_size(latent), target) for latent, _, target in references]
         rows = [Row(*row) for row in rows]
         return condition._replace(layout=self.layout(layout.text_lengths, reference_sizes, sizes, rows))
 
@@ -703,7 +718,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
                 for row, latents in enumerate(ref_image_hidden_states or ())
                 for index, latent in enumerate(latents or ())
             ]
-            condition = self.prepare(texts, references, [tuple(x.shape[-2:]) for x in targets])
+            condition = self.prepare(texts, references, [_size(latent) for latent in targets])
         layout, patch = condition.layout, self.config.patch_size
         temb = self.time_caption_embed.embed_time(timestep.reshape(-1))
         is_shared = len(temb) == 1
@@ -740,7 +755,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
 
     # --- costs: arithmetic and memory ---
 
-    def _stacks(self, counts: TokenCounts) -> tuple[tuple[nn.ModuleList, list[int]], ...]:
+    def _stacks(self, counts: TokenCounts) -> tuple[tuple[Any, list[int]], ...]:
         """Every stack of blocks with the lengths of the rows that it attends over."""
         return (
             (self.context_refiner, counts.texts),
@@ -818,6 +833,11 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
         return 3.0 * tokens * self.layers[0].feed_forward.linear_1.out_features * compute
 
 
+def _size(latent: torch.Tensor) -> tuple[int, int]:
+    """(h, w) of a latent (C, h, w)."""
+    return latent.shape[-2], latent.shape[-1]
+
+
 def _unpadded(features, mask: torch.Tensor | None) -> list[torch.Tensor]:
     """The features of every row without its padding."""
     if features is None:
@@ -831,40 +851,45 @@ def _unpadded(features, mask: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 def _describe_block() -> None:
-    """Tell diffusers' FirstBlockCache what a block returns; there is no public way to."""
+    """Register the output of a block for diffusers' FirstBlockCache, which has no public function for it."""
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError as error:
-        raise ValueError(f"FirstBlockCache does not fit this version of diffusers: {error}.") from error
-    TransformerBlockRegistry.register(OmniGen2TransformerBlock, TransformerBlockMetadata(0, None))
+        raise ValueError(f"FirstBlockCache is not supported with this version of diffusers: {error}.") from error
+    no_index: Any = None  # a block returns no second tensor
+    TransformerBlockRegistry.register(OmniGen2TransformerBlock, TransformerBlockMetadata(0, no_index))
 
 
 def _check_options(model: ConfigMixin) -> None:
-    """ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    """Raise ValueError for an option in config.json that is not of its default's type; numbers are positive."""
+    config: Any = model.config
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        value, default = model.config.get(name), parameter.default
+        value, default = config.get(name), parameter.default
         if default is parameter.empty or (default is None and value is None):
             continue
         if isinstance(default, tuple):
             fits = isinstance(value, (list, tuple)) and all(isinstance(v, int) and v > 0 for v in value)
             wanted = "a list of whole numbers above 0"
         else:
-            kind = numbers.Real if isinstance(default, float) or name == "ffn_dim_multiplier" else numbers.Integral
+            kind: Any = (
+                numbers.Real if isinstance(default, float) or name == "ffn_dim_multiplier" else numbers.Integral
+            )
             fits = isinstance(value, kind) and not isinstance(value, bool) and value > 0
             wanted = "a number above 0" if kind is numbers.Real else "a whole number above 0"
         if not fits:
             raise ValueError(f"{name}={value!r} in the config.json of a {type(model).__name__} must be {wanted}.")
 
 
-def _note_what_trains(model: nn.Module) -> None:
-    """Remember `requires_grad` of every parameter before the first adapter: PEFT freezes the model's own weights."""
+def _save_requires_grad(model: nn.Module) -> None:
+    """Store `requires_grad` of every parameter before the first adapter, because PEFT freezes the model."""
     if not getattr(model, "peft_config", None):
-        model._trained_before_adapters = {name: p.requires_grad for name, p in model.named_parameters()}
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.__dict__["_requires_grad_before_adapters"] = flags
 
 
-def _restore_what_trained(model: nn.Module) -> None:
-    """Undo what adapters did to `requires_grad`, once they are gone."""
-    before = model.__dict__.pop("_trained_before_adapters", {})
+def _restore_requires_grad(model: nn.Module) -> None:
+    """Restore `requires_grad` of every parameter after the last adapter was removed."""
+    before = model.__dict__.pop("_requires_grad_before_adapters", {})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
