@@ -36,7 +36,7 @@ FOLDER, INPUTS = "images", "inputs.json"
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class SampleImageRequest:
     """One image to generate at every turn."""
 
     text: str
@@ -70,7 +70,7 @@ class SampleImages:
             if "image" not in inspect.signature(type(pipeline).__call__).parameters:
                 raise RecipeError(f"images: a {type(pipeline).__name__} generates without references.")
 
-    def _prompts(self) -> Iterator[ImageRequest]:
+    def _prompts(self) -> Iterator[SampleImageRequest]:
         for index, prompt in enumerate(self.settings.sample_prompts()):
             references = []
             for file in prompt.references:
@@ -79,16 +79,16 @@ class SampleImages:
                 except (OSError, ValueError) as error:
                     raise RecipeError(f"images.prompts.{index}.references: {file} cannot be read: {error}") from error
             seed = self.settings.seed + index if prompt.seed is None else prompt.seed
-            yield ImageRequest(prompt.prompt, references, seed)
+            yield SampleImageRequest(prompt.prompt, references, seed)
 
-    def _rows(self, rows: ValidationRows | None) -> Iterator[ImageRequest]:
+    def _rows(self, rows: ValidationRows | None) -> Iterator[SampleImageRequest]:
         chosen = [ref for ref, task in zip(rows.refs, rows.tasks) if task != "answers"] if rows else []
         for index, ref in enumerate(chosen[: self.settings.validation_rows], len(self.settings.prompts)):
             assert rows is not None
             row = decoded(rows.sources[ref.source][ref.row])
             references = [to_rgb(image) for image in row["reference_images"] or []]
             target = None if row["image"] is None else to_rgb(row["image"])
-            yield ImageRequest(row["instruction"], references, self.settings.seed + index, target)
+            yield SampleImageRequest(row["instruction"], references, self.settings.seed + index, target)
 
     @torch.no_grad()
     def generate(self, model: torch.nn.Module, step: int) -> None:
@@ -114,12 +114,12 @@ class SampleImages:
         accelerator.wait_for_everyone()
         self._track(folder, step)
 
-    def _generate(self, request: ImageRequest) -> Image.Image:
+    def _generate(self, request: SampleImageRequest) -> Image.Image:
         generator = torch.Generator().manual_seed(request.seed)
         inputs: dict[str, Any] = {"image": request.references} if request.references else {}
         return self.pipeline(request.text, **self.sampling, generator=generator, **inputs).images[0]
 
-    def _metadata(self, request: ImageRequest, step: int) -> ImageMetadata:
+    def _metadata(self, request: SampleImageRequest, step: int) -> ImageMetadata:
         return ImageMetadata(
             request.text,
             (request.seed,),

@@ -80,7 +80,7 @@ def uninterrupted(file, tmp_path, steps: int):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on(recipe_file, tmp_path):
+def test_sigterm_saves_and_the_run_continues(recipe_file, tmp_path):
     file = recipe_file("run", **ENDLESS, checkpoints={"every": 10_000})
     process = start("train", file)
     log = tmp_path / "run" / "train_log.jsonl"
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_the_run_with_one_line(recipe_file, tmp_path, monkeypat
     assert train_here(file, "--resume") == 0
 
 
-def test_a_loss_that_is_no_number_is_saved_and_named(recipe_file, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_a_number_is_saved_and_named(recipe_file, tmp_path, monkeypatch, capsys):
     from echo4o.training.backbones.bagel import BagelBackbone
 
     prepare = BagelBackbone.prepare

@@ -35,7 +35,7 @@ def test_a_plan_that_fits_names_every_amount():
     assert done.stdout.rstrip().endswith("fits on 1 GPU of 80.0 GB") and "NOT" not in done.stdout
 
 
-def test_a_plan_takes_80_gb_and_the_recipes_processes_unless_told():
+def test_a_plan_assumes_80_gb_and_the_recipes_processes_by_default():
     assert plan("full_fsdp2_8gpu").stdout.rstrip().endswith("fits on 8 GPUs of 80.0 GB")
     assert "on 4 GPUs of 141.0 GB" in plan("full_fsdp2_8gpu", "--gpu", "141GB", "--num-gpus", 4).stdout
 
@@ -89,13 +89,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments, told", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
-def test_wrong_options_and_settings_are_told(arguments, told):
+def test_wrong_options_and_settings_are_reported(arguments, told):
     more = [] if arguments[0] == "lora_singel_gpu" else ["--set", "model=release"]
     done = echo4o("train", *arguments, *more)
     assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_name_that_is_no_folder_is_not_asked_of_the_hub():
+def test_a_name_without_a_folder_is_not_requested_from_the_hub():
     done = echo4o("train", "lora_single_gpu", "--plan", "--set", "model=echo-5o")
     assert done.exit_code == 2
     assert (

@@ -104,7 +104,7 @@ def test_losses_and_denominators_are_the_golden_means(tiny_pipeline, reweight, m
     assert {int(i) for i in terms["mse"].sample} <= {0, 1} and len(terms["ce"].sample) == len(terms["ce"].values)
 
 
-def test_wrong_number_of_times_is_said():
+def test_wrong_number_of_times_is_reported():
     sequence, golden, _ = golden_batch()
     with pytest.raises(ValueError, match="2 noised images.*\\(3,\\) times"):
         add_noise(sequence, golden["noise"][sequence.gen_noised], torch.zeros(3), 1.0)
@@ -115,7 +115,7 @@ def test_shift_keeps_the_ends():
     torch.testing.assert_close(shift_time(t, 4.0), torch.tensor([0.0, 0.8, 1.0]))
 
 
-def test_named_draws_depend_on_their_whole_name():
+def test_named_generators_depend_on_their_whole_name():
     draws = {
         name: torch.randn(4, generator=named_generator(*name))
         for name in [(0, "a", 0, "noise"), (1, "a", 0, "noise"), (0, "b", 0, "noise"), (0, "a", 1, "noise")]

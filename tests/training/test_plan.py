@@ -155,7 +155,7 @@ def test_release_fits_as_the_recipes_promise():
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_with_what_does(capsys):
+def test_a_plan_that_does_not_fit_is_reported_with_one_that_does(capsys):
     asked = load_recipe(bundled_recipe("full_fsdp2_8gpu"), {"model": "release"})
     assert not print_plan(asked, "24GB", 8)
     told = capsys.readouterr().out

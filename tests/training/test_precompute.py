@@ -96,14 +96,14 @@ def test_another_vae_or_other_limits_are_refused(cache, rows, backbone, tiny_pip
         CachedBackbone(make_backbone(tiny_pipeline), cache)
 
 
-def test_other_pictures_under_the_same_id_are_refused(cache, rows, tiny_pipeline):
+def test_other_images_under_the_same_id_are_refused(cache, rows, tiny_pipeline):
     cached = CachedBackbone(make_backbone(tiny_pipeline), cache)
     first, second = undecoded(rows)[0], undecoded(rows)[1]
     with pytest.raises(CacheError, match="row row-0 has other images"):
         cached.prepare([first | {"image": second["image"]}])
 
 
-def test_another_dataset_is_refused_and_a_part_is_no_cache(cache, rows, backbone):
+def test_another_dataset_is_refused_and_a_part_is_not_a_cache(cache, rows, backbone):
     with pytest.raises(CacheError, match="rows: 8 there, 5 here"):
         precompute(rows.select(range(5)), backbone, cache, rows_per_file=3)
     module.file_of(cache, 1).unlink()

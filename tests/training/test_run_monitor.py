@@ -32,7 +32,7 @@ def test_a_tracker_that_is_missing_is_named(recipe_file, monkeypatch, tmp_path):
         Trainer(load_recipe(recipe_file(trackers=["tensorboard"])))
 
 
-def test_tensorboard_shows_curves_pictures_and_settings(recipe_file, tmp_path):
+def test_tensorboard_shows_curves_images_and_settings(recipe_file, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train_here(recipe_file(trackers=["tensorboard"], images=IMAGES)) == 0
     (folder,) = {file.parent for file in (tmp_path / "run" / "echo4o").glob("events.out.tfevents.*")}

@@ -24,7 +24,7 @@ def test_references_come_first_each_as_vae_then_vit(backbone, rows):
     assert sample.raw_time.shape == (1,)
 
 
-def test_draws_belong_to_the_sample_not_to_its_batch(backbone, rows):
+def test_random_numbers_belong_to_the_sample_not_to_its_batch(backbone, rows):
     alone = backbone.sample(backbone.prepare([rows[3]])[0], 0)
     together = backbone.sample(backbone.prepare(list(rows))[3], 0)
     for a, b in zip(alone.segments, together.segments, strict=True):
@@ -60,7 +60,7 @@ def test_collate_packs_in_order(backbone, rows):
     assert len(batch.sequence.input_ids) + len(batch.sequence.gen_segment) == sum(map(len, samples))
 
 
-def test_an_answer_is_learned_from_the_picture_and_the_question(backbone, rows, tiny_pipeline):
+def test_an_answer_is_learned_from_the_image_and_the_question(backbone, rows, tiny_pipeline):
     question = {"id": "q", "instruction": "what is it?", "answer": "a red square", "image": None}
     prepared = backbone.prepare([{**question, "reference_images": [rows[0]["image"]]}, rows[0]])
     samples = [backbone.sample(row, 0) for row in prepared]

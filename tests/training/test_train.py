@@ -45,7 +45,7 @@ def test_twenty_steps_lower_the_loss(tmp_path, tiny_pipeline, rows, name):
     assert [json.loads(line)["step"] for line in lines] == list(range(20))
 
 
-def test_saved_folder_draws(tmp_path, tiny_pipeline, rows):
+def test_saved_folder_generates(tmp_path, tiny_pipeline, rows):
     result = Trainer(recipe(tmp_path, steps=2), tiny_pipeline, rows).run()
     loaded = Echo4oPipeline.from_pretrained(result.pipeline_dir)
     assert loaded.transformer.dtype == torch.bfloat16
@@ -140,7 +140,7 @@ def test_recipe_errors_are_clear(tmp_path, change, message):
         load_recipe(file)
 
 
-def test_recipe_that_is_no_mapping_or_missing(tmp_path, capsys):
+def test_recipe_that_is_missing_or_not_a_mapping(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="not a mapping"):
         load_recipe(tmp_path / "list.yaml")
@@ -239,7 +239,7 @@ def test_settings_from_the_command_line(tmp_path):
             load_recipe(file, parse_changes([wrong]))
 
 
-def test_several_datasets_are_drawn_by_weight():
+def test_several_datasets_are_sampled_by_weight():
     order = SampledOrder([10, 1000], [3.0, 1.0], seed=0)
     drawn = [next(order) for _ in range(4000)]
     assert sum(ref.source == 0 for ref in drawn) / 4000 == pytest.approx(0.75, abs=0.03)

@@ -44,7 +44,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_adapter_draws_the_same_loaded_applied_and_merged(recipe_file, tmp_path, model_folder, variant):
+def test_an_adapter_generates_the_same_loaded_applied_and_merged(recipe_file, tmp_path, model_folder, variant):
     images = {"every": 100, "steps": 3, "prompts": [PROMPT]}
     file = recipe_file("run", tune=LORA | VARIANTS[variant], images=images, steps=6, optimizer={"lr": 3e-2})
     assert train_here(file) == 0

@@ -37,7 +37,7 @@ def latent_stride(components: dict[str, Any]) -> int:
 # --- a training step ------------------------------------------------------------------------------------------------
 
 
-class PassTokens(NamedTuple):
+class BagelPassTokens(NamedTuple):
     """Tokens of one forward pass of one process."""
 
     gen: int  # VAE tokens
@@ -46,7 +46,7 @@ class PassTokens(NamedTuple):
     samples: tuple[int, ...]  # lengths of the samples of a fixed batch
 
 
-def pass_tokens(recipe: Any, components: dict[str, Any], sides: LargestSides, num_processes: int) -> PassTokens:
+def pass_tokens(recipe: Any, components: dict[str, Any], sides: LargestSides, num_processes: int) -> BagelPassTokens:
     """A full pack, or a micro-batch of images of the largest size with one reference each."""
     latents = (sides.vae // latent_stride(components)) ** 2
     patches = REFERENCES * (sides.vision // components["vision_model"].config.patch_size) ** 2
@@ -55,9 +55,9 @@ def pass_tokens(recipe: Any, components: dict[str, Any], sides: LargestSides, nu
     if recipe.packing:
         samples = recipe.packing.tokens / (gen + und)
         gen = round(gen * samples)
-        return PassTokens(gen, recipe.packing.tokens - gen, round(patches * samples), ())
+        return BagelPassTokens(gen, recipe.packing.tokens - gen, round(patches * samples), ())
     count = recipe.micro_batch_size or math.ceil((recipe.batch_size or 0) / num_processes)
-    return PassTokens(gen * count, und * count, patches * count, (gen + und,) * count)
+    return BagelPassTokens(gen * count, und * count, patches * count, (gen + und,) * count)
 
 
 def step_memory(

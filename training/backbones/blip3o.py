@@ -31,7 +31,7 @@ from echo4o.modeling.blip3o.vision_blip3o import EvaClipVisionModel
 from echo4o.modeling.common.image_files import to_rgb
 from echo4o.training.backbones import blip3o_costs
 from echo4o.training.backbones.base import Backbone, LossTerm, named_generator
-from echo4o.training.backbones.blip3o_objective import Condition, TimeTable, add_noise, blip3o_errors
+from echo4o.training.backbones.blip3o_objective import HeadCondition, TimeTable, add_noise, blip3o_errors
 from echo4o.training.recipe import FullTuning, LoraTuning, RecipeError, Section, TrainingRecipe
 
 TrainablePart = Literal["queries", "head"]
@@ -359,7 +359,7 @@ class Blip3oBackbone(Backbone):
 
     def losses(self, model: Any, batch: Blip3oBatch) -> dict[str, LossTerm]:
         noised = add_noise(batch.features, batch.noise, batch.u, self.table)
-        condition = Condition(batch.tokens, self.special.pad, batch.dropped, batch.states)
+        condition = HeadCondition(batch.tokens, self.special.pad, batch.dropped, batch.states)
         errors = blip3o_errors(model.transformer, self.pipeline.language_model, noised, condition)
         sample = torch.arange(len(errors), device=errors.device).repeat_interleave(errors[0].numel())
         return {"mse": LossTerm(errors.flatten(), None, sample)}

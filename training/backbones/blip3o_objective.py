@@ -52,7 +52,7 @@ def add_noise(features: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, tabl
     return NoisedFeatures((1.0 - share) * features + share * noise, timestep, noise - features)
 
 
-class Condition(NamedTuple):
+class HeadCondition(NamedTuple):
     """What the head is conditioned on: texts for the language model, or its states.
 
     Args:
@@ -71,7 +71,9 @@ class Condition(NamedTuple):
     image_pad_id: int | None = None
 
 
-def blip3o_errors(transformer: Any, language_model: Any, noised: NoisedFeatures, condition: Condition) -> torch.Tensor:
+def blip3o_errors(
+    transformer: Any, language_model: Any, noised: NoisedFeatures, condition: HeadCondition
+) -> torch.Tensor:
     """(B, C, rows, columns) squared errors of the predicted velocity, in float32; their mean is the loss."""
 
     def states(queries: torch.Tensor) -> torch.Tensor:

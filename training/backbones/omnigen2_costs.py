@@ -56,7 +56,7 @@ def latent_stride(components: dict[str, Any]) -> int:
     return components["transformer"].config.patch_size * vae_scale_factor(components["vae"].config)
 
 
-class PassTokens(NamedTuple):
+class OmniGen2PassTokens(NamedTuple):
     """Tokens of one forward pass of one process."""
 
     text: int
@@ -68,17 +68,17 @@ class PassTokens(NamedTuple):
         return self.text + self.references + self.targets
 
 
-def pass_tokens(recipe: Any, components: dict[str, Any], num_processes: int) -> PassTokens:
+def pass_tokens(recipe: Any, components: dict[str, Any], num_processes: int) -> OmniGen2PassTokens:
     """A full pack, or a micro-batch of images of the largest size with one reference each."""
     area = latent_stride(components) ** 2
     targets = recipe.objective.max_output_pixels // area
     references = REFERENCES * (recipe.objective.input_pixels(REFERENCES) // area)
-    one = PassTokens(TEXT_TOKENS, references, targets)
+    one = OmniGen2PassTokens(TEXT_TOKENS, references, targets)
     if recipe.packing:
         share = recipe.packing.tokens / one.total
-        return PassTokens(round(TEXT_TOKENS * share), round(references * share), round(targets * share))
+        return OmniGen2PassTokens(round(TEXT_TOKENS * share), round(references * share), round(targets * share))
     count = recipe.micro_batch_size or math.ceil((recipe.batch_size or 0) / num_processes)
-    return PassTokens(TEXT_TOKENS * count, references * count, targets * count)
+    return OmniGen2PassTokens(TEXT_TOKENS * count, references * count, targets * count)
 
 
 def step_memory(
