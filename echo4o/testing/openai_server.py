@@ -127,7 +127,7 @@ class OpenAIServer:
         self.open = self.peak = 0
         self._faults: list[EndpointFault] = []
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_EndpointHandler,), {"endpoint": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> "OpenAIServer":
@@ -294,110 +294,113 @@ def _faulty_image(fault: EndpointFault, image: bytes) -> dict:
     return answers[fault.kind]
 
 
-def _handler(server: OpenAIServer):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1  # one packet per answer: no waiting for acknowledgements
-        disable_nagle_algorithm = True
+class _EndpointHandler(http.server.BaseHTTPRequestHandler):
+    """Answers the requests to an `OpenAIServer`; a subclass sets `endpoint`."""
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    endpoint: OpenAIServer
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet per answer: no waiting for acknowledgements
+    disable_nagle_algorithm = True
 
-        def do_POST(self) -> None:
-            data = self.rfile.read(int(self.headers["Content-Length"]))
-            if "/images/" in self.path:
-                call = read_image_request(self.path, data, self.headers)
-            else:
-                call = read_chat_request(json.loads(data), self.headers)
-            if self.headers.get("Authorization") != f"Bearer {API_KEY}":
-                self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
-                return
-            server.begin(call)
-            delivered = False
-            try:
-                delivered = self._answer(call)
-            finally:
-                server.end(call, delivered)
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
-        def do_GET(self) -> None:
-            if self.headers.get("Authorization") != f"Bearer {API_KEY}":
-                self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
-            elif not self.path.endswith("/models") or server.models is None:
-                self._fail(404, "not found", {})
-            else:
-                data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in server.models]
-                self._send(200, {"object": "list", "data": data})
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/images/" in self.path:
+            call = read_image_request(self.path, data, self.headers)
+        else:
+            call = read_chat_request(json.loads(data), self.headers)
+        if self.headers.get("Authorization") != f"Bearer {API_KEY}":
+            self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
+            return
+        self.endpoint.begin(call)
+        delivered = False
+        try:
+            delivered = self._answer(call)
+        finally:
+            self.endpoint.end(call, delivered)
 
-        def _answer(self, call: RecordedCall) -> bool:
-            fault = server.take_fault(call)
-            time.sleep(server.latency + (fault.delay if fault else 0.0))
-            if self._client_is_gone():
-                self.close_connection = True
-                return False
-            if server.models is not None and call.model not in server.models:
-                return self._fail(404, f"The model {call.model} does not exist", {}, "model_not_found")
-            if fault is None:
-                return self._send(200, self._good(call))
-            if fault.kind == "nothing":
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return False
-            if fault.kind == "no_schema" and "response_format" in call.body:
-                fault.times += 1
-                return self._fail(400, "response_format of type json_schema is not supported", {})
-            if re.fullmatch(r"http_\d{3}", fault.kind):
-                headers = dict(fault.headers)
-                if fault.retry_after is not None:
-                    headers["Retry-After"] = str(fault.retry_after)
-                message = fault.message.replace("{key}", self.headers["Authorization"])
-                return self._fail(int(fault.kind[5:]), message, headers, fault.code)
-            if fault.kind == "not_json":
-                return self._send(200, None, raw=b"<html>a proxy's login page</html>", content_type="text/html")
-            if fault.kind == "moderation":
-                return self._fail(400, "Your request was not accepted.", {}, "moderation_blocked")
-            if call.kind != "chat":
-                return self._send(200, _faulty_image(fault, server.image(call)))
-            if server.text is not None and not call.images:
-                return self._send(200, _faulty_completion(fault, call, {"said": server.text(call)}))
-            return self._send(200, _faulty_completion(fault, call, server.judge_answer(call)))
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {API_KEY}":
+            self._fail(401, f"Incorrect API key provided: {self.headers.get('Authorization')}", {})
+        elif not self.path.endswith("/models") or self.endpoint.models is None:
+            self._fail(404, "not found", {})
+        else:
+            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.endpoint.models]
+            self._send(200, {"object": "list", "data": data})
 
-        def _good(self, call: RecordedCall) -> dict:
-            if call.kind != "chat":
-                return image_response(server.image(call))
-            if server.text is not None and not call.images:
-                return chat_response(call, server.text(call))
-            return chat_response(call, json.dumps(server.judge_answer(call)))
-
-        def _client_is_gone(self) -> bool:
-            try:
-                self.connection.setblocking(False)
-                return self.connection.recv(1, socket.MSG_PEEK) == b""
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
-            finally:
-                self.connection.setblocking(True)
-
-        def _fail(self, status: int, message: str, headers: dict[str, str], code: str | None = None) -> bool:
-            error = {"message": message, "type": "error", "code": code, "param": None}
-            self._send(status, {"error": error}, headers=headers)
+    def _answer(self, call: RecordedCall) -> bool:
+        fault = self.endpoint.take_fault(call)
+        time.sleep(self.endpoint.latency + (fault.delay if fault else 0.0))
+        if self._client_is_gone():
+            self.close_connection = True
             return False
+        if self.endpoint.models is not None and call.model not in self.endpoint.models:
+            return self._fail(404, f"The model {call.model} does not exist", {}, "model_not_found")
+        if fault is None:
+            return self._send(200, self._good(call))
+        return self._answer_fault(call, fault)
 
-        def _send(self, status: int, value, headers=None, raw: bytes | None = None, content_type="application/json"):
-            data = raw if raw is not None else json.dumps(value).encode()
-            try:
-                self.send_response(status)
-                self.send_header("Content-Type", content_type)
-                self.send_header("Content-Length", str(len(data)))
-                for name, content in (headers or {}).items():
-                    self.send_header(name, content)
-                self.end_headers()
-                self.wfile.write(data)
-                self.wfile.flush()
-            except OSError:
-                self.close_connection = True
-                return False
+    def _answer_fault(self, call: RecordedCall, fault: EndpointFault) -> bool:
+        if fault.kind == "nothing":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return False
+        if fault.kind == "no_schema" and "response_format" in call.body:
+            fault.times += 1
+            return self._fail(400, "response_format of type json_schema is not supported", {})
+        if re.fullmatch(r"http_\d{3}", fault.kind):
+            headers = dict(fault.headers)
+            if fault.retry_after is not None:
+                headers["Retry-After"] = str(fault.retry_after)
+            message = fault.message.replace("{key}", self.headers["Authorization"])
+            return self._fail(int(fault.kind[5:]), message, headers, fault.code)
+        if fault.kind == "not_json":
+            return self._send(200, None, raw=b"<html>a proxy's login page</html>", content_type="text/html")
+        if fault.kind == "moderation":
+            return self._fail(400, "Your request was not accepted.", {}, "moderation_blocked")
+        if call.kind != "chat":
+            return self._send(200, _faulty_image(fault, self.endpoint.image(call)))
+        if self.endpoint.text is not None and not call.images:
+            return self._send(200, _faulty_completion(fault, call, {"said": self.endpoint.text(call)}))
+        return self._send(200, _faulty_completion(fault, call, self.endpoint.judge_answer(call)))
+
+    def _good(self, call: RecordedCall) -> dict:
+        if call.kind != "chat":
+            return image_response(self.endpoint.image(call))
+        if self.endpoint.text is not None and not call.images:
+            return chat_response(call, self.endpoint.text(call))
+        return chat_response(call, json.dumps(self.endpoint.judge_answer(call)))
+
+    def _client_is_gone(self) -> bool:
+        try:
+            self.connection.setblocking(False)
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
             return True
+        finally:
+            self.connection.setblocking(True)
 
-    return Handler
+    def _fail(self, status: int, message: str, headers: dict[str, str], code: str | None = None) -> bool:
+        error = {"message": message, "type": "error", "code": code, "param": None}
+        self._send(status, {"error": error}, headers=headers)
+        return False
+
+    def _send(self, status: int, value, headers=None, raw: bytes | None = None, content_type="application/json"):
+        data = raw if raw is not None else json.dumps(value).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(data)))
+            for name, content in (headers or {}).items():
+                self.send_header(name, content)
+            self.end_headers()
+            self.wfile.write(data)
+            self.wfile.flush()
+        except OSError:
+            self.close_connection = True
+            return False
+        return True
