@@ -93,8 +93,8 @@ def _cut_short(name: str, data: bytes) -> str:
     if name == "PNG" and b"IEND" not in data[-4096:]:
         return "no IEND chunk"
     if name == "WEBP":
-        whole = struct.unpack("<I", data[4:8].ljust(4, b"\xff"))[0] + 8
-        return f"{len(data):,} bytes of {whole:,}" if whole > len(data) else ""
+        declared = struct.unpack("<I", data[4:8].ljust(4, b"\xff"))[0] + 8
+        return f"{len(data):,} bytes of {declared:,}" if declared > len(data) else ""
     return ""
 
 

@@ -398,7 +398,9 @@ class _Steps:
         from echo4o.evaluation.released_prompts import RELEASED, ReleasedPrompt
 
         questions = load_judge_prompts(self.benchmark, judging.judge_prompt)
-        if any(isinstance(of, ReleasedPrompt) for of in questions.values()) and not judge.name.startswith("openai:"):
+        if any(isinstance(question, ReleasedPrompt) for question in questions.values()) and not judge.name.startswith(
+            "openai:"
+        ):
             raise ValueError(
                 f"--judge-prompt {RELEASED} sends what the released script sends: it needs an openai: judge"
             )

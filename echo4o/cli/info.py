@@ -13,7 +13,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="With --plan: a pipeline folder, a Hub repository, `release` (BAGEL) or `release:omnigen2`.",
+            help="With --plan: a pipeline folder, a Hub repository, `release` (BAGEL) or `release:NAME`, for example `release:omnigen2`.",
             show_default=False,
         ),
     ] = None,

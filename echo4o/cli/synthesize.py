@@ -122,12 +122,12 @@ def _generate(recipe, chains, tasks, folder, prompts, budget, probe, plan):
     from echo4o.endpoints.budget import Ledger
     from echo4o.endpoints.calls import run_async
     from echo4o.endpoints.synthesis_calls import SynthesisCalls
-    from echo4o.evaluation.image_checks import ImageChecker
+    from echo4o.evaluation.image_checks import JudgeImageChecker
 
     roles = [calls.role for calls in plan.calls]
     if not roles:  # every row is decided
         return SynthesisOutcome.of(tasks, folder), Ledger(folder.path / SPENDING).spent or 0.0, None
-    calls = SynthesisCalls(recipe, folder.path, roles, ImageChecker, budget, probe)
+    calls = SynthesisCalls(recipe, folder.path, roles, JudgeImageChecker, budget, probe)
     bar = tqdm(total=len(tasks), desc="synthesizing", unit=" rows", disable=None, leave=False)
 
     def progress(outcome) -> None:

@@ -20,7 +20,7 @@ class Weights(StrEnum):
     raw = "raw"
 
 
-class Layout(StrEnum):
+class AdapterLayout(StrEnum):
     """Names of an exported adapter's tensors."""
 
     original = "original"
@@ -112,7 +112,8 @@ def export(
         bool, typer.Option("--best", help="The step with the lowest validation loss (checkpoints.keep_best).")
     ] = False,
     to: Annotated[
-        Layout | None, typer.Option(help="original: an adapter with the names of the original checkpoint, for PEFT.")
+        AdapterLayout | None,
+        typer.Option(help="original: an adapter with the names of the original checkpoint, for PEFT."),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a complete pipeline with the adapter merged into its weights.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo4o.common.json_lines import JsonLines
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.endpoints.limits import ConcurrencyLimit
 
 # USD per million tokens (input, output), as listed when the models were released (April 2025).
@@ -120,7 +120,7 @@ class Ledger:
         role: str,
         model: str,
         limit: ConcurrencyLimit,
-        usd_of: Callable[[Answer], float] | None = None,
+        usd_of: Callable[[ModelAnswer], float] | None = None,
         expected_usd: float = 0.0,
     ) -> "Account":
         """Open the account of one model.
@@ -158,16 +158,16 @@ class Account:
     role: str
     model: str
     limit: ConcurrencyLimit
-    usd_of: Callable[[Answer], float] | None
+    usd_of: Callable[[ModelAnswer], float] | None
     dearest_usd: float  # of one call, so far
     kept: int = 0  # answers from the cache
 
-    def add(self, key: str, answer: Answer) -> None:
+    def add(self, key: str, answer: ModelAnswer) -> None:
         """Count a paid answer, unless its key is known: so a kept answer is counted if a killed run did not do it."""
         if not self.ledger.is_counted(key):
             self.add_paid(key, answer)
 
-    def add_paid(self, key: str, answer: Answer) -> None:
+    def add_paid(self, key: str, answer: ModelAnswer) -> None:
         """Count an answer that was just paid for. One that could not be used is paid for again with the same key."""
         tokens = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
         if self.usd_of is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from echo4o.endpoints.budget import Account
 from echo4o.endpoints.cache import AnswerCache
-from echo4o.endpoints.endpoint import Answer, CallFault, Endpoint
+from echo4o.endpoints.endpoint import CallFault, Endpoint, ModelAnswer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, RateLimit, StopSignal
 
 
@@ -42,8 +42,8 @@ class Caller:
         request: Any,
         key: str,
         faults: list[dict],
-        is_usable: Callable[[Answer], bool] = lambda answer: True,
-    ) -> Answer:
+        is_usable: Callable[[ModelAnswer], bool] = lambda answer: True,
+    ) -> ModelAnswer:
         """The answer of this key, kept or new. Raises [`CallFault`]; `faults` receives the fault of every try.
 
         Only usable answers are kept, and a kept answer that is not usable is asked for again. Every paid answer is
@@ -62,7 +62,7 @@ class Caller:
         self.account.add_paid(key, answer)
         return answer
 
-    def _keep(self, cache: AnswerCache, key: str, answer: Answer) -> None:
+    def _keep(self, cache: AnswerCache, key: str, answer: ModelAnswer) -> None:
         try:
             cache.put(key, answer, self.run)
         except OSError as error:
@@ -74,7 +74,7 @@ class Caller:
                     stacklevel=2,
                 )
 
-    async def _try(self, request: Any, key: str, faults: list[dict]) -> Answer:
+    async def _try(self, request: Any, key: str, faults: list[dict]) -> ModelAnswer:
         for number in range(1, self.policy.tries + 1):
             await self.limit.enter()
             began = monotonic()

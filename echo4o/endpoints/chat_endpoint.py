@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.common.image_metadata import image_sha256, without_metadata
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
 
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -124,7 +124,7 @@ class ChatEndpoint(OpenAIEndpoint):
             "structured": self.asks_structured,
         }
 
-    async def ask(self, request: ChatRequest, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> ModelAnswer:
         """Answer a request. Raises [`CallFault`]."""
         import openai
 
@@ -137,11 +137,11 @@ class ChatEndpoint(OpenAIEndpoint):
                 return await self._ask_plainly(request, key)
             fault = self.fault_of(error)
             if fault.refuses_content:
-                return Answer("", refusal=str(fault))
+                return ModelAnswer("", refusal=str(fault))
             raise fault from None
         return self._answer(response)
 
-    async def _ask_plainly(self, request: ChatRequest, key: str) -> Answer:
+    async def _ask_plainly(self, request: ChatRequest, key: str) -> ModelAnswer:
         """Ask without structured output; where that is answered, no later call asks for it again."""
         answer = await ChatEndpoint.ask(self, replace(request, schema=None), f"{key}-plain")
         self.structured = False
@@ -174,7 +174,7 @@ class ChatEndpoint(OpenAIEndpoint):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
-    def _answer(self, response: Any) -> Answer:
+    def _answer(self, response: Any) -> ModelAnswer:
         choices = getattr(response, "choices", None)
         if not choices or choices[0].message is None:
             raise self.fault_in_answer(response)
@@ -184,7 +184,7 @@ class ChatEndpoint(OpenAIEndpoint):
         refusal = getattr(choice.message, "refusal", None) or refusal
         if finish in _FILTERED:
             refusal = refusal or "stopped by the content filter"
-        return Answer(
+        return ModelAnswer(
             text=self.redact(text),
             refusal=self.redact(refusal) if refusal else None,
             cut=finish in _CUT,

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """The answer of a model.
 
     Attributes:
@@ -67,7 +67,7 @@ class Endpoint(ABC):
         """Everything beside the request that answers depend on; part of results and of the keys of kept answers."""
 
     @abstractmethod
-    async def ask(self, request: Any, key: str) -> Answer:
+    async def ask(self, request: Any, key: str) -> ModelAnswer:
         """Answer one request. `key` identifies the call to the server. Raises [`CallFault`]."""
 
     def prepare(self) -> None:  # noqa: B027 - most endpoints have nothing to load

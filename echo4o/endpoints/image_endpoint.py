@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.endpoints.openai_connection import OpenAIEndpoint, public_url
 
 _KINDS = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
@@ -52,7 +52,7 @@ class ImageEndpoint(OpenAIEndpoint):
     def identity(self) -> dict[str, Any]:
         return {"model": self.model, "endpoint": public_url(self.url), "options": self.options}
 
-    async def ask(self, request: ImageRequest, key: str) -> Answer:
+    async def ask(self, request: ImageRequest, key: str) -> ModelAnswer:
         """Generate one image. Raises [`CallFault`]."""
         import openai
 
@@ -61,7 +61,7 @@ class ImageEndpoint(OpenAIEndpoint):
         except (openai.APIError, ValueError, TypeError) as error:
             fault = self.fault_of(error)
             if fault.refuses_content:
-                return Answer("", refusal=str(fault))
+                return ModelAnswer("", refusal=str(fault))
             raise fault from None
         if isinstance(response, str) or "error" in (getattr(response, "model_extra", None) or {}):
             raise self.fault_in_answer(response)
@@ -71,7 +71,7 @@ class ImageEndpoint(OpenAIEndpoint):
             raise CallFault("bad_response", "it sent a link: set response_format: b64_json in the options")
         # A missing or unreadable image was paid for like any other: it is an answer.
         usage = getattr(response, "usage", None)
-        return Answer(
+        return ModelAnswer(
             image if isinstance(image, str) else "",
             input_tokens=getattr(usage, "input_tokens", 0) or 0,
             output_tokens=getattr(usage, "output_tokens", 0) or 0,
@@ -93,7 +93,7 @@ def _as_upload(number: int, data: bytes) -> tuple[str, bytes, str]:
     return f"image_{number}.{kind}", data, f"image/{kind}"
 
 
-def image_bytes(answer: Answer) -> bytes:
+def image_bytes(answer: ModelAnswer) -> bytes:
     """The image of an answer, from plain, wrapped or `data:` base64; empty where there is none."""
     text = answer.text.partition("base64,")[2] if answer.text.startswith("data:") else answer.text
     try:
@@ -102,7 +102,7 @@ def image_bytes(answer: Answer) -> bytes:
         return b""
 
 
-def holds_image(answer: Answer) -> bool:
+def holds_image(answer: ModelAnswer) -> bool:
     """Whether an answer holds an image that can be decoded."""
     from echo4o.modeling.common.image_files import open_image
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from echo4o.common.model_text import json_objects
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 
 _LETTER = re.compile(r"[^\W\d_]")
 _FENCE = re.compile(r"```\w*")
@@ -50,7 +50,7 @@ def json_schema(fields: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def read_json_answer(answer: Answer, fields: type[Fields]) -> Fields:
+def read_json_answer(answer: ModelAnswer, fields: type[Fields]) -> Fields:
     """The object in an answer: bare JSON, JSON in a code fence, or an object within prose or after reasoning.
 
     Where a model corrects itself in words between two objects, the last one is the answer.
@@ -84,7 +84,7 @@ def read_json_answer(answer: Answer, fields: type[Fields]) -> Fields:
     return values[-1][0]
 
 
-def is_readable(answer: Answer, fields: type[BaseModel]) -> bool:
+def is_readable(answer: ModelAnswer, fields: type[BaseModel]) -> bool:
     """Whether [`read_json_answer`] finds the object."""
     try:
         read_json_answer(answer, fields)

@@ -121,38 +121,38 @@ class OpenAIEndpoint(Endpoint):
             text = response.text
         except Exception:  # a body that could not be read or decoded
             text = ""
-        said = ServerError.read(error.status_code, text, wait_of(response.headers))
-        return said if said.words else replace(said, words=_reason_of(error))
+        server_error = ServerError.read(error.status_code, text, wait_of(response.headers))
+        return server_error if server_error.words else replace(server_error, words=_reason_of(error))
 
     def _fault_of_status(self, error: "openai.APIStatusError") -> CallFault:
         return self.fault_of_server(self.server_error(error))
 
-    def fault_of_server(self, said: ServerError) -> CallFault:
+    def fault_of_server(self, error: ServerError) -> CallFault:
         """The fault of an error that the server describes."""
-        status, fatal = said.status, said.is_fatal
+        status, fatal = error.status, error.is_fatal
         retry = not fatal and (status is None or status in RETRY_STATUS or status >= 500)
         kind = "bad_response" if status is None else f"http_{status}"
         return CallFault(
             kind,
-            self.shorten(said.words),
+            self.shorten(error.words),
             retry,
-            said.wait if retry else None,
+            error.wait if retry else None,
             fatal,
-            said.code,
-            refuses_content=said.refuses_content,
+            error.code,
+            refuses_content=error.refuses_content,
         )
 
     def fault_in_answer(self, response: Any) -> CallFault:
         """The fault of a response of 200 without an answer: an error object, or the page of a proxy."""
         if isinstance(response, str):
-            said = ServerError.read(None, response)
+            error = ServerError.read(None, response)
         else:
             extra = getattr(response, "model_extra", None) or {}
             body = {key: extra[key] for key in ("error", "detail", "message", "errors") if extra.get(key)}
-            said = ServerError.of_body(None, body) if body else ServerError(None, "")
-        if not said.words:
+            error = ServerError.of_body(None, body) if body else ServerError(None, "")
+        if not error.words:
             return CallFault("bad_response", "the response does not hold an answer", retry=True)
-        fault = self.fault_of_server(replace(said, status=said.status_in_body))
+        fault = self.fault_of_server(replace(error, status=error.status_in_body))
         fault.args = (f"the response does not hold an answer; the server says: {fault}",)
         return fault
 

@@ -25,7 +25,7 @@ from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller
 from echo4o.endpoints.chat_endpoint import ChatEndpoint, ChatRequest, ImageFile
-from echo4o.endpoints.endpoint import Answer, CallFault, Endpoint
+from echo4o.endpoints.endpoint import CallFault, Endpoint, ModelAnswer
 from echo4o.endpoints.image_endpoint import ImageEndpoint, ImageRequest, holds_image, image_bytes
 from echo4o.endpoints.json_answers import UnreadableAnswer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, InterruptHandler, RateLimit, Stopped, StopSignal
@@ -57,7 +57,7 @@ class ImageChecker(Protocol):
         """The request to the judge, and the facts that it rests on."""
         ...
 
-    def read(self, check: ImageCheck, answer: Answer) -> ImageCheckResult:
+    def read(self, check: ImageCheck, answer: ModelAnswer) -> ImageCheckResult:
         """The verdict in an answer. Raises [`UnreadableAnswer`]."""
         ...
 
@@ -192,7 +192,7 @@ class SynthesisCalls:
         hashes = [labelled.image.sha256 for labelled in request.images]
         content = ["judge", request.system, request.text, hashes, facts, salt]
 
-        def is_verdict(answer: Answer) -> bool:
+        def is_verdict(answer: ModelAnswer) -> bool:
             try:
                 checker.read(check, answer)
             except UnreadableAnswer:
@@ -224,7 +224,9 @@ class SynthesisCalls:
             self._identities[role] = self.models[role].identity()
         return self._identities[role]
 
-    async def _ask(self, role: str, request: Any, content: list, is_usable: Callable[[Answer], bool]) -> Answer:
+    async def _ask(
+        self, role: str, request: Any, content: list, is_usable: Callable[[ModelAnswer], bool]
+    ) -> ModelAnswer:
         """An answer, kept or paid for; two equal requests at the same time are paid for once."""
         key = request_key([self._identity(role), *content])
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -271,16 +273,16 @@ class SynthesisCalls:
         return CallRefused("endpoint", f"{role}: {fault} ({fault.kind})")
 
 
-def _usd_of(config: ModelSettings) -> Callable[[Answer], float]:
+def _usd_of(config: ModelSettings) -> Callable[[ModelAnswer], float]:
     """The cost of an answer; a refused image costs its tokens at most."""
     return lambda answer: config.price.usd(answer.input_tokens, answer.output_tokens, 0 if answer.refusal else 1)
 
 
-def _is_usable_text(answer: Answer) -> bool:
+def _is_usable_text(answer: ModelAnswer) -> bool:
     return bool(answer.refusal) or bool(without_reasoning(answer.text).strip() and not answer.cut)
 
 
-def _is_usable_image(answer: Answer) -> bool:
+def _is_usable_image(answer: ModelAnswer) -> bool:
     return bool(answer.refusal) or holds_image(answer)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, field_validator
 
 from echo4o.endpoints.calls import Caller
 from echo4o.endpoints.chat_endpoint import ChatRequest, ImageFile, LabelledImage
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.endpoints.json_answers import UnreadableAnswer, is_readable, json_schema, read_json_answer
 
 LEFT, RIGHT = "blue", "yellow"
@@ -80,7 +80,7 @@ async def probe_vision(caller: Caller) -> None:
         )
 
 
-def _sees(answer: Answer) -> bool:
+def _sees(answer: ModelAnswer) -> bool:
     """Only the answer of a judge that sees is kept: a server may be given vision later."""
     return is_readable(answer, ProbeColours) and read_json_answer(answer, ProbeColours).is_right
 

@@ -1,4 +1,4 @@
-"""Do two judges, or one judge at two dates, agree on the same images?"""
+"""Measures how much two judges, or one judge at two dates, agree on the same images."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -49,12 +49,12 @@ def agree(a: Path, b: Path, seed: int = 0) -> dict[str, Any]:
     pairs = _pairs(first, second)
     values: tuple[dict, dict] = (defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(list)))
     for pair in pairs:
-        for of, sample in zip(values, (pair.a, pair.b)):
-            of[sample.prompt.group][sample.prompt.id].append(sample.score)
-    of_a, of_b = ({group: _means(of) for group, of in by_group.items()} for by_group in values)
-    differences = {group: [y - x for x, y in zip(of_a[group], of_b[group])] for group in of_a}
+        for by_group, sample in zip(values, (pair.a, pair.b)):
+            by_group[sample.prompt.group][sample.prompt.id].append(sample.score)
+    means_a, means_b = ({group: _means(by_prompt) for group, by_prompt in by_group.items()} for by_group in values)
+    differences = {group: [y - x for x, y in zip(means_a[group], means_b[group])] for group in means_a}
     intervals, group_intervals = statistics.bootstrap(differences, first.benchmark.aggregates, seed)
-    totals = [statistics.overall(of, first.benchmark.aggregates)["score"] for of in (of_a, of_b)]
+    totals = [statistics.overall(means, first.benchmark.aggregates)["score"] for means in (means_a, means_b)]
     return {
         "benchmark": first.benchmark.name,
         "a": str(a),
@@ -63,7 +63,9 @@ def agree(a: Path, b: Path, seed: int = 0) -> dict[str, Any]:
         "images": len(pairs),
         "of": len(first.samples),
         "score": _line(totals[0], totals[1], intervals["score"]),
-        "groups": {group: _line(fmean(of_a[group]), fmean(of_b[group]), group_intervals[group]) for group in of_a},
+        "groups": {
+            group: _line(fmean(means_a[group]), fmean(means_b[group]), group_intervals[group]) for group in means_a
+        },
         "fields": _fields(first, second, pairs, seed),
         "differ": [_difference(first, pair) for pair in _differing(pairs)],
         "seed": seed,
@@ -75,24 +77,23 @@ def _line(a: float, b: float, interval: list[float]) -> dict[str, Any]:
 
 
 def _means(by_prompt: Mapping[str, Sequence[float]]) -> list[float]:
-    return [fmean(of) for of in by_prompt.values()]
+    return [fmean(scores) for scores in by_prompt.values()]
 
 
 def _pairs(a: Evaluation, b: Evaluation) -> list[_Pair]:
     if a.header["sha256"] != b.header["sha256"] or a.benchmark.groups != b.benchmark.groups:
         raise ValueError(f"{a.out} and {b.out} come from different prompts: their judges saw different questions")
-    pictures = [of.judge["pictures"] for of in (a, b)]
-    common = [name for name, digest in pictures[0].items() if name in pictures[1]]
-    other = [name for name in common if pictures[0][name] != pictures[1][name]]
+    hashes_a, hashes_b = a.judge["pictures"], b.judge["pictures"]  # file name -> SHA-256
+    other = [name for name, digest in hashes_a.items() if hashes_b.get(name, digest) != digest]
     if other:
         raise ValueError(
             f"{a.out} and {b.out} have other images ({len(other)}, such as {other[0]}): only judgements of the same "
             "images can agree"
         )
-    known = {(sample.prompt.id, sample.picture, sample.repeat): sample for sample in b.samples}
+    known = {(sample.prompt.id, sample.number, sample.repeat): sample for sample in b.samples}
     pairs = []
     for sample in a.samples:
-        twin = known.get((sample.prompt.id, sample.picture, sample.repeat))
+        twin = known.get((sample.prompt.id, sample.number, sample.repeat))
         if twin is not None and sample.score is not None and twin.score is not None:
             pairs.append(_Pair(sample, twin))
     if not pairs:
@@ -106,22 +107,22 @@ def agreement_of(a: Evaluation, b: Evaluation, seed: int = 0) -> dict[str, dict[
 
 
 def _fields(a: Evaluation, b: Evaluation, pairs: Sequence[_Pair], seed: int) -> dict[str, dict[str, Any]]:
-    """Agreement by field. Values that both judges gave for one thing stand beside each other."""
+    """Agreement by field. The values of both judges for one item form a pair."""
     values: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
-        of_a = a.benchmark.judged_values(pair.a.prompt, pair.a.records)
-        of_b = b.benchmark.judged_values(pair.b.prompt, pair.b.records)
-        for (field, item), value in of_a.items():
-            if (field, item) in of_b:
-                values[field][pair.a.prompt.id].append((value, of_b[field, item]))
+        values_a = a.benchmark.judged_values(pair.a.prompt, pair.a.records)
+        values_b = b.benchmark.judged_values(pair.b.prompt, pair.b.records)
+        for (field, item), value in values_a.items():
+            if (field, item) in values_b:
+                values[field][pair.a.prompt.id].append((value, values_b[field, item]))
     return {field: agreement(list(by_prompt.values()), seed) for field, by_prompt in values.items()}
 
 
 def agreement(by_prompt: Sequence[Sequence[tuple[float, float]]], seed: int = 0) -> dict[str, Any]:
     """Agreement of pairs of values, grouped by prompt: prompts are resampled for the interval of kappa."""
-    pairs = np.array([pair for of in by_prompt for pair in of], float)
+    pairs = np.array([pair for pairs in by_prompt for pair in pairs], float)
     scale = bool(np.isin(pairs, (0.0, 1.0)).all())
-    sums = np.array([_sums(np.array(of, float)) for of in by_prompt])
+    sums = np.array([_sums(np.array(pairs, float)) for pairs in by_prompt])
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES)
     resampled = [kappa for kappa in map(_kappa, counts @ sums) if kappa is not None]
@@ -160,12 +161,12 @@ def _differing(pairs: Sequence[_Pair]) -> list[_Pair]:
 
 
 def _difference(evaluation: Evaluation, pair: _Pair) -> dict[str, Any]:
-    name = image_name(pair.a.prompt.id, pair.a.picture, evaluation.judge["pictures_per_prompt"])
+    name = image_name(pair.a.prompt.id, pair.a.number, evaluation.judge["pictures_per_prompt"])
     return {"image": name, "repeat": pair.a.repeat, "group": pair.a.prompt.group, "a": pair.a.score, "b": pair.b.score}
 
 
 def write_agreement(a: Path, b: Path, file: Path, seed: int = 0) -> dict[str, Any]:
-    """Write the page about two folders; returns what [`agree`] finds."""
+    """Write the page about two folders and return the result of [`agree`]."""
     from jinja2 import Environment, PackageLoader
 
     found = agree(a, b, seed)
@@ -186,8 +187,8 @@ def _card(first: Evaluation, second: Evaluation, pair: _Pair) -> dict[str, Any]:
     listed = _difference(first, pair)
     file = first.judge["files"].get(listed["image"]) or second.judge["files"].get(listed["image"])
     explained = [
-        "; ".join(of.benchmark.explanation(sample.prompt, record) for record in sample.records)
-        for of, sample in ((first, pair.a), (second, pair.b))
+        "; ".join(run.benchmark.explanation(sample.prompt, record) for record in sample.records)
+        for run, sample in ((first, pair.a), (second, pair.b))
     ]
     return listed | {"text": pair.a.prompt.text, "reasons": explained, "thumbnail": _thumbnail(file)}
 

@@ -79,9 +79,9 @@ def _group_number(group: AuditGroup, scale: float, images: int) -> dict[str, Any
     return found | {"audited": len(group.audited), "prompts": len(group.first)}
 
 
-def _plain(of: AuditEstimate) -> dict[str, Any]:
-    values = asdict(of)
+def _plain(result: AuditEstimate) -> dict[str, Any]:
+    values = asdict(result)
     return {
-        "estimate": None if math.isnan(of.value) else of.value,
+        "estimate": None if math.isnan(result.value) else result.value,
         "interval": list(values["interval"]) if values["interval"] else None,
     }

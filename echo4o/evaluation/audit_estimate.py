@@ -93,7 +93,7 @@ def estimate(
     for name, group in used.items():
         residuals[name] = group.second - lam * group.first[group.audited]
         value += weights[name] * (lam * group.first.mean() + residuals[name].mean())
-    degrees = sum(len(of) - 1 for of in residuals.values()) - (1 if weight is None else 0)
+    degrees = sum(len(values) - 1 for values in residuals.values()) - (1 if weight is None else 0)
     variance = _variance(used, weights, residuals, scale, images)
     if degrees < 1:
         return AuditEstimate(value, None)
@@ -115,8 +115,8 @@ def _variance(
     scale: float,
     images: int,
 ) -> float:
-    squares = {name: float(((of - of.mean()) ** 2).sum()) for name, of in residuals.items()}
-    degrees = sum(len(of) - 1 for of in residuals.values())
+    squares = {name: float(((values - values.mean()) ** 2).sum()) for name, values in residuals.items()}
+    degrees = sum(len(values) - 1 for values in residuals.values())
     unit = scale**2 / images  # one image that differs by the whole scale
     common = max(sum(squares.values()) + _ADDED_IMAGES * unit, _PSEUDO_IMAGES * unit) / max(1, degrees)
     total = 0.0

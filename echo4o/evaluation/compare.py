@@ -1,4 +1,4 @@
-"""Is B better than A? Paired by prompt, with intervals and a test."""
+"""Compares two judged folders, paired by prompt, with intervals and a significance test."""
 
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,21 @@ def compare(a: Path, b: Path, seed: int = 0, any_judge: bool = False) -> dict[st
     first, second = read_evaluation(Path(a)), read_evaluation(Path(b))
     _require_comparable(first, second, any_judge)
     pairs = _pairs(first, second)
-    differences = {group: [y - x for x, y in of] for group, of in pairs.items() if of}
+    differences = {group: [y - x for x, y in values] for group, values in pairs.items() if values}
     if not differences:
         raise ValueError(f"{a} and {b} have no prompt that is scored in both")
     aggregates = first.benchmark.aggregates
-    counts = {group: len(of) for group, of in differences.items()}
+    counts = {group: len(values) for group, values in differences.items()}
     intervals, group_intervals = statistics.bootstrap(differences, aggregates, seed)
-    of_a = {group: [x for x, _ in of] for group, of in pairs.items()}
-    of_b = {group: [y for _, y in of] for group, of in pairs.items()}
-    total_a, total_b = statistics.overall(of_a, aggregates), statistics.overall(of_b, aggregates)
+    values_a = {group: [x for x, _ in values] for group, values in pairs.items()}
+    values_b = {group: [y for _, y in values] for group, values in pairs.items()}
+    total_a, total_b = statistics.overall(values_a, aggregates), statistics.overall(values_b, aggregates)
     overall = {
         name: _line(total_a[name], total_b[name], intervals[name])
         | {"p": statistics.sign_flip_test(differences, weights, seed)}
         for name, weights in aggregates(counts).items()
     }
-    mean_a, mean_b = statistics.group_means(of_a), statistics.group_means(of_b)
+    mean_a, mean_b = statistics.group_means(values_a), statistics.group_means(values_b)
     p_values = {group: statistics.sign_flip_test(differences, {group: 1.0}, seed) for group in differences}
     corrected = statistics.holm(p_values)
     groups = {
@@ -67,7 +67,7 @@ def _require_comparable(a: Evaluation, b: Evaluation, any_judge: bool) -> None:
     if a.header["sha256"] != b.header["sha256"]:
         raise ValueError(f"{a.out} and {b.out} come from different prompt files: their ids name different prompts")
     if a.judge["fingerprint"] != b.judge["fingerprint"] and not any_judge:
-        judges = " and ".join(str(of.judge["judge"]["judge"]) for of in (a, b))
+        judges = " and ".join(str(run.judge["judge"]["judge"]) for run in (a, b))
         raise ValueError(
             f"{a.out} and {b.out} were judged differently ({judges}, or other questions or settings): the difference "
             "would be that of the judges; --any-judge compares in spite of it"
@@ -77,7 +77,7 @@ def _require_comparable(a: Evaluation, b: Evaluation, any_judge: bool) -> None:
 def _pairs(a: Evaluation, b: Evaluation) -> dict[str, list[tuple[float, float]]]:
     values_a, values_b = a.values(), b.values()
     return {
-        group: [(value, values_b[group][prompt_id]) for prompt_id, value in of.items() if prompt_id in values_b[group]]
-        for group, of in values_a.items()
+        group: [(value, values_b[group][name]) for name, value in by_prompt.items() if name in values_b[group]]
+        for group, by_prompt in values_a.items()
         if group in values_b
     }

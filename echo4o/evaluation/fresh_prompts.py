@@ -1,8 +1,8 @@
-"""Fresh prompts with the tags and the statistics of GenEval++, for evaluation that nobody trained on.
+"""New GenEval++ prompts with the tags and statistics of the official ones, for evaluation that nobody trained on.
 
 The statistics (how many objects, which counts, how often each pair of regions) are those of the official set; the
-objects are COCO's 80 classes under GenEval's names; contents are drawn anew. English is repaired where the official
-templates stumble ("one cats", "couchs"), the wording is theirs otherwise.
+objects are COCO's 80 classes under GenEval's names; contents are sampled anew. The wording is
+that of the official templates, without their mistakes in English ("one cats", "couchs").
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,19 +49,19 @@ def make_genevalpp(seed: int, exclude: Iterable[dict] = ()) -> list[dict]:
 
     Args:
         seed: the same seed gives the same rows.
-        exclude: rows whose contents, in any order, must not come back (the official set, say).
+        exclude: rows whose contents, in any order, must not appear again, for example the official ones.
     """
     rng = np.random.default_rng(seed)
     taken = {content(row) for row in exclude}
     rows = []
     for tag, make in _TAGS.items():
         for plan in make(rng):
-            rows.append(_draw(tag, plan, rng, taken))
+            rows.append(_sample_row(tag, plan, rng, taken))
     return rows
 
 
 def content(row: dict) -> frozenset:
-    """What a row asks for, whatever the order of mention."""
+    """The objects, counts, colours, regions and sizes of a row, without their order."""
     names = ("class", "count", "color", "region", "size")
     return frozenset(tuple(item.get(name) for name in names) for item in row["include"])
 
@@ -72,7 +72,7 @@ def write_prompts(rows: Sequence[dict], path: Path) -> None:
     write_text(path, "".join(f"{strict_json.dumps(row)}\n" for row in rows))
 
 
-def _draw(tag: str, plan: list[dict], rng: np.random.Generator, taken: set) -> dict:
+def _sample_row(tag: str, plan: list[dict], rng: np.random.Generator, taken: set) -> dict:
     """Fill a plan with objects and colours until its content is new."""
     for _ in range(10_000):
         classes = rng.choice(len(CLASSES), len(plan), replace=False)
@@ -89,7 +89,7 @@ def _draw(tag: str, plan: list[dict], rng: np.random.Generator, taken: set) -> d
         clash = any(item["class"] == item.get("color") for item in include)  # "an orange orange" tests nothing
         if not clash and content(row) not in taken:
             taken.add(content(row))
-            return row | {"prompt": f"A photo of {_say(tag, include)}"}
+            return row | {"prompt": f"A photo of {_text(tag, include)}"}
     raise ValueError(f"{tag}: every content with this structure is taken; exclude fewer prompts")
 
 
@@ -150,17 +150,17 @@ _TAGS = {
 }
 
 
-def _say(tag: str, include: list[dict]) -> str:
+def _text(tag: str, include: list[dict]) -> str:
     spatial = tag in _UPRIGHT
     parts = [
-        _thing(item, counted="count" in tag) + (f" on the {item['region']}" if spatial else "") for item in include
+        _phrase(item, counted="count" in tag) + (f" on the {item['region']}" if spatial else "") for item in include
     ]
     if len(parts) < 3:
         return " and ".join(parts)
     return f"{', '.join(parts[:-1])}, and {parts[-1]}"
 
 
-def _thing(item: dict, counted: bool) -> str:
+def _phrase(item: dict, counted: bool) -> str:
     """A part of the prompt: "two red cups", "a larger cat", "an orange tie"."""
     adjectives = " ".join(item[name] for name in ("size", "color") if name in item)
     if counted:
@@ -176,7 +176,7 @@ def with_article(name: str, color: str = "") -> str:
 
 
 def plural(name: str) -> str:
-    """The plural of a class, repaired where the official templates stumble."""
+    """The plural of a class, also where the official templates are wrong."""
     if name in _PLURALS:
         return _PLURALS[name]
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"

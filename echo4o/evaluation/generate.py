@@ -84,19 +84,19 @@ def generate_images(
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     mine = batches[state.process_index :: state.num_processes]
     open_batches = [batch for batch in mine if any(_missing(folder, settings, batch))]
-    total, drawn = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
+    total, generated = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
     pipe = load_pipeline() if open_batches else None
     for batch in open_batches:
         metadata = _metadata(pipe, folder, settings, batch)
         for path, image in zip(_paths(folder, settings, batch), _generate(pipe, settings, batch), strict=True):
             if path in _missing(folder, settings, batch):
                 write_bytes(path, to_png(image, metadata[path]))
-            drawn += 1
-            on_progress(drawn, total)
+            generated += 1
+            on_progress(generated, total)
     if pipe is not None and state.is_main_process:
         write_json(out / GENERATION, _description(settings, prompts) | describe_model(pipe, settings))
     state.wait_for_everyone()
-    return drawn
+    return generated
 
 
 def _paths(folder: Path, settings: GenerationSettings, batch: Sequence[BenchmarkPrompt]) -> list[Path]:

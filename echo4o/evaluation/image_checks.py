@@ -6,7 +6,7 @@ from typing import Any
 from echo4o.dataset_scripts.synthesis.calls import ImageCheck, ImageCheckResult
 from echo4o.dataset_scripts.synthesis.recipe import JudgeSettings
 from echo4o.endpoints.chat_endpoint import ImageFile
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.endpoints.json_answers import read_json_answer
 from echo4o.evaluation.benchmarks.base import PROMPTS
 from echo4o.evaluation.benchmarks.genevalpp import Correct, checklist
@@ -15,7 +15,7 @@ from echo4o.evaluation.judges import Question, make_judge
 from echo4o.evaluation.judges.hosted import OpenAIJudge
 
 
-class ImageChecker:
+class JudgeImageChecker:
     """The judge of a recipe with its two judge prompts.
 
     A check with a structure (`include`) is asked with GenEval++'s checklist, any other with the check's note.
@@ -51,7 +51,7 @@ class ImageChecker:
             values = {"instruction": check.instruction, **facts}
         return self._prompt(check).question(values, Correct, image, references, facts), facts
 
-    def read(self, check: ImageCheck, answer: Answer) -> ImageCheckResult:
+    def read(self, check: ImageCheck, answer: ModelAnswer) -> ImageCheckResult:
         """The verdict in an answer. Raises [`UnreadableAnswer`]."""
         verdict = read_json_answer(answer, Correct)
         return ImageCheckResult(bool(verdict.correct), verdict.reason, self._prompt(check).sha256)

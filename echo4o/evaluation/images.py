@@ -58,7 +58,7 @@ def find_images(
                 found.missing[key] = reason
             else:
                 found.images[key] = ImageFile.read(candidates[0])
-    found.unexpected = sorted(str(p.relative_to(folder)) for of in files.values() for p in of if p not in used)
+    found.unexpected = sorted(str(p.relative_to(folder)) for paths in files.values() for p in paths if p not in used)
     return found
 
 

@@ -35,7 +35,7 @@ class JudgePrompt:
         source = path.read_text("utf-8-sig")
         if "{{" not in source:
             raise ValueError(
-                f"{path}: it does not contain {{{{ instruction }}}}, so the judge would not see the prompt"
+                f"{path}: it does not contain {{{{ instruction }}}}, so that the judge would not see the prompt"
             )
         return cls(source, path)
 
@@ -62,7 +62,7 @@ class JudgePrompt:
         system, marker, user = filled.partition(_USER)
         if not marker:
             system, user = "", filled
-        # The labels are part of the keys of kept answers: changing one asks every judge again.
+        # The labels are part of the keys of cached answers: changing one asks every judge again.
         images = [
             LabelledImage(f"Reference picture {n}", reference) for n, reference in enumerate(references, start=1)
         ]
@@ -100,8 +100,9 @@ def answer_format(verdict: type[Verdict]) -> str:
 def load_judge_prompts(benchmark: Benchmark, replaced: list[str] | None = None) -> dict[str, JudgePrompt]:
     """The judge prompts of a benchmark by aspect.
 
-    `replaced` holds FILE, or ASPECT=FILE where there are several, or `released` alone: as the
-    released script asks.
+    Args:
+        replaced: values of --judge-prompt: FILE, or ASPECT=FILE if the benchmark has several aspects; or `released`
+            alone, for the prompts of the released script.
     """
     if replaced == [RELEASED] and not Path(RELEASED).exists():
         return dict(load_released_prompts(benchmark))

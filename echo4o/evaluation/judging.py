@@ -13,7 +13,7 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller, run_async
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.endpoints.json_answers import UnreadableAnswer, is_readable, read_json_answer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, InterruptHandler, Stopped, StopSignal
 from echo4o.endpoints.vision_probe import probe_vision
@@ -66,7 +66,7 @@ class Judgement:
     image_sha256: str | None = None
     answers_before: int = 0
 
-    def can_read(self, answer: Answer) -> bool:
+    def can_read(self, answer: ModelAnswer) -> bool:
         """Whether an answer holds the verdict; only such answers are kept."""
         return self.question is not None and is_readable(answer, self.question.verdict)
 

@@ -34,7 +34,7 @@ class JudgedImage:
     """One judgement of an image in all aspects: its status, and its score if it has one."""
 
     prompt: BenchmarkPrompt
-    picture: int
+    number: int  # of the image among those of its prompt, from 1
     repeat: int
     status: str
     score: float | None
@@ -100,15 +100,15 @@ def _samples(benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], judge: di
             )
     per_prompt = judge["pictures_per_prompt"]
     for prompt in prompts:
-        for picture in range(1, per_prompt + 1):
-            digest = judge["pictures"].get(image_name(prompt.id, picture, per_prompt))
+        for number in range(1, per_prompt + 1):
+            digest = judge["pictures"].get(image_name(prompt.id, number, per_prompt))
             for repeat in range(1, judge["repeats"] + 1):
-                keys = [(prompt.id, picture, repeat, of.name, digest) for of in benchmark.aspects_of(prompt)]
+                keys = [(prompt.id, number, repeat, aspect.name, digest) for aspect in benchmark.aspects_of(prompt)]
                 found = tuple(latest[key] for key in keys if key in latest)
-                yield _sample(benchmark, prompt, picture, repeat, digest, found)
+                yield _sample(benchmark, prompt, number, repeat, digest, found)
 
 
-def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, picture: int, repeat: int, digest, found) -> JudgedImage:
+def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, number: int, repeat: int, digest, found) -> JudgedImage:
     statuses = {record["status"] for record in found}
     score = None
     if digest is None:
@@ -120,7 +120,7 @@ def _sample(benchmark: Benchmark, prompt: BenchmarkPrompt, picture: int, repeat:
     else:
         status = "scored"
         score = benchmark.image_score(prompt, found)
-    return JudgedImage(prompt, picture, repeat, status, score, found)
+    return JudgedImage(prompt, number, repeat, status, score, found)
 
 
 def score_folder(out: Path, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def score_folder(out: Path, min_coverage: float = 1.0, seed: int = 0) -> dict[st
 def score(evaluation: Evaluation, min_coverage: float = 1.0, seed: int = 0) -> dict[str, Any]:
     """The result of a judged folder; see `docs/evaluation.md` for its fields."""
     benchmark, samples = evaluation.benchmark, evaluation.samples
-    values = {group: list(of.values()) for group, of in evaluation.values().items()}
+    values = {group: list(by_prompt.values()) for group, by_prompt in evaluation.values().items()}
     totals = statistics.overall(values, benchmark.aggregates)
     intervals, group_intervals = statistics.bootstrap(values, benchmark.aggregates, seed, benchmark.scale == 1.0)
     for name, (value, interval) in _prompt_numbers(evaluation, seed).items():
@@ -190,7 +190,7 @@ def _prompt_numbers(evaluation: Evaluation, seed: int) -> dict[str, tuple[float,
     """Numbers of another kind per prompt than the mean of its images: the mean over prompts, and its interval."""
     numbers = {}
     for name, of_prompt in evaluation.benchmark.prompt_numbers.items():
-        values = {group: list(of.values()) for group, of in evaluation.values(of_prompt).items()}
+        values = {group: list(by_prompt.values()) for group, by_prompt in evaluation.values(of_prompt).items()}
         intervals, _ = statistics.bootstrap(values, _by_prompts, seed, evaluation.benchmark.scale == 1.0)
         if intervals:
             numbers[name] = statistics.overall(values, _by_prompts)["score"], intervals["score"]
@@ -215,8 +215,8 @@ def _why_withheld(evaluation: Evaluation, values: dict, coverage: float, min_cov
 
 
 def _count(samples: Sequence[JudgedImage], field: str, name: str) -> dict[str, int]:
-    of = [sample for sample in samples if getattr(sample.prompt, field) == name]
-    return {"scored": sum(sample.score is not None for sample in of), "total": len(of)}
+    chosen = [sample for sample in samples if getattr(sample.prompt, field) == name]
+    return {"scored": sum(sample.score is not None for sample in chosen), "total": len(chosen)}
 
 
 def _field_means(samples: Sequence[JudgedImage]) -> dict[str, float]:
@@ -235,11 +235,11 @@ def _types(evaluation: Evaluation) -> dict[str, dict]:
     types = list(dict.fromkeys(prompt.type for prompt in evaluation.prompts))
     if all(prompt.type in ("", prompt.group) for prompt in evaluation.prompts):
         return {}
-    values = {prompt_id: value for of in evaluation.values().values() for prompt_id, value in of.items()}
+    values = {prompt_id: value for group in evaluation.values().values() for prompt_id, value in group.items()}
     found = {}
     for kind in types:
-        of = [values[prompt.id] for prompt in evaluation.prompts if prompt.type == kind and prompt.id in values]
-        found[kind] = {"score": fmean(of) if of else None} | _count(evaluation.samples, "type", kind)
+        scores = [values[prompt.id] for prompt in evaluation.prompts if prompt.type == kind and prompt.id in values]
+        found[kind] = {"score": fmean(scores) if scores else None} | _count(evaluation.samples, "type", kind)
     return found
 
 
@@ -248,38 +248,39 @@ def _repeats(evaluation: Evaluation, benchmark: Benchmark) -> dict[str, Any] | N
     repeats = evaluation.judge["repeats"]
     if repeats < 2:
         return None
-    by_picture = defaultdict(dict)
+    by_image = defaultdict(dict)
     for sample in evaluation.samples:
         if sample.score is not None:
-            by_picture[sample.prompt.id, sample.picture][sample.repeat] = (sample.prompt.group, sample.score)
-    complete = [of for of in by_picture.values() if len(of) == repeats]
+            by_image[sample.prompt.id, sample.number][sample.repeat] = (sample.prompt.group, sample.score)
+    complete = [judgements for judgements in by_image.values() if len(judgements) == repeats]
     if not complete:
         return {"repeats": repeats, "pictures": 0}
     headlines = []
     for repeat in range(1, repeats + 1):
         values = defaultdict(list)
-        for of in complete:
-            values[of[repeat][0]].append(of[repeat][1])
+        for judgements in complete:
+            group, value = judgements[repeat]
+            values[group].append(value)
         headlines.append(statistics.overall(values, benchmark.aggregates)["score"])
-    scores = [[score for _, score in of.values()] for of in complete]
+    scores = [[score for _, score in judgements.values()] for judgements in complete]
     return {
         "repeats": repeats,
         "pictures": len(complete),
         "score_of_each": headlines,
         "score_std": pstdev(headlines),
-        "mean_std_of_a_picture": fmean(pstdev(of) for of in scores),
-        "pictures_judged_differently": sum(len(set(of)) > 1 for of in scores) / len(scores),
+        "mean_std_of_a_picture": fmean(pstdev(values) for values in scores),
+        "pictures_judged_differently": sum(len(set(values)) > 1 for values in scores) / len(scores),
     }
 
 
 def _origin(evaluation: Evaluation) -> dict[str, Any]:
     """Returns everything that a score depends on besides the images; nothing that changes between runs."""
     judge, generation, header = evaluation.judge, evaluation.generation, evaluation.header
-    pictures = "".join(f"{name} {digest}\n" for name, digest in sorted(judge["pictures"].items()))
+    hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(judge["pictures"].items()))
     return {
         **{name: generation.get(name) for name in _FROM_GENERATION},
         "pictures_per_prompt": judge["pictures_per_prompt"],
-        "pictures_sha256": hashlib.sha256(pictures.encode()).hexdigest(),
+        "pictures_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         "judge": judge["judge"],
         "prompt_hashes": {"prompts": header["sha256"], **judge["prompt_hashes"]},
         "prompts": {"count": len(evaluation.prompts), "official": header["official"], "part": header["part"]}

@@ -107,13 +107,13 @@ def _outcome(evaluation: Evaluation, sample: JudgedImage) -> str:
 
 def cards(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns one card per image and repeat: images without a score first, then the lowest scores."""
-    samples = sorted(evaluation.samples, key=lambda of: -1.0 if of.score is None else of.score)
+    samples = sorted(evaluation.samples, key=lambda sample: -1.0 if sample.score is None else sample.score)
     return [_card(evaluation, sample) for sample in samples[:MAX_CARDS]]
 
 
 def _card(evaluation: Evaluation, sample: JudgedImage) -> dict[str, Any]:
     per_prompt = evaluation.judge["pictures_per_prompt"]
-    name = image_name(sample.prompt.id, sample.picture, per_prompt)
+    name = image_name(sample.prompt.id, sample.number, per_prompt)
     file = evaluation.judge["files"].get(name)
     verdicts = []
     for record in sample.records:

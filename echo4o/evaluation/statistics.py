@@ -22,7 +22,7 @@ def overall(values: Mapping[str, Sequence[float]], aggregates: Aggregates) -> di
     if not means:
         return {}
     weights = aggregates({group: len(of) for group, of in values.items()})
-    return {name: sum(w * means[group] for group, w in of.items()) for name, of in weights.items()}
+    return {name: sum(w * means[group] for group, w in shares.items()) for name, shares in weights.items()}
 
 
 def bootstrap(
@@ -41,7 +41,7 @@ def bootstrap(
     sampled = {group: _resampled_means(scores, rng, binary) for group, scores in arrays.items()}
     weights = aggregates({group: len(scores) for group, scores in arrays.items()})
     zero = np.zeros(RESAMPLES)
-    totals = {name: sum((w * sampled[group] for group, w in of.items()), zero) for name, of in weights.items()}
+    totals = {name: sum((w * sampled[group] for group, w in shares.items()), zero) for name, shares in weights.items()}
     points = overall({group: scores.tolist() for group, scores in arrays.items()}, aggregates)
     return (
         {name: _interval(total, points[name]) for name, total in totals.items()},
@@ -68,7 +68,7 @@ def sign_flip_test(differences: Mapping[str, Sequence[float]], weights: Mapping[
     """Two-sided p of "no difference": how often randomly exchanging the two results of each prompt gives a weighted
     mean difference at least as large. Exact in expectation for any distribution; never 0."""
     parts = {group: np.asarray(differences[group], float) for group in weights}
-    observed = abs(sum(weights[group] * of.mean() for group, of in parts.items()))
+    observed = abs(sum(weights[group] * values.mean() for group, values in parts.items()))
     rng = np.random.default_rng(seed)
     extreme = 0
     for _ in range(RESAMPLES // _BLOCK):

@@ -10,12 +10,12 @@ from echo4o.hub.kinds.base import Kind
 
 # In this order: the files that identify a kind may also occur in a folder of a later kind.
 KINDS = {
-    "pipeline": "Pipeline",
-    "adapter": "Adapter",
-    "dataset": "Dataset",
-    "results": "Results",
-    "app": "App",
-    "metric": "Metric",
+    "pipeline": "PipelineKind",
+    "adapter": "AdapterKind",
+    "dataset": "DatasetKind",
+    "results": "ResultsKind",
+    "app": "AppKind",
+    "metric": "MetricKind",
 }
 _HARMLESS = {"README.md", ".gitattributes", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 

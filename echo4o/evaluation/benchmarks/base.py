@@ -1,4 +1,4 @@
-"""What a benchmark is: its prompts, what the judge sees, how the answer is read, and how scores are formed."""
+"""The interface of a benchmark: its prompts, the questions to the judge, the fields of the answers, and the scores."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,13 +14,13 @@ PROMPTS = Path(__file__).parents[1] / "prompts"
 
 @dataclass(frozen=True)
 class BenchmarkPrompt:
-    """One thing to draw.
+    """A prompt of a benchmark.
 
     Args:
         id: name of its images (`<id>.png`), and key of its records and comparisons.
-        group: what its score is averaged with; `type` is finer where the benchmark has types within groups.
-        text: what the model gets.
-        facts: the rest of the row, which the judge's question is made from.
+        group: the group whose mean its score is part of; `type` is finer if the benchmark has types within groups.
+        text: the prompt for the model.
+        facts: the rest of the row, for the question to the judge.
         references: reference images for the model.
     """
 
@@ -33,7 +33,7 @@ class BenchmarkPrompt:
 
 
 class Verdict(BaseModel):
-    """What a judge must return. Reason first: a judge that has to explain before it decides decides better."""
+    """The fields of a judge's answer. The reason comes first, because judges decide better after they explain."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -55,13 +55,13 @@ Grade = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Aspect:
-    """One judgement about a picture: the file of its question and the fields of its answer."""
+    """One judgement about an image: the file of its judge prompt and the fields of its answer."""
 
     name: str
     prompt_file: str
     verdict: type[Verdict]
     shows_references: bool = False
-    # The name of its judge prompt, where several aspects share one.
+    # The name of its judge prompt, if several aspects share one.
     asked_with: str = ""
     # Expected length of an answer, for estimates of costs.
     answer_tokens: int = 200
@@ -78,7 +78,7 @@ def git_blob_id(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the official prompts are: a file at a pinned revision, and the checksum of its content.
+    """The address of the official prompts: a file at a pinned revision, with the checksum of its content.
 
     Attributes:
         sha256: the checksum; of a git blob where `is_blob`.
@@ -105,7 +105,7 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a score measures, where a benchmark can be run as several measures.
+    """The measure of a score, for a benchmark that can be run as several measures.
 
     Attributes:
         name: in words.
@@ -119,7 +119,7 @@ class Measure:
 
 
 class Benchmark(ABC):
-    """The small interface that every benchmark fills in."""
+    """The interface that every benchmark implements."""
 
     name: str
     title: str
@@ -143,22 +143,22 @@ class Benchmark(ABC):
 
     @abstractmethod
     def read_row(self, row: dict, number: int, folder: Path) -> BenchmarkPrompt:
-        """A prompt from line `number` (from 1) of a prompt file in `folder`; ValueError says what is wrong with it."""
+        """A prompt from line `number` (from 1) of a prompt file in `folder`. Raises ValueError if the row is wrong."""
 
     @abstractmethod
     def question(self, prompt: BenchmarkPrompt) -> dict[str, Any]:
-        """What the judge's prompt file is filled with."""
+        """The values that the judge prompt is filled with."""
 
     @abstractmethod
     def sample_score(self, scores: dict[str, float]) -> float:
-        """A picture's score from the fields of all its verdicts."""
+        """An image's score from the fields of all its verdicts."""
 
     def aspects_of(self, prompt: BenchmarkPrompt) -> Sequence[Aspect]:
         """The judgements to make about each image of a prompt."""
         return self.aspects
 
     def question_about(self, prompt: BenchmarkPrompt, aspect: Aspect) -> dict[str, Any]:
-        """What the judge prompt of one aspect is filled with."""
+        """The values that the judge prompt of one aspect is filled with."""
         return self.question(prompt)
 
     def image_score(self, prompt: BenchmarkPrompt, records: Sequence[dict[str, Any]]) -> float:
@@ -172,7 +172,7 @@ class Benchmark(ABC):
         return None
 
     def measure(self, prompts: dict[str, Any], judge: dict[str, Any]) -> Measure | None:
-        """What a score measures; None: there is only one measure, under the benchmark's name.
+        """The measure of a score; None: there is only one, under the benchmark's name.
 
         Args:
             prompts: `official` and other facts of the prompt file.
@@ -187,11 +187,11 @@ class Benchmark(ABC):
     def judged_values(
         self, prompt: BenchmarkPrompt, records: Sequence[dict[str, Any]]
     ) -> dict[tuple[str, str], float]:
-        """What the judge said about an image, by (field, thing that was judged), to compare two judges."""
+        """The judge's values for an image, by (field, judged item), to compare two judges."""
         return {(name, ""): value for record in records for name, value in record["scores"].items()}
 
     def explanation(self, prompt: BenchmarkPrompt, record: dict[str, Any]) -> str:
-        """What the report shows of a judgement."""
+        """The text that the report shows for a judgement."""
         return record["reason"]
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Benchmark(ABC):
 
 
 def text_field(row: dict, name: str) -> str:
-    """A field that has to hold words."""
+    """A field that must hold text."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'"{name}" must be a text, it is {value!r}' if name in row else f'"{name}" is missing')
@@ -208,7 +208,7 @@ def text_field(row: dict, name: str) -> str:
 
 
 def known_field(row: dict, name: str, known) -> str:
-    """A field that has to hold one of some names."""
+    """A field that must hold one of the names in `known`."""
     value = text_field(row, name)
     if value not in known:
         raise ValueError(f'"{name}" is {value!r}; known are {", ".join(known)}')

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.endpoints.chat_endpoint import ChatRequest
-from echo4o.endpoints.endpoint import Answer, Endpoint
+from echo4o.endpoints.endpoint import Endpoint, ModelAnswer
 from echo4o.evaluation.benchmarks.base import Verdict
 
 
@@ -39,5 +39,5 @@ class Judge(Endpoint):
         """Keep intermediate results in the folder of the evaluation."""
 
     @abstractmethod
-    async def ask(self, request: ChatRequest, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> ModelAnswer:
         """Answer one question. Raises [`CallFault`]."""

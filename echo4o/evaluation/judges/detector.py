@@ -12,7 +12,7 @@ from echo4o.common.files import read_json
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
 from echo4o.endpoints.cache import request_key
 from echo4o.endpoints.chat_endpoint import ChatRequest, ImageFile
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.evaluation.benchmarks.geneval import detector, detector_output, scoring
 from echo4o.evaluation.benchmarks.geneval.convert_detector import SOURCE
 from echo4o.evaluation.benchmarks.geneval.scoring import Detection, Thresholds
@@ -95,7 +95,7 @@ class DetectorJudge(Judge):
         for line in JsonLines(out / DETECTIONS):
             if line["detector"] == fingerprint:
                 key = line["image_sha256"], tuple(line["colors_of"])
-                self._stored[key] = [_read_detection(of) for of in line["detections"]]
+                self._stored[key] = [_read_detection(stored) for stored in line["detections"]]
         self._writer = JsonLinesWriter(out / DETECTIONS)
 
     def _fingerprint(self) -> str:
@@ -106,7 +106,7 @@ class DetectorJudge(Judge):
             self._writer.close()
             self._writer = None
 
-    async def ask(self, request: ChatRequest, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> ModelAnswer:
         facts = request.facts if isinstance(request, Question) else {}
         if "tag" not in facts:
             raise CallFault("wrong_benchmark", "the judge detector can only judge GenEval's prompts", fatal=True)
@@ -117,7 +117,7 @@ class DetectorJudge(Judge):
         except ValueError as error:
             raise CallFault("not_stored", str(error), fatal=True) from None
         reason = "; ".join(decision.reasons) or "every clause holds"
-        return Answer(json.dumps({"reason": reason, "correct": int(decision.correct)}))
+        return ModelAnswer(json.dumps({"reason": reason, "correct": int(decision.correct)}))
 
     async def _detections(self, request: _Request) -> list[Detection]:
         """Stored detections, or those of the next batch. One batch runs at a time, in a thread."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from echo4o.endpoints.chat_endpoint import ChatRequest
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.evaluation.judges.base import Judge
 
 MAX_TOKENS = 512
@@ -16,13 +16,13 @@ class _LocalJudge(Judge):
 
     parallel = 1
 
-    async def ask(self, request: ChatRequest, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> ModelAnswer:
         try:
             return await asyncio.to_thread(self.answer, request)
         except (ValueError, RuntimeError) as error:
             raise CallFault("model_error", f"{self.name}: {error}") from error
 
-    def answer(self, request: ChatRequest) -> Answer:
+    def answer(self, request: ChatRequest) -> ModelAnswer:
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class TransformersJudge(_LocalJudge):
         model: Any = AutoModelForImageTextToText.from_pretrained(self.model_id, dtype="auto")
         self._model = model.to(device).eval()
 
-    def answer(self, request: ChatRequest) -> Answer:
+    def answer(self, request: ChatRequest) -> ModelAnswer:
         import torch
 
         from echo4o.modeling.common.image_files import open_image
@@ -94,7 +94,7 @@ class TransformersJudge(_LocalJudge):
         ends = self._model.generation_config.eos_token_id
         ended = len(tokens) > 0 and int(tokens[-1]) in (ends if isinstance(ends, list) else [ends])
         cut = len(tokens) >= self.max_tokens and not ended
-        return Answer(text, cut=cut, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(tokens))
+        return ModelAnswer(text, cut=cut, input_tokens=inputs["input_ids"].shape[1], output_tokens=len(tokens))
 
 
 class PipelineJudge(_LocalJudge):
@@ -117,10 +117,10 @@ class PipelineJudge(_LocalJudge):
             self._pipe = self._load(self.model_id)
             self._pipe.set_progress_bar_config(disable=True)
 
-    def answer(self, request: ChatRequest) -> Answer:
+    def answer(self, request: ChatRequest) -> ModelAnswer:
         from echo4o.modeling.common.image_files import open_image
 
         self.prepare()
         images = [open_image(labelled.image.path) for labelled in request.images]
         prompt = "\n\n".join(part for part in (request.system, request.text) if part)
-        return Answer(self._pipe.chat(prompt, image=images, max_new_tokens=self.max_tokens))
+        return ModelAnswer(self._pipe.chat(prompt, image=images, max_new_tokens=self.max_tokens))

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from echo4o.endpoints.chat_endpoint import ChatRequest
-from echo4o.endpoints.endpoint import Answer, CallFault
+from echo4o.endpoints.endpoint import CallFault, ModelAnswer
 from echo4o.evaluation.judges.base import Judge, Question
 
 # Identifies the detector in results and records: change it whenever the detector's verdicts or reasons change.
@@ -22,7 +22,7 @@ class PixelsJudge(Judge):
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name, "detector": DETECTOR_FINGERPRINT}
 
-    async def ask(self, request: ChatRequest, key: str) -> Answer:
+    async def ask(self, request: ChatRequest, key: str) -> ModelAnswer:
         from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
         from echo4o.modeling.common.image_files import open_image
 
@@ -36,7 +36,7 @@ class PixelsJudge(Judge):
         found = detect(open_image(request.images[-1].image.path))
         right, reasons = check(groups, found)
         reason = "; ".join(reasons) or "exactly the objects that were asked for"
-        return Answer(json.dumps({"reason": reason, "correct": int(right)}))
+        return ModelAnswer(json.dumps({"reason": reason, "correct": int(right)}))
 
 
 def group_of(item: dict[str, Any]):

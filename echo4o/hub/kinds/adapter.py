@@ -28,7 +28,7 @@ from echo4o.modeling.pipelines import pipeline_class
 _CONFIGS = [INDEX_NAME, "*/config.json"]
 
 
-class Adapter(Kind):
+class AdapterKind(Kind):
     name = "adapter"
 
     def files(self, published: Mapping[str, Read]) -> dict[str, Source]:

@@ -46,7 +46,7 @@ def write_app(folder: Path, model: str, lora: list[tuple[str, str, float]] | Non
     return folder
 
 
-class App(Kind):
+class AppKind(Kind):
     name = "app"
     repo_type = "space"
 

@@ -21,7 +21,7 @@ from echo4o.hub.remote import Source
 SIDE_FILES = ("rejected.jsonl", "remarks.jsonl")
 
 
-class Dataset(Kind):
+class DatasetKind(Kind):
     name = "dataset"
     repo_type = "dataset"
 

@@ -15,7 +15,7 @@ from echo4o.model_cards.cards import metric_card
 REQUIREMENTS = "requirements.txt"
 
 
-class Metric(Kind):
+class MetricKind(Kind):
     name = "metric"
     repo_type = "space"
 

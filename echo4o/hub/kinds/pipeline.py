@@ -19,7 +19,7 @@ from echo4o.modeling.common.weights import DTYPES, StoredTensor, component_tenso
 from echo4o.modeling.pipelines import pipeline_class
 
 
-class Pipeline(Kind):
+class PipelineKind(Kind):
     name = "pipeline"
 
     def files(self, published: Mapping[str, Read]) -> dict[str, Source]:

@@ -20,7 +20,7 @@ from echo4o.model_cards.facts import Result
 ROWS = "metadata.jsonl"
 
 
-class Results(Kind):
+class ResultsKind(Kind):
     name = "results"
     repo_type = "dataset"
 

@@ -36,7 +36,7 @@ def make_geneval(seed: int, exclude: Iterable[dict] = ()) -> list[dict]:
 
 
 def content(row: dict) -> tuple:
-    """What a row asks for. The order of clauses counts only where one names the other."""
+    """The objects, counts, colours and positions of a row. Their order counts only if one clause refers to another."""
     clauses = [
         (clause["class"], clause["count"], clause.get("color"), str(clause.get("position")))
         for clause in row["include"]
@@ -45,9 +45,10 @@ def content(row: dict) -> tuple:
     return tuple(clauses if ordered else sorted(clauses, key=str))
 
 
-def _new(taken: set, draw: Callable[[], dict]) -> dict:
+def _new(taken: set, sample_row: Callable[[], dict]) -> dict:
+    """Sample rows until one has a new content."""
     for _ in range(_TRIES):
-        row = draw()
+        row = sample_row()
         if content(row) not in taken:
             taken.add(content(row))
             return row
@@ -56,7 +57,7 @@ def _new(taken: set, draw: Callable[[], dict]) -> dict:
 
 def _shuffled(counts: dict, rng: np.random.Generator) -> list:
     values = [value for value, times in counts.items() for _ in range(times)]
-    return [values[place] for place in rng.permutation(len(values))]
+    return [values[index] for index in rng.permutation(len(values))]
 
 
 def _row(tag: str, text: str, *include: dict, **more: list[dict]) -> dict:
@@ -65,7 +66,7 @@ def _row(tag: str, text: str, *include: dict, **more: list[dict]) -> dict:
 
 def _classes(rng: np.random.Generator, number: int, colored: bool = False) -> list[str]:
     known = [name for name in CLASSES if not (colored and name == _UNCOLORED)]
-    return [known[place] for place in rng.choice(len(known), number, replace=False)]
+    return [known[index] for index in rng.choice(len(known), number, replace=False)]
 
 
 def _two_object(rng: np.random.Generator) -> dict:
@@ -83,7 +84,7 @@ def _counting(rng: np.random.Generator, count: int) -> dict:
 
 def _colored(rng: np.random.Generator, tag: str, number: int) -> dict:
     names = _classes(rng, number, colored=True)
-    colors = [COLORS[place] for place in rng.choice(len(COLORS), number, replace=False)]
+    colors = [COLORS[index] for index in rng.choice(len(COLORS), number, replace=False)]
     if any(name == color for name, color in zip(names, colors)):  # "an orange orange" tests nothing
         return _colored(rng, tag, number)
     text = f"a photo of {' and '.join(with_article(name, color) for name, color in zip(names, colors))}"

@@ -158,7 +158,7 @@ def _violation(
         return f"expected {name}>={count}, found {len(objects)}"
     if "color" in clause:
         decision.classified += len(objects)
-        colors, color = [of.color for of in objects], clause["color"]
+        colors, color = [found.color for found in objects], clause["color"]
         if colors.count(color) < count:
             listed = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
             return f"expected {color} {name}>={count}, found {colors.count(color)} {color}; and {listed}"

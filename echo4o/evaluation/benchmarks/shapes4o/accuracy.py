@@ -46,6 +46,6 @@ def scores_by_tag(tags: Sequence[str], right: Sequence[bool]) -> dict[str, Accur
     """The accuracy of each tag in the order of appearance, then of all images as "overall"."""
     if len(tags) != len(right) or not tags:
         raise ValueError(f"scores_by_tag: {len(tags)} tags and {len(right)} results; they must be equally many, not 0")
-    by_tag = {tag: [ok for of, ok in zip(tags, right) if of == tag] for tag in dict.fromkeys(tags)}
+    by_tag = {tag: [ok for other, ok in zip(tags, right) if other == tag] for tag in dict.fromkeys(tags)}
     scores = {tag: Accuracy(sum(oks), len(oks)) for tag, oks in by_tag.items()}
     return scores | {"overall": Accuracy(sum(map(bool, right)), len(right))}

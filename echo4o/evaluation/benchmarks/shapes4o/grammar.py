@@ -60,7 +60,7 @@ def _colours_and_counts() -> Iterator[tuple[ShapeGroup, ...]]:
         for colours in product(COLOURS, repeat=2):
             for counts in product(range(1, 5), repeat=2):
                 if counts != (1, 1):
-                    yield tuple(ShapeGroup(*of) for of in zip(shapes, colours, counts))
+                    yield tuple(ShapeGroup(*values) for values in zip(shapes, colours, counts))
 
 
 def _places() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

@@ -35,7 +35,7 @@ _CITATION = """
 """
 
 
-class DPG(evaluate.Metric):
+class DPGMetric(evaluate.Metric):
     """Answers in, a score out; images without answers lower the coverage, never the score."""
 
     def _info(self):
@@ -66,5 +66,5 @@ class DPG(evaluate.Metric):
             scores.setdefault(prompt, []).append(sample_score(dict(zip(numbers, parents)), yes))
         if not scores:
             raise ValueError("there is no answer to score")
-        total = sum(prompt_score(of) for of in scores.values()) / len(scores)
+        total = sum(prompt_score(images) for images in scores.values()) / len(scores)
         return {"score": SCALE * total, "coverage": sum(map(len, scores.values())) / len(prompts)}

@@ -32,7 +32,7 @@ _CITATION = """
 """
 
 
-class GenEval(evaluate.Metric):
+class GenEvalMetric(evaluate.Metric):
     """Judgements in, scores out; images without a judgement lower the coverage, never the score."""
 
     def _info(self):

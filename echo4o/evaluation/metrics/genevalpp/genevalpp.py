@@ -33,7 +33,7 @@ _CITATION = """
 """
 
 
-class GenEvalPP(evaluate.Metric):
+class GenEvalPPMetric(evaluate.Metric):
     """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):

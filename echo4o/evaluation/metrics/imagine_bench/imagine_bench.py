@@ -36,7 +36,7 @@ _CITATION = """
 """
 
 
-class ImagineBench(evaluate.Metric):
+class ImagineBenchMetric(evaluate.Metric):
     """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):

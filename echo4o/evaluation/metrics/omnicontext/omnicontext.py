@@ -33,7 +33,7 @@ _CITATION = """
 """
 
 
-class OmniContext(evaluate.Metric):
+class OmniContextMetric(evaluate.Metric):
     """Computes scores from judgements; images without a judgement lower the coverage, not the score."""
 
     def _info(self):
