@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results import Results, compare, machine
+from benchmarks.results import BenchmarkResults, compare, machine
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests" / "parity" / "golden" / "checkpoint"
@@ -32,7 +32,7 @@ def compare_files(arguments: list[str]) -> None:
     parser.add_argument("after", type=Path)
     options = parser.parse_args(arguments)
     try:
-        print(compare(Results.read(options.before), Results.read(options.after)))
+        print(compare(BenchmarkResults.read(options.before), BenchmarkResults.read(options.after)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     if unknown := set(options.names) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}, and compare")
 
-    options.results = Results(machine=machine(options.device))
+    options.results = BenchmarkResults(machine=machine(options.device))
     print(options.results.machine)
     for name in options.names or names:
         print(f"\n== {name}")

@@ -1,4 +1,4 @@
-"""What it costs to generate: batches against single calls, shared prompts, guidance branches."""
+"""Times generation: batches compared with single calls, shared prompts, guidance branches."""
 
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import in_turns, ratios, spread, table, threads
-from benchmarks.results import Results
+from benchmarks.results import BenchmarkResults
 
 PROMPTS = ["a red circle", "two blue squares", "a fox made of clouds", "a lighthouse made of glass"]
 
@@ -21,30 +21,30 @@ def main(options: Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     count = len(PROMPTS)
 
-    def draw(prompt, **arguments):
+    def generate(prompt, **arguments):
         pipe(prompt, num_inference_steps=options.steps, output_type="latent", **arguments)
 
     def report(title, ways):
         print(table(f"{title} ({options.steps} updates)", in_turns(ways, options.repeats)), flush=True)
 
     report(
-        f"{count} prompts, a picture each",
-        {"one call per prompt": lambda: [draw(p) for p in PROMPTS], "one batch": lambda: draw(PROMPTS)},
+        f"{count} prompts, an image each",
+        {"one call per prompt": lambda: [generate(p) for p in PROMPTS], "one batch": lambda: generate(PROMPTS)},
     )
     report(
-        f"one prompt, {count} pictures",
+        f"one prompt, {count} images",
         {
-            "one call per picture": lambda: [draw(PROMPTS[0]) for _ in range(count)],
-            "num_images_per_prompt": lambda: draw(PROMPTS[0], num_images_per_prompt=count),
+            "one call per image": lambda: [generate(PROMPTS[0]) for _ in range(count)],
+            "num_images_per_prompt": lambda: generate(PROMPTS[0], num_images_per_prompt=count),
         },
     )
     reference = Image.new("RGB", (128, 128), "orange")
     report(
         "one reference",
         {
-            "no guidance": lambda: draw(PROMPTS[0], image=reference, guidance_scale=1.0, image_guidance_scale=1.0),
-            "text guidance": lambda: draw(PROMPTS[0], image=reference, image_guidance_scale=1.0),
-            "text and image guidance": lambda: draw(PROMPTS[0], image=reference),
+            "no guidance": lambda: generate(PROMPTS[0], image=reference, guidance_scale=1.0, image_guidance_scale=1.0),
+            "text guidance": lambda: generate(PROMPTS[0], image=reference, image_guidance_scale=1.0),
+            "text and image guidance": lambda: generate(PROMPTS[0], image=reference),
         },
     )
     measure_batches(options.results)
@@ -52,7 +52,7 @@ def main(options: Namespace) -> None:
         print(f"peak CUDA memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
-def measure_batches(results: Results, rounds: int = 5) -> None:
+def measure_batches(results: BenchmarkResults, rounds: int = 5) -> None:
     """n prompts in one call against n calls, on the CPU, at the two sizes of `bench_sampling`; and the peak memory.
 
     The target: a batch is never slower than single calls.
@@ -70,7 +70,9 @@ def measure_batches(results: Results, rounds: int = 5) -> None:
                 measure_batch(pipe, f"{title}, {count} prompts", count, side, updates, rounds, results)
 
 
-def measure_batch(pipe, name: str, count: int, side: int, updates: int, rounds: int, results: Results) -> None:
+def measure_batch(
+    pipe, name: str, count: int, side: int, updates: int, rounds: int, results: BenchmarkResults
+) -> None:
     prompts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(count)]
     options = {"height": side, "width": side, "num_inference_steps": updates, "output_type": "latent"}
     options |= {"guidance_interval": (0.0, 1.0)}

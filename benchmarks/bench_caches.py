@@ -1,6 +1,7 @@
-"""What TaylorSeer and FirstBlockCache save and what they cost: layers run, memory, and pictures, on the quickstart's base.
+"""Compares TaylorSeer and FirstBlockCache on the quickstart's base: layers that run, memory, and correct images.
 
-30 prompts of single objects, which the base draws well (30 right without a cache), 24 updates as in the quickstart.
+The prompts are 30 single objects, which the base all generates correctly without a cache; 24 updates as in the
+quickstart.
 """
 
 import time
@@ -18,7 +19,7 @@ PROMPTS = 30
 
 
 def taylorseer(interval: int) -> TaylorSeerCacheConfig:
-    """Layers are skipped; the velocity is guessed."""
+    """TaylorSeer that skips all layers and extrapolates the velocity."""
     return TaylorSeerCacheConfig(
         cache_interval=interval,
         disable_cache_before_step=3,
@@ -42,19 +43,19 @@ WAYS = {
 def main(options: Namespace) -> None:
     """Print one table."""
     pipe, prompts = quickstart_pipeline(), single_object_prompts(PROMPTS)
-    layers, held = Counted(pipe.transformer), []
+    layers, cached_bytes = LayerCounter(pipe.transformer), []
 
-    def note(pipeline, step, timestep, given):
+    def measure_cache(pipeline, step, timestep, tensors):
         if step == STEPS - 1:
-            held.append(cache_bytes(pipeline.transformer))
+            cached_bytes.append(cache_bytes(pipeline.transformer))
 
-    def draw(output_type: str):
+    def generate(output_type: str):
         return pipe(
             [prompt.text for prompt in prompts],
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
             num_inference_steps=STEPS,
             output_type=output_type,
-            callback_on_step_end=note,
+            callback_on_step_end=measure_cache,
         ).images
 
     exact = None
@@ -66,22 +67,22 @@ def main(options: Namespace) -> None:
             if config is not None:
                 pipe.transformer.enable_cache(config)
             layers.count, start = 0, time.perf_counter()
-            latents = draw("latent")
+            latents = generate("latent")
             seconds, run = time.perf_counter() - start, layers.count - len(pipe.transformer.layers)  # prefill
             exact = latents if exact is None else exact
-            away = torch.linalg.vector_norm(latents - exact) / torch.linalg.vector_norm(exact)
-            right = sum(not why for why in judge(prompts, draw("pil")))
+            distance = torch.linalg.vector_norm(latents - exact) / torch.linalg.vector_norm(exact)
+            right = sum(not why for why in judge(prompts, generate("pil")))
             if config is not None:
                 pipe.transformer.disable_cache()
             share = run / (STEPS * len(pipe.transformer.layers))
             print(
-                f"| {name} | {share:.0%} | {seconds:.1f} | {away:.1%} | {right} of {PROMPTS} | {held[-1] / PROMPTS / 1e3:.1f} |",
+                f"| {name} | {share:.0%} | {seconds:.1f} | {distance:.1%} | {right} of {PROMPTS} | {cached_bytes[-1] / PROMPTS / 1e3:.1f} |",
                 flush=True,
             )
 
 
-class Counted:
-    """Counts the layers that compute: a skipped one does not reach its first norm."""
+class LayerCounter:
+    """Counts the layers that run: a skipped layer does not call its first norm."""
 
     def __init__(self, transformer):
         self.count = 0
@@ -93,20 +94,20 @@ class Counted:
 
 
 def cache_bytes(transformer) -> int:
-    """Bytes of all tensors that diffusers' hooks hold; each once."""
+    """Bytes of all tensors that diffusers' hooks hold; shared tensors count once."""
     found: dict[int, int] = {}
 
-    def look(value) -> None:
+    def visit(value) -> None:
         if isinstance(value, torch.Tensor):
             found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, (list, tuple)):
-            [look(item) for item in value]
+            [visit(item) for item in value]
         elif isinstance(value, dict):
-            [look(item) for item in value.values()]
+            [visit(item) for item in value.values()]
 
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         for hook in registry.hooks.values() if registry else ():
             for state in getattr(hook.state_manager, "_state_cache", {}).values():
-                look(vars(state))
+                visit(vars(state))
     return sum(found.values())

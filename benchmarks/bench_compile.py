@@ -1,4 +1,4 @@
-"""What regional compilation saves on this processor, and how long it takes: updates of both sizes of `sampling`."""
+"""Times regional compilation on this processor, and updates before and after it at both sizes of `sampling`."""
 
 import copy
 import shutil

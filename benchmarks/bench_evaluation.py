@@ -1,4 +1,4 @@
-"""How long a judge's answers take to come in: 280 pictures against an endpoint with 1 s latency."""
+"""Times the judging of 280 images by an endpoint with a latency of 1 s."""
 
 import os
 import tempfile
@@ -10,26 +10,26 @@ from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.evaluation.conftest import even_is_correct, write_pictures, write_prompts
 from tests.evaluation.running import judge
 
-PICTURES, LATENCY = 280, 1.0
+IMAGES, LATENCY = 280, 1.0
 
 
 def main(options: Namespace) -> None:
-    """Print seconds by concurrency, beside the least that the latency allows."""
+    """Print seconds by concurrency, with the smallest time that the latency allows."""
     os.environ["OPENAI_API_KEY"] = API_KEY
-    print(f"{PICTURES} judgements, {LATENCY:g} s each; with the probe of the judge's eyes before them")
+    print(f"{IMAGES} judgements, {LATENCY:g} s each; preceded by the vision probe of the judge")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prompts, pictures = (
-            write_prompts(work / "prompts.jsonl", PICTURES),
-            write_pictures(work / "pictures", PICTURES),
+        prompts, images = (
+            write_prompts(work / "prompts.jsonl", IMAGES),
+            write_pictures(work / "pictures", IMAGES),
         )
         for concurrency in (32, 64):
             with OpenAIServer(LATENCY) as server:
                 server.verdict = even_is_correct
                 start = time.perf_counter()
-                judge(server.url, prompts, pictures, work / str(concurrency), None, concurrency)
+                judge(server.url, prompts, images, work / str(concurrency), None, concurrency)
                 seconds = time.perf_counter() - start
-                least = (1 + -(-PICTURES // concurrency)) * LATENCY
+                least = (1 + -(-IMAGES // concurrency)) * LATENCY
                 print(
-                    f"  concurrency {concurrency:3}: {seconds:6.2f} s, least possible {least:5.1f} s, most open {server.peak}"
+                    f"  concurrency {concurrency:3}: {seconds:6.2f} s, least possible {least:5.1f} s, at most {server.peak} open requests"
                 )

@@ -1,7 +1,7 @@
-"""The release's size on a GPU: random weights in bfloat16, 1024 x 1024 pixels, 49 updates, guidance 4.0 in (0.4, 1.0).
+"""Times the release's size on a GPU: random weights in bfloat16, 1024 x 1024 pixels, 49 updates, guidance 4.0 in (0.4, 1.0).
 
-Batches of 1 and 4, eager and compiled, with and without step caches: seconds, peak memory, and the share of the matrix
-rate that this GPU shows in one large product. Products are counted as they run eagerly; what a cache skips is not.
+Batches of 1 and 4, eager and compiled, with and without step caches: seconds, peak memory, and the share of the
+rate that this GPU reaches in one large matrix product. Only products that run are counted.
 """
 
 import time
@@ -18,7 +18,7 @@ SIDE, UPDATES, TEXT, ROUNDS = 64, 49, 32, 3
 
 
 def main(options: Namespace) -> None:
-    """Print one table, or one line where there is no GPU."""
+    """Print one table, or one line if there is no GPU."""
     if not torch.cuda.is_available():
         print("needs a CUDA device, and there is none")
         return
@@ -41,18 +41,18 @@ def main(options: Namespace) -> None:
             for name, config in caches.items():
                 if config is not None:
                     transformer.enable_cache(config)
-                draw = call(transformer, batch)
+                generate = call(transformer, batch)
                 if not compiled:
                     with FlopCounterMode(display=False) as counter:
-                        draw()
+                        generate()
                     flops[batch, name] = counter.get_total_flops()
-                report(f"{batch} | {'compiled' if compiled else 'eager'} | {name}", draw, flops[batch, name], rate)
+                report(f"{batch} | {'compiled' if compiled else 'eager'} | {name}", generate, flops[batch, name], rate)
                 if config is not None:
                     transformer.disable_cache()
 
 
 def release():
-    """The transformer at the release's size; what it draws is noise, what it costs is the same."""
+    """The transformer at the release's size, with random weights."""
     from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 
     torch.set_default_dtype(torch.bfloat16)
@@ -75,14 +75,14 @@ def matrix_rate(size: int = 8192, repeats: int = 50) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - start)
 
 
-def report(name: str, draw, flops: int, rate: float) -> None:
-    draw()  # warms up and compiles
+def report(name: str, generate, flops: int, rate: float) -> None:
+    generate()  # warms up and compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        draw()
+        generate()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -91,7 +91,7 @@ def report(name: str, draw, flops: int, rate: float) -> None:
 
 
 def call(transformer, batch: int):
-    """Encodes a prompt and generates `batch` latents."""
+    """A function that encodes a prompt and generates `batch` latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from echo4o.modeling.bagel.denoising_bagel import (

@@ -1,8 +1,8 @@
-"""What drawing costs beside its own matrix products, and beside the same model written the plain way.
+"""Times generation, compared with its own matrix products and with a plain implementation of the same model.
 
-Two sizes: a middle one (width 512, 8 layers, 256 latent tokens), where products rule, and the quickstart's, where the
-overhead of every call does. Prints tables as docs/performance.md holds them, and plots time against updates, rows and
-tokens. ECHO4O_BENCH_ROUNDS changes the number of rounds (20).
+There are two sizes: a middle one (width 512, 8 layers, 256 latent tokens), whose time is mostly matrix products, and the
+quickstart's, whose time is mostly the overhead of calls. Prints the tables of docs/performance.md, and plots time against
+updates, rows and tokens. ECHO4O_BENCH_ROUNDS changes the number of rounds (20).
 """
 
 import json
@@ -19,7 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks.measure import in_turns, ratios, record, replay, spread, threads
 from benchmarks.plain_model import PlainBagel, PlainContext, noised
-from benchmarks.results import Results
+from benchmarks.results import BenchmarkResults
 from echo4o.modeling.bagel.denoising_bagel import GuidanceBranch, NoisyImage, pack_branches, predict_velocity
 from echo4o.modeling.bagel.guidance_bagel import Guidance
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
@@ -37,7 +37,7 @@ def main(options: Namespace) -> None:
     """Print one table per size, then loading, then how time grows."""
     torch.manual_seed(0)
     with threads(THREADS), torch.no_grad():
-        print(f"{THREADS} threads, float32; medians of {ROUNDS} rounds (pictures: {picture_rounds()}), middle half")
+        print(f"{THREADS} threads, float32; medians of {ROUNDS} rounds (images: {image_rounds()}), middle half")
         middle = middle_pipeline()
         measure(middle, "middle size, 256 px", 16, 20, options.results)
         measure(quickstart_pipeline(), "quickstart, 64 px", 4, 24, options.results)
@@ -69,7 +69,7 @@ def middle_pipeline() -> Echo4oPipeline:
 
 
 def quickstart_pipeline() -> Echo4oPipeline:
-    """What `echo4o quickstart` starts from."""
+    """The base model of `echo4o quickstart`."""
     return quiet(Echo4oPipeline.from_pretrained(BASE, dtype=torch.float32))
 
 
@@ -79,7 +79,7 @@ def quiet(pipe: Echo4oPipeline) -> Echo4oPipeline:
 
 
 def prompt_of(pipe: Echo4oPipeline, tokens: int) -> str:
-    """A text that makes a segment of so many tokens."""
+    """A text whose segment has `tokens` tokens."""
     words = "a"
     while len(pipe.text_segment(words)) < tokens:
         words += " a"
@@ -87,13 +87,13 @@ def prompt_of(pipe: Echo4oPipeline, tokens: int) -> str:
     return words
 
 
-# --- ours and the plain one, doing the same -------------------------------------------------------------------------
+# --- both implementations, doing the same ---------------------------------------------------------------------------
 
 
 class Case:
-    """A prompt of text tokens, read by both; the image-free branch is another context of the same size."""
+    """A text prompt, encoded by both implementations; the image-free branch is another context of the same size."""
 
-    def __init__(self, pipe: Echo4oPipeline, side: int, pictures: int = 1):
+    def __init__(self, pipe: Echo4oPipeline, side: int, images: int = 1):
         self.pipe, self.grid, self.plain = pipe, (side, side), PlainBagel(pipe.transformer)
         self.text = pipe.text_segment(prompt_of(pipe, TEXT))
         self.caches = [self.read() for _ in range(2)]
@@ -101,7 +101,7 @@ class Case:
         self.contexts = [contexts[0], PlainContext(), contexts[1]]
         self.noise = torch.randn(side * side, pipe.transformer.proj_in.in_features)
         self.segment = noised(self.grid, pipe.special_tokens)
-        self.pictures = pictures
+        self.images = images
 
     def read(self):
         cache = self.pipe.transformer.new_cache()
@@ -115,21 +115,21 @@ class Case:
         return context
 
     def update(self, rows: int):
-        """Ours, as a function: the guided velocity of every picture, as in one step of the sampler."""
+        """A function that computes the guided velocity of every image with ours, as in one update."""
         guidance = (Guidance(1.0, 1.0, (0.0, 1.0), "global"), Guidance(4.0, 1.0, (0.0, 1.0), "global"), GUIDED)[
             rows - 1
         ]
         transformer = self.pipe.transformer
         conditional, image_free = (GuidanceBranch.whole(cache) for cache in self.caches)
         branches = (conditional, GuidanceBranch(self.caches[0], 0, 0), image_free)
-        images = [NoisyImage(self.noise, self.grid, guidance, *branches) for _ in range(self.pictures)]
+        images = [NoisyImage(self.noise, self.grid, guidance, *branches) for _ in range(self.images)]
         batch = pack_branches(transformer, images, 0.5, self.pipe.special_tokens, self.pipe.pack)
         return lambda: predict_velocity(transformer, batch, 0.5)
 
     def plain_update(self, rows: int):
         return lambda: self.plain.guided(self.contexts[:rows], self.segment, self.noise, 0.5, GUIDED)
 
-    def picture(self, updates: int):
+    def image(self, updates: int):
         prompt, size = prompt_of(self.pipe, TEXT), self.grid[0] * self.pipe.latent_stride
         patch = self.pipe.transformer.config.latent_patch_size
         latents = torch.zeros(1, self.pipe.transformer.config.latent_channels, *(n * patch for n in self.grid))
@@ -137,12 +137,12 @@ class Case:
         options |= {"height": size, "width": size, "num_inference_steps": updates, "latents": latents}
         return lambda: self.pipe(prompt, **options).images
 
-    def plain_picture(self, updates: int):
-        """Reads the prompt, then takes Euler steps."""
+    def plain_image(self, updates: int):
+        """A function that encodes the prompt and takes Euler steps with the plain implementation."""
         guidance = Guidance(4.0, 1.0, (0.4, 1.0), "global")
         scheduler = self.pipe.scheduler
 
-        def draw():
+        def generate():
             contexts = [self.read_plain(), PlainContext()]
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, updates + 1)[:-1])
             sigmas, tokens = scheduler.sigmas.tolist(), torch.zeros_like(self.noise)
@@ -151,11 +151,11 @@ class Case:
                 tokens = tokens + (after - t) * self.plain.guided(contexts[:rows], self.segment, tokens, t, guidance)
             return tokens
 
-        return draw
+        return generate
 
 
-class Reference:
-    """A reference picture as latents and patches, and a text: what drawing reads of them."""
+class ReferenceCase:
+    """The encoding of a reference image, as latents and as patches, and of a text."""
 
     def __init__(self, pipe: Echo4oPipeline, side: int, patches: int):
         from echo4o.modeling.bagel.segments_bagel import image_segment
@@ -172,26 +172,26 @@ class Reference:
     def ours(self):
         self.pipe.prefill([(self.pipe.transformer.new_cache(), self.segments)])
 
-    def plainly(self):
+    def plain_way(self):
         context = PlainContext()
         for segment in self.segments:
             embeds = None
             if segment.kind == "vit":
                 sequence = self.pipe.pack([[segment]])
-                seen = (sequence.patches, sequence.patch_position_ids, sequence.patch_lengths)
-                embeds = self.pipe.vision_model(*seen).embeds
+                inputs = (sequence.patches, sequence.patch_position_ids, sequence.patch_lengths)
+                embeds = self.pipe.vision_model(*inputs).embeds
             self.plain.read(context, segment, embeds)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def picture_rounds() -> int:
+def image_rounds() -> int:
     return max(3, ROUNDS // 4)
 
 
-def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int, results: Results) -> None:
-    case, reference = Case(pipe, side), Reference(pipe, side, patches=14 if side > 8 else 4)
+def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int, results: BenchmarkResults) -> None:
+    case, reference = Case(pipe, side), ReferenceCase(pipe, side, patches=14 if side > 8 else 4)
     print(f"\n| {title} | ours, ms | its products, ms | ours / products | plain, ms | plain / ours |")
     print("|---|---|---|---|---|---|")
 
@@ -204,9 +204,9 @@ def measure(pipe: Echo4oPipeline, title: str, side: int, updates: int, results: 
         name = f"one update, {rows} row{'s' * (rows > 1)}"
         compared(name, case.update(rows), case.plain_update(rows), target=1.15)
     compared(f"prefill, {TEXT} text tokens", case.read, case.read_plain)
-    compared("prefill, a reference and the text", reference.ours, reference.plainly)
-    ways = case.picture(updates), case.plain_picture(updates)
-    compared(f"an image, {updates} updates, 2 rows, then 1", *ways, rounds=picture_rounds())
+    compared("prefill, a reference and the text", reference.ours, reference.plain_way)
+    ways = case.image(updates), case.plain_image(updates)
+    compared(f"an image, {updates} updates, 2 rows, then 1", *ways, rounds=image_rounds())
 
 
 def line(pipe, name: str, ours, plain, rounds: int) -> tuple[list[float], list[float]]:
@@ -239,9 +239,9 @@ print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before, "weights
 
 
 def measure_loading(pipe: Echo4oPipeline, rounds: int = 3) -> None:
-    """Each load in a process of its own, which knows its own peak of memory."""
+    """Time loading, each time in a new process, which reports its peak of memory."""
     if not Path("/proc/self/status").is_file():
-        print("\nloading: peak memory is read from /proc, which this system lacks")
+        print("\nloading: peak memory is read from /proc, which this system does not have")
         return
     with tempfile.TemporaryDirectory(prefix="echo4o-bench-") as folder:
         pipe.save_pretrained(folder)
@@ -252,8 +252,8 @@ def measure_loading(pipe: Echo4oPipeline, rounds: int = 3) -> None:
     print("\n| `from_pretrained`, middle size | weights, MB | seconds | peak / weights |")
     print("|---|---|---|---|")
     seconds, peak = (
-        spread([run[name] / of(run) for run in runs], 2)
-        for name, of in (("seconds", lambda run: 1), ("peak", lambda run: run["weights"]))
+        spread([run[name] / unit(run) for run in runs], 2)
+        for name, unit in (("seconds", lambda run: 1), ("peak", lambda run: run["weights"]))
     )
     print(
         f"| float32, a new process, {rounds} rounds | {runs[0]['weights'] / 1e6:.0f} | {seconds} | {peak} |",
@@ -265,22 +265,22 @@ def measure_loading(pipe: Echo4oPipeline, rounds: int = 3) -> None:
 
 
 def measure_growth(pipe: Echo4oPipeline, rounds: int = 3) -> None:
-    """Time against updates, rows and latent tokens, each with the other two held."""
+    """Time against updates, rows and latent tokens, each with the other two fixed."""
     case = Case(pipe, 8)
     axes = {
-        "updates (2 rows, 64 tokens)": {n: case.picture(n) for n in (5, 10, 20, 40)},
-        "rows (64 tokens)": {2 * n: Case(pipe, 8, pictures=n).update(2) for n in (1, 2, 4, 8)},
+        "updates (2 rows, 64 tokens)": {n: case.image(n) for n in (5, 10, 20, 40)},
+        "rows (64 tokens)": {2 * n: Case(pipe, 8, images=n).update(2) for n in (1, 2, 4, 8)},
         "latent tokens (2 rows)": {n * n: Case(pipe, n).update(2) for n in (4, 8, 16, 24, 32)},
     }
     print("\n| time against | milliseconds | milliseconds for one more, first half and second half |")
     print("|---|---|---|")
-    grown = {}
+    curves = {}
     for name, ways in axes.items():
         times = in_turns(ways, rounds)
-        grown[name] = medians = {n: 1000 * float(np.median(seconds)) for n, seconds in times.items()}
-        shown = ", ".join(f"{n}: {value:.0f}" for n, value in medians.items())
-        print(f"| {name} | {shown} | {', '.join(f'{s:.2f}' for s in slopes(medians))} |", flush=True)
-    print(f"\nplotted in {plot(grown)}")
+        curves[name] = medians = {n: 1000 * float(np.median(seconds)) for n, seconds in times.items()}
+        cells = ", ".join(f"{n}: {value:.0f}" for n, value in medians.items())
+        print(f"| {name} | {cells} | {', '.join(f'{s:.2f}' for s in slopes(medians))} |", flush=True)
+    print(f"\nplotted in {plot(curves)}")
 
 
 def slopes(medians: dict[int, float]) -> list[float]:
@@ -291,14 +291,14 @@ def slopes(medians: dict[int, float]) -> list[float]:
     return [(medians[b] - medians[a]) / (b - a) for a, b in ends]
 
 
-def plot(grown: dict[str, dict[int, float]]) -> Path:
+def plot(curves: dict[str, dict[int, float]]) -> Path:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(grown), figsize=(4 * len(grown), 3), constrained_layout=True)
-    for axis, (name, medians) in zip(axes, grown.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), constrained_layout=True)
+    for axis, (name, medians) in zip(axes, curves.items(), strict=True):
         axis.plot(list(medians), list(medians.values()), "o-")
         axis.set(xlabel=name, ylabel="ms", xlim=(0, None), ylim=(0, None))
     PLOT.parent.mkdir(parents=True, exist_ok=True)

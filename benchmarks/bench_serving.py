@@ -1,4 +1,4 @@
-"""What batching gives a server: images per second with 1, 4 and 16 clients at once, beside the same requests one at a time."""
+"""Times a server: images per second with 1, 4 and 16 clients at once, compared with one request at a time."""
 
 import itertools
 import statistics

@@ -1,5 +1,4 @@
-"""What a training step costs beside its own matrix products, what freezing saves, what feeding it takes, and where its
-time goes."""
+"""Times a training step, compared with its own matrix products; what freezing saves; packing; and the phases of a step."""
 
 import statistics
 import time
@@ -46,18 +45,18 @@ def main(options: Namespace) -> None:
         print(f"  full / products      {ratio(whole, bare)}   target 1.35")
         print(f"  LoRA / full          {ratio(small, whole)}" + ("   target 0.75" if "2" in title else ""), flush=True)
         if "2" in title:
-            feeding(samples, statistics.median(whole), repeats)
-    where_the_time_goes()
+            measure_packing(samples, statistics.median(whole), repeats)
+    measure_phases()
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> str:
-    """Median and spread of the ratios of neighbours in time."""
+    """Median and spread of the ratios of each round."""
     each = [a / b for a, b in zip(numerators, denominators)]
     return f"x{statistics.median(each):.2f}  ({min(each):.2f} to {max(each):.2f})"
 
 
 def cpu_seconds(ways: dict, repeats: int) -> dict[str, list[float]]:
-    """As `in_turns`, in seconds of processor time: other work on the machine weighs less. Use one thread."""
+    """As `in_turns`, in seconds of processor time, which other work on the machine affects less. Use one thread."""
     for run in ways.values():
         run()
     times = {name: [] for name in ways}
@@ -69,8 +68,8 @@ def cpu_seconds(ways: dict, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def feeding(samples: list[BagelSample], step_seconds: float, repeats: int) -> None:
-    """What the packed batch and the drawing of a sample cost, as shares of the full step that they feed."""
+def measure_packing(samples: list[BagelSample], step_seconds: float, repeats: int) -> None:
+    """Time of packing a batch and of sampling its noise, as shares of the full step."""
     from echo4o.training.backbones.base import named_generator
     from echo4o.training.packing import best_fit
 
@@ -79,22 +78,22 @@ def feeding(samples: list[BagelSample], step_seconds: float, repeats: int) -> No
         best_fit(lengths, 10_240, first=False)
         collate(samples, *SIDES)
 
-    def draw():
-        """The random draws of a cached sample: latents of three pictures, noise."""
+    def sample_noise():
+        """The random numbers of a precomputed row: latents of three images, and noise."""
         for sample in samples:
             for segment in sample.segments:
                 if segment.kind in ("vae", "noise"):
                     torch.randn(segment.data.shape, generator=named_generator(0, sample.id, 0, segment.kind))
 
-    times = cpu_seconds({"packing": pack, "draws of prepared rows": draw}, repeats)
+    times = cpu_seconds({"packing": pack, "noise of precomputed rows": sample_noise}, repeats)
     for name, seconds in times.items():
         share = statistics.median(seconds) / step_seconds
         limit = "   target 2%" if name == "packing" else ""
         print(f"  {name:<22} {1000 * statistics.median(seconds):6.2f} ms, {share:.3%} of a full step{limit}")
 
 
-def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
-    """Runs of the real trainer from the quickstart's base, every row a new one: the split of their steps."""
+def measure_phases(rows: int = 96, steps: int = 10) -> None:
+    """Shares of the phases of a step in runs of the real trainer on the quickstart's base; no row is used twice."""
     import tempfile
     from pathlib import Path
 
@@ -103,7 +102,7 @@ def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
     from echo4o.training.train import Trainer
 
     base = Path(__file__).parents[1] / "echo4o" / "quickstart" / "base"
-    print(f"where a step's time goes, on CPU: {steps} steps, no row twice, pictures encoded as they come")
+    print(f"phases of a step, on CPU: {steps} steps, no row used twice, images encoded during the run")
     with tempfile.TemporaryDirectory() as folder:
         data = small_rows(rows)
         for name in ("one after the other", "the next step read ahead"):
@@ -120,24 +119,24 @@ def where_the_time_goes(rows: int = 96, steps: int = 10) -> None:
 
 
 def small_rows(count: int):
-    """Rows of the dataset with pictures of 64 pixels; every third has one, every third two references."""
+    """Rows of the dataset with images of 64 pixels; a third of them has one reference, a third has two."""
     import numpy as np
     from datasets import Dataset
     from PIL import Image
 
     from echo4o.dataset_scripts.features import features
 
-    def picture(seed: int):
+    def noise_image(seed: int):
         return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8))
 
     shared = {"task": "text_to_image", "category": "bench", "source": "bench", "metadata": None}
-    made = [
-        {"id": f"row-{i}", "instruction": f"picture number {i}", "image": picture(i)}
-        | {"reference_images": [picture(1000 * (r + 1) + i) for r in range(i % 3)]}
+    rows = [
+        {"id": f"row-{i}", "instruction": f"image number {i}", "image": noise_image(i)}
+        | {"reference_images": [noise_image(1000 * (r + 1) + i) for r in range(i % 3)]}
         | shared
         for i in range(count)
     ]
-    return Dataset.from_list(made, features=features())
+    return Dataset.from_list(rows, features=features())
 
 
 # --- models and samples ---------------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ class Models(nn.Module):
         return bagel_losses(self.transformer, self.vision_model, batch.sequence, noised)
 
 
-def model(way: str) -> Models:
+def model(method: str) -> Models:
     """Everything trains ("full"), or an adapter on the generation expert ("lora")."""
     transformer = BagelTransformer2DModel(
         hidden_size=512,
@@ -168,29 +167,29 @@ def model(way: str) -> Models:
     vision = BagelVisionModel(
         hidden_size=256, intermediate_size=768, num_layers=4, num_attention_heads=8, output_size=512
     )
-    made = Models(transformer, vision).train()
-    if way == "lora":
-        made.requires_grad_(False)
+    models = Models(transformer, vision).train()
+    if method == "lora":
+        models.requires_grad_(False)
         add_lora(transformer, BagelLoraTuning(method="lora", rank=16, alpha=16), 0)
-    return made
+    return models
 
 
 def text_to_image(text: int = 64, side: int = 12) -> BagelSample:
-    """192 x 192 pixels of the release's VAE."""
-    return _sample([_text(text), _picture("noise", side, CHANNELS)])
+    """A sample of a text and an image of 192 x 192 pixels with the release's VAE."""
+    return _sample([_text(text), _image("noise", side, CHANNELS)])
 
 
 def with_references(count: int, text: int = 64, side: int = 12) -> BagelSample:
-    """Each reference as latents and as a view of 168 pixels."""
-    references = [s for _ in range(count) for s in (_picture("vae", side, CHANNELS), _picture("vit", 12, PIXELS))]
-    return _sample([*references, _text(text), _picture("noise", side, CHANNELS)])
+    """A sample with references, each as latents and as an image of 168 pixels for the vision model."""
+    references = [s for _ in range(count) for s in (_image("vae", side, CHANNELS), _image("vit", 12, PIXELS))]
+    return _sample([*references, _text(text), _image("noise", side, CHANNELS)])
 
 
 def _text(length: int):
     return text_segment(torch.randint(5, VOCABULARY, (length,)).tolist(), TOKENS)
 
 
-def _picture(kind: str, side: int, values: int):
+def _image(kind: str, side: int, values: int):
     return image_segment(kind, (side, side), TOKENS, torch.randn(side * side, values))
 
 

@@ -1,4 +1,4 @@
-"""Times that can be compared: warmed up, taken in turns, with their spread; and a run's matrix products alone."""
+"""Comparable times: measured in turns after a warm-up, with their spread. Replays the matrix products of a run alone."""
 
 import contextlib
 import statistics
@@ -45,7 +45,7 @@ def table(title: str, times: dict[str, list[float]]) -> str:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Torch with this many threads; what the environment says otherwise is one more thing to compare by accident."""
+    """Context in which torch uses this many threads, whatever the environment sets."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     yield
@@ -59,7 +59,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
-    """Of neighbours in time."""
+    """Ratios of the measurements of each round."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
@@ -67,7 +67,7 @@ def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every matrix product and attention call with its arguments, or others of the same shapes and strides."""
+    """Records every matrix product and attention call, with arguments of the same shapes and strides."""
 
     def __init__(self, weights: set[int]):
         super().__init__()
@@ -82,8 +82,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _like(self, value):
-        """Weights as they are, so that they come from memory as in the run; everything else of a kind is one tensor,
-        which stays in the processor's caches as a run's activations do."""
+        """Weights themselves, which are read from memory as in the run; for other tensors one per shape, which stays in
+        the processor's caches as the activations of a run do."""
         if not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in self.weights:
             return value
         key = (tuple(value.shape), value.stride(), value.dtype, value.device)
@@ -93,7 +93,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(run: Callable[[], object], *models: torch.nn.Module) -> list[tuple]:
-    """The matrix products of `run`, with the weights of `models`."""
+    """Run a function and return its matrix products, with the weights of `models`."""
     recorder = _Recorder({p.untyped_storage().data_ptr() for model in models for p in model.parameters()})
     with recorder:
         run()
@@ -102,6 +102,6 @@ def record(run: Callable[[], object], *models: torch.nn.Module) -> list[tuple]:
 
 @torch.no_grad()
 def replay(calls: list[tuple]) -> None:
-    """Nothing but the products."""
+    """Compute the recorded products again."""
     for function, args, kwargs in calls:
         function(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""BAGEL's inference written the plain way, as the original organises it: a yardstick for `benchmarks sampling`.
+"""A plain implementation of BAGEL's inference, organised as the original, for `benchmarks sampling`.
 
-One forward pass for every segment that is read and for every guidance branch of a step. A pass holds its tokens in
-reading order; every layer gathers each expert's tokens by index and scatters its results back, and joins a step's keys
-with those of the context into new tensors. Weights are the transformer's own; tests/modeling/test_plain_model.py holds
-the numbers to ours.
+There is one forward pass for every encoded segment and for every guidance branch of an update. A pass holds its tokens in
+reading order; every layer gathers each expert's tokens by index and scatters its results back, and concatenates the
+keys of the pass with those of the context. It uses the transformer's weights; tests/modeling/test_plain_model.py compares
+the results with ours.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from echo4o.modeling.bagel.segments_bagel import Segment, SpecialTokens, grid_po
 
 @dataclass
 class PlainContext:
-    """Keys and values of what was read: one (length, K, D) pair per layer."""
+    """Keys and values of the encoded segments: one (length, K, D) pair per layer."""
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -28,7 +28,7 @@ class PlainContext:
 
 
 class PlainBagel:
-    """Reads segments and predicts velocities with a transformer's weights."""
+    """Encodes segments and predicts velocities with a transformer's weights."""
 
     def __init__(self, transformer):
         self.model = transformer
@@ -44,7 +44,7 @@ class PlainBagel:
 
     @torch.no_grad()
     def velocity(self, context: PlainContext, segment: Segment, tokens: torch.Tensor, t: float) -> torch.Tensor:
-        """(G, C) velocity of a noised picture under one context."""
+        """(G, C) velocity of a noised image under one context."""
         states, _, _ = self._forward(context, segment, tokens, torch.full((len(tokens),), t))
         return self.model.proj_out(states[1:-1])
 
@@ -132,5 +132,5 @@ def _half_turn(states: torch.Tensor) -> torch.Tensor:
 
 
 def noised(grid: tuple[int, int], tokens: SpecialTokens) -> Segment:
-    """The segment of a picture that is drawn."""
+    """The segment of an image that is generated."""
     return image_segment("noise", grid, tokens)

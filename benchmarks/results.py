@@ -40,7 +40,7 @@ class Ratio:
 
 
 @dataclass
-class Results:
+class BenchmarkResults:
     """The ratios of one run, by name, and the machine that they were measured on."""
 
     ratios: dict[str, Ratio] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Results:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> "Results":
+    def read(cls, path: Path) -> "BenchmarkResults":
         """The results of a file. Raises ValueError if `write` did not write it."""
         try:
             stored = json.loads(path.read_text())
@@ -81,7 +81,7 @@ def machine(device: str) -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {card}, on {device}"
 
 
-def compare(before: Results, after: Results) -> str:
+def compare(before: BenchmarkResults, after: BenchmarkResults) -> str:
     """Two runs side by side. A difference counts where the middle halves do not overlap."""
     lines = []
     if before.machine != after.machine:
