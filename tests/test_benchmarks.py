@@ -3,11 +3,11 @@
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.results import Results
+from benchmarks.results import BenchmarkResults
 
 
-def results(**values: list[float]) -> Results:
-    made = Results(machine="a machine")
+def results(**values: list[float]) -> BenchmarkResults:
+    made = BenchmarkResults(machine="a machine")
     for name, ratios in values.items():
         made.add(name, ratios, at_most=1.15)
     return made
@@ -28,7 +28,7 @@ def test_two_files_are_compared(tmp_path, capsys):
     after = results(update=[1.05, 1.15, 1.25], step=[2.4, 2.6, 2.8])
     before.write(tmp_path / "a.json")
     after.write(tmp_path / "new" / "b.json")
-    assert Results.read(tmp_path / "a.json") == before
+    assert BenchmarkResults.read(tmp_path / "a.json") == before
     main(["compare", str(tmp_path / "a.json"), str(tmp_path / "new" / "b.json")])
     output = capsys.readouterr().out
     assert "within the spread" in output and "| +100% |" in output and "only in one" in output

@@ -73,7 +73,7 @@ def test_options_of_evaluate_are_the_same_in_every_step():
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name)
-def test_wrong_options_are_told(path):
+def test_wrong_options_are_reported(path):
     command = LEAVES[path]
     wrong = [["--no-such-option"]]
     for parameter in command.params:
@@ -92,12 +92,12 @@ def test_wrong_options_are_told(path):
 
 
 @pytest.mark.parametrize("path", [path for path in TREE if path], ids=name)
-def test_a_typing_error_is_told(path):
+def test_a_typing_error_is_reported(path):
     result = run(*path[:-1], path[-1] + "x", "--no-such-option")
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
-def test_output_that_is_closed_early_is_no_error():
+def test_output_that_is_closed_early_is_not_an_error():
     for arguments in (["--help"], ["info", "--json"], ["evaluate", "run", "--help"]):
         command = subprocess.Popen(
             [sys.executable, "-m", "echo4o", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -88,14 +88,14 @@ def test_numbers_that_are_none_fail(copy, value):
     assert failures(copy) == {"a_vit:two.llm_in": "not finite"}
 
 
-def test_another_shape_fails_and_the_rest_goes_on(copy):
+def test_another_shape_fails_and_the_rest_continues(copy):
     change_tensors(copy, lambda t: t.update({"three.llm_in": t["three.llm_in"][1:]}))
     got = failures(copy)
     assert set(got) == {"a_vit:shapes and types as listed", "a_vit:three.llm_in"}
     assert got["a_vit:three.llm_in"] == "shape [20, 64] instead of [19, 64]"
 
 
-def test_an_exception_is_a_row_and_the_rest_goes_on(copy):
+def test_an_exception_is_a_row_and_the_rest_continues(copy):
     change_json(copy, lambda j: j["cases"]["two"]["images"].append("no_such_picture.png"))
     got = failures(copy)
     assert got["a_vit:two"].startswith("FileNotFoundError")
@@ -129,7 +129,7 @@ def test_a_case_without_tensors_fails(copy):
     assert failures(copy)["a_vit:four"].startswith("KeyError")
 
 
-def test_unknown_files_and_pictures_are_not_passed_over(copy):
+def test_unknown_files_and_images_are_not_passed_over(copy):
     (copy / "h_audio.json").write_text("{}")
     shutil.copy(copy / "inputs" / "img_a.png", copy / "inputs" / "img_z.png")
     assert failures(copy, "m") == {"h_audio.json:": "file not checked", "inputs:img_z.png": "picture not checked"}
@@ -183,7 +183,7 @@ def test_half_a_file_fails(copy, name):
     assert failures(copy)
 
 
-def test_a_whole_kind_missing_fails(copy):
+def test_a_missing_kind_fails(copy):
     for path in copy.glob("a_vit.*"):
         path.unlink()
     assert "no such file" in failures(copy)["a_*:"]
@@ -239,7 +239,7 @@ def test_alterations_elsewhere_fail_too(copy, stem, name, row):
     assert f"{stem}:{row}" in failures(copy, stem[0])
 
 
-def test_image_guidance_without_pictures(copy):
+def test_image_guidance_without_images(copy):
     """The original guides by an image-free branch that is the condition itself. Guidance by 2.5 with an image scale of
     2 is then guidance by 1 + 2 * 1.5 = 4, which was recorded."""
     name = "t2i_global_interval_0.4_1.0"
@@ -268,14 +268,14 @@ def test_image_guidance_without_pictures(copy):
     assert f"c_inference_t2i:{name}.final_latent_tokens" in failures(copy, "c")
 
 
-def test_bounds_on_pictures_are_those_of_the_golden_file():
+def test_bounds_on_images_are_those_of_the_golden_file():
     bounds = {"max_image_size": 60, "min_image_size": 20, "image_stride": 16, "max_pixels": 1500}
     transforms = Record({"vae_transform": bounds, "vit_transform": bounds | {"image_stride": 14}})
     limits = build_pipeline(GoldenSet(GOLDEN), transforms).vae_limits
     assert (limits.max_size, limits.min_size, limits.max_pixels, limits.stride) == (60, 20, 1500, 16)
 
 
-def test_flows_go_on_from_the_chain_that_ends_where_they_say():
+def test_flows_continue_from_the_chain_that_ends_where_they_say():
     chains = [Chain(SimpleNamespace(length=20, position=p), None) for p in (20, 3)]
     assert [chain_of({"kv_len": 20, "rope_position": p}, chains) for p in (20, 3)] == chains
     with pytest.raises(ValueError, match="no chain of prefills ends with 20 tokens at position 4"):

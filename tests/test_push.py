@@ -106,7 +106,7 @@ def test_retries_are_logged(folder, hub, api):
     assert any("500" in line and "trying again in" in line for line in messages)
 
 
-def test_an_interrupted_upload_goes_on_with_what_is_missing(folder, hub, api):
+def test_an_interrupted_upload_continues_with_what_is_missing(folder, hub, api):
     weights = sum(file.suffix == ".safetensors" for file in folder.rglob("*"))
     assert weights == 3
     hub.inject(HubFault(path="/_lfs/", method="PUT", drop=True, times=10_000, after=2))
@@ -153,7 +153,7 @@ def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
     assert {"more.txt", "theirs.txt"} <= set(repo.files), "a second run looks at what is there now"
 
 
-def test_offline_is_told_at_once(folder, hub, api, monkeypatch):
+def test_offline_is_reported_at_once(folder, hub, api, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set, and a push needs the Hub"):
         send(folder, api)

@@ -229,7 +229,7 @@ def test_a_changed_metric_is_what_evaluate_loads(place):
     assert run_script(METRIC, "owner/genevalpp", env=home, hide=["echo4o"]).stdout.strip() == "0.25"
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
+def test_a_killed_run_continues(tmp_path):
     convert_to_diffusers(CHECKPOINT, tmp_path / "model")
     with LoopbackHub(user="owner") as hub:
         place = Place(tmp_path, hub)

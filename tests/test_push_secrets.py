@@ -45,7 +45,7 @@ def test_a_broken_archive_is_refused_by_name(folder, api, hub):
     refused(folder, api, hub, "notes.txt starts like a zip archive")
 
 
-def test_text_that_ends_with_a_dot_is_no_pickle(tmp_path):
+def test_text_that_ends_with_a_dot_is_not_a_pickle(tmp_path):
     for number, text in enumerate(["It is a text.", "(a) and (b).", "I1\n.", "", ".", "c\nd."]):
         (tmp_path / f"{number}.txt").write_text(text)
     safety.require_safe(safety.list_files(tmp_path))

@@ -27,7 +27,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
+def test_a_second_process_is_refused_and_names_the_one_that_holds_the_folder(tmp_path, holder):
     with pytest.raises(ValueError, match=f"out is in use by another process .process {holder.pid}."):
         FolderLock(tmp_path / "out").acquire()
 

@@ -283,7 +283,7 @@ def test_a_full_disk_is_one_clear_line(release, built, tmp_path):
     assert not (tmp_path / "out" / "data").exists()
 
 
-def test_too_many_rejected_rows_fail_and_the_build_goes_on_with_more(release, built, tmp_path):
+def test_too_many_rejected_rows_fail_and_the_build_continues_with_more(release, built, tmp_path):
     with pytest.raises(ValueError, match=r"more than 2 rows are rejected \(--max-rejected\); the last: "):
         build(release, tmp_path / "out", SMALL, max_rejected=2)
     assert not (tmp_path / "out" / "data").exists()

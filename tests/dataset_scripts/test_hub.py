@@ -126,7 +126,7 @@ def test_trouble_that_passes_is_waited_out(folders, hub, api, fault, monkeypatch
     assert not fault.times and len(hub.repo(REPO, "datasets").commits) == 2
 
 
-def test_an_answer_lost_after_the_commit_is_no_second_commit(folders, hub, api, monkeypatch):
+def test_an_answer_lost_after_the_commit_does_not_commit_twice(folders, hub, api, monkeypatch):
     create = api.create_commit
 
     def lost(*arguments, **options):
@@ -139,7 +139,7 @@ def test_an_answer_lost_after_the_commit_is_no_second_commit(folders, hub, api, 
     assert done.commit and len(hub.repo(REPO, "datasets").commits) == 2
 
 
-def test_broken_off_it_goes_on_with_what_is_missing(folders, hub, api, monkeypatch):
+def test_an_interrupted_run_continues_with_what_is_missing(folders, hub, api, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setattr("echo4o.hub.remote._BATCH", 1)
     hub.inject(HubFault(path="/commit/", method="POST", status=500, times=1000))

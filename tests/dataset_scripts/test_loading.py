@@ -60,7 +60,7 @@ def test_resuming_in_an_epoch_is_exact(built, streaming, position):
     assert second.state_dict()["epoch"] == 2 and second.state_dict()["position"] == 0
 
 
-def test_breaking_off_and_going_on_in_one_process(built, every_id):
+def test_an_interrupted_run_continues_in_one_process(built, every_id):
     rows = training_rows(built, streaming=True)
     seen = []
     for row in rows:
@@ -71,7 +71,7 @@ def test_breaking_off_and_going_on_in_one_process(built, every_id):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pictures_are_decoded_in_workers(built, streaming):
+def test_images_are_decoded_in_workers(built, streaming):
     rows = training_rows(
         built, "multi_reference", streaming=streaming, workers=2, columns=["image", "reference_images"]
     )
@@ -103,7 +103,7 @@ def test_a_state_of_other_rows_is_refused(built):
         training_rows(built, "poems")
 
 
-def test_a_broken_picture_is_an_error_not_a_hole(built, monkeypatch):
+def test_a_broken_image_is_an_error_not_a_hole(built, monkeypatch):
     rows = training_rows(built, streaming=True)
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(OSError, match="broken"):

@@ -53,7 +53,7 @@ def one_part(root, rows, members, folder=SURREAL, archive="0-1.tar.gz"):
     return root
 
 
-def test_shapes_4o_is_read_whole(tmp_path):
+def test_shapes_4o_is_read_completely(tmp_path):
     numbers = {"surreal_fantasy": 12, "multi_reference": 7, "instruction_following": 23}
     render_upstream(tmp_path, numbers, rows_per_archive=10)
     report = ReadingReport()
@@ -165,7 +165,7 @@ def test_one_reference_as_a_string_and_shared(tmp_path):
     ]
 
 
-def test_folders_tell_pictures_of_one_name_apart(tmp_path):
+def test_folders_distinguish_images_of_one_name(tmp_path):
     given = {"input_images": ["/x/refs/0.png"], "output_image": "/x/out/0.png", "instruction": "i"}
     one_part(tmp_path, [given], [("refs/0.png", picture(1)), ("out/0.png", picture(2))], REFERENCE)
     (only,), findings = read(tmp_path)
@@ -174,7 +174,7 @@ def test_folders_tell_pictures_of_one_name_apart(tmp_path):
     assert reasons(read(tmp_path)[1]) == {Remark.AMBIGUOUS_MEMBER: 1, RejectionReason.MISSING_IMAGE: 1}
 
 
-def test_pictures_wait_in_a_file_when_they_are_many(tmp_path, monkeypatch):
+def test_images_wait_in_a_file_when_they_are_many(tmp_path, monkeypatch):
     small_release(tmp_path, rows=20)
     expected = read(tmp_path)
     monkeypatch.setattr("echo4o.dataset_scripts.upstream.HELD_BYTES", 1000)
@@ -213,7 +213,7 @@ def test_a_folder_that_nothing_names_asks_to_be_assigned(tmp_path):
         read(tmp_path)
 
 
-def test_a_folder_alone_and_pictures_unpacked(tmp_path):
+def test_a_folder_alone_and_images_unpacked(tmp_path):
     write_rows(tmp_path / SURREAL / "conflict.jsonl", [row(0), row(1)])
     (tmp_path / SURREAL / "images").mkdir()
     (tmp_path / SURREAL / "images" / "00000.jpg").write_bytes(picture(0))
@@ -296,7 +296,7 @@ def test_every_row_of_a_nasty_folder_is_accounted_for(nasty):
     assert all(f.row is not None or f.raw for f in findings if isinstance(f.reason, RejectionReason))
 
 
-def test_a_missing_picture_names_the_damaged_archive(tmp_path):
+def test_a_missing_image_names_the_damaged_archive(tmp_path):
     one_part(tmp_path, [row(0), row(1)], [(f"0000{n}.jpg", picture(n, size=400)) for n in range(2)])
     archive = tmp_path / SURREAL / "images" / "0-1.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-8000])
@@ -305,7 +305,7 @@ def test_a_missing_picture_names_the_damaged_archive(tmp_path):
     assert findings[1].detail == f"no archive holds 00001.jpg; damaged: {SURREAL}/images/0-1.tar.gz"
 
 
-def test_hostile_members_are_told_and_nothing_is_written(tmp_path):
+def test_hostile_members_are_reported_and_nothing_is_written(tmp_path):
     hostile = [
         member("/etc/00000.jpg", b"x"),
         member("../../00001.jpg", b"x"),
@@ -349,7 +349,7 @@ def test_a_gzip_bomb_ends_its_archive(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", ["no archive", "empty", "damaged header", "huge header", "two archives in one"])
-def test_a_damaged_archive_is_told(tmp_path, harm):
+def test_a_damaged_archive_is_reported(tmp_path, harm):
     one_part(tmp_path, [row(0)], [("00000.jpg", picture(0))])
     archive = tmp_path / SURREAL / "images" / "0-1.tar.gz"
     good = gzip.decompress(archive.read_bytes())
@@ -367,7 +367,7 @@ def test_a_damaged_archive_is_told(tmp_path, harm):
     assert len(rows) == (harm not in ("no archive", "empty"))
 
 
-def test_sound_pictures_of_other_formats_are_stored_only_when_asked(tmp_path):
+def test_sound_images_of_other_formats_are_stored_only_when_asked(tmp_path):
     one_part(tmp_path, [row(0)], [("00000.jpg", picture(0, "BMP"))])
     assert reasons(read(tmp_path)[1]) == {RejectionReason.UNDECODABLE: 1}
     (only,), _ = read(tmp_path, reencode=True)
@@ -382,7 +382,7 @@ def test_header_verification_sees_a_cut(tmp_path, kind):
     assert len(rows) == 1 and reasons(findings) == {RejectionReason.TRUNCATED: 1}
 
 
-def test_damage_inside_a_picture_is_seen_by_decoding(tmp_path):
+def test_damage_inside_an_image_is_seen_by_decoding(tmp_path):
     damaged = bytearray(picture(1, "PNG", 256))
     damaged[len(damaged) // 2] ^= 0xFF
     one_part(tmp_path, [row(0)], [("00000.png", bytes(damaged))])

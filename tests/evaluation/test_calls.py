@@ -11,7 +11,7 @@ from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache
 from echo4o.endpoints.calls import Caller
 from echo4o.endpoints.chat_endpoint import ChatRequest
-from echo4o.endpoints.endpoint import Answer, Endpoint
+from echo4o.endpoints.endpoint import Endpoint, ModelAnswer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, Stopped, StopSignal
 
 REQUEST = ChatRequest("is it?")
@@ -28,7 +28,7 @@ class Counted(Endpoint):
 
     async def ask(self, question, key):
         self.asked += 1
-        return Answer("yes", input_tokens=1000, output_tokens=100)
+        return ModelAnswer("yes", input_tokens=1000, output_tokens=100)
 
 
 def test_the_gate_halves_on_429_and_recovers():
@@ -149,8 +149,8 @@ def test_lines_of_judges_and_of_synthesis_are_one_ledger(tmp_path):
     limit = ConcurrencyLimit(1, StopSignal())
     with ledger:
         account = ledger.account("image", "m", limit, usd_of=lambda answer: 0.05)
-        account.add("b", Answer(""))
-        account.add("c", Answer("", input_tokens=1))
+        account.add("b", ModelAnswer(""))
+        account.add("c", ModelAnswer("", input_tokens=1))
     assert list(JsonLines(path))[-1] == {
         "key": "c", "role": "image", "model": "m", "input_tokens": 1, "output_tokens": 0, "usd": 0.05
     }  # fmt: skip

@@ -33,7 +33,7 @@ def given(server, prompts, pictures, tmp_path):
     ]
 
 
-def test_judge_pictures_of_any_model(given, server, tmp_path):
+def test_judge_images_of_any_model(given, server, tmp_path):
     result = run(*given)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
@@ -84,7 +84,7 @@ def test_each_step_alone(given, server, tmp_path):
     assert "counting" in run("compare", out, other).stdout
 
 
-def test_draw_judge_and_score_the_golden_model(server, tmp_path):
+def test_generate_judge_and_score_the_golden_model(server, tmp_path):
     """The whole way with a real pipeline: 2 prompts, 2 pictures each, references read by the model."""
     prompts = write_prompts(tmp_path / "prompts.jsonl", 2)
     server.verdict = lambda call: {"reason": "fine", "correct": 1}
@@ -148,7 +148,7 @@ def test_a_replaced_judge_prompt_is_used_and_named(given, server, tmp_path):
     assert len(server.judged) == 16 and server.calls[-1].text.endswith('"correct": 0 or 1}')
 
 
-def test_missing_pictures_have_to_be_allowed(given, server, pictures, tmp_path):
+def test_missing_images_have_to_be_allowed(given, server, pictures, tmp_path):
     (pictures / "3.png").unlink()
     (pictures / "5.png").write_bytes(b"\x89PNG not really")
     refused = run(*given)
@@ -198,14 +198,14 @@ def test_mistakes_are_one_line_before_anything_is_asked(name, given, server, tmp
     assert server.calls == []
 
 
-def test_two_pictures_for_one_id(given, pictures):
+def test_two_images_for_one_id(given, pictures):
     Image.new("RGB", (8, 8)).save(pictures / "3.jpg")
     assert "3.jpg and 3.png are two images for the one id 3" in words(run(*given).stderr)
     (pictures / "3.jpg").rename(pictures / "003.jpg")
     assert "003.jpg and 3.png are two images for the one id 3" in words(run(*given).stderr)
 
 
-def test_pictures_named_as_the_original_asks(given, pictures, tmp_path):
+def test_images_named_as_the_original_asks(given, pictures, tmp_path):
     for path in list(pictures.iterdir()):
         path.unlink()
     write_pictures(pictures, suffix=".jpg")

@@ -63,13 +63,13 @@ def test_the_number_of_processes_changes_nothing(processes, eight, tmp_path):
     assert sorted(text for drawer in drawers for text in drawer.prompts) == sorted(prompt.text for prompt in eight)
 
 
-def test_each_picture_has_a_seed_of_its_own():
+def test_each_image_has_a_seed_of_its_own():
     seeds = {image_seed(seed, name, number) for seed in (0, 1) for name in ("1", "11", "1_1") for number in (1, 11)}
     assert len(seeds) == 12
     assert image_seed(0, "1", 1) == image_seed(0, "1", 1)
 
 
-def test_a_second_run_draws_only_what_is_missing_or_broken(eight, tmp_path):
+def test_a_second_run_generates_only_missing_or_broken_images(eight, tmp_path):
     draw(eight, tmp_path)
     before = pictures(tmp_path)
     (tmp_path / "images" / "3.png").unlink()
@@ -81,7 +81,7 @@ def test_a_second_run_draws_only_what_is_missing_or_broken(eight, tmp_path):
     assert drawer.prompts == []
 
 
-def test_a_broken_batch_is_drawn_as_a_batch(eight, tmp_path):
+def test_a_broken_batch_is_generated_as_a_batch(eight, tmp_path):
     settings = GenerationSettings("model", batch_size=4)
     draw(eight, tmp_path, settings)
     before = pictures(tmp_path)
@@ -100,7 +100,7 @@ def test_other_settings_need_another_folder(eight, tmp_path):
         draw(eight, tmp_path, GenerationSettings("model", steps=3, seed=1))
 
 
-def test_what_the_pictures_depend_on_is_written_down(eight, tmp_path):
+def test_everything_that_images_depend_on_is_recorded(eight, tmp_path):
     (drawer,) = draw(eight, tmp_path, GenerationSettings("model", guidance=3.0, height=64))
     assert drawer.options[0] == {
         "guidance_scale": 3.0, "height": 64, "image": None, "num_inference_steps": 49,
@@ -122,7 +122,7 @@ def test_references_reach_the_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_real_processes_draw_what_one_draws(tmp_path, prompts):
+def test_two_real_processes_generate_what_one_generates(tmp_path, prompts):
     """The golden model under torchrun: two gloo processes, and one, give the same bytes."""
     import subprocess
     import sys

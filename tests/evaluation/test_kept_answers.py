@@ -12,7 +12,7 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.endpoints.budget import Ledger
 from echo4o.endpoints.cache import AnswerCache
 from echo4o.endpoints.calls import Caller
-from echo4o.endpoints.endpoint import Answer, Endpoint
+from echo4o.endpoints.endpoint import Endpoint, ModelAnswer
 from echo4o.endpoints.limits import CallPolicy, ConcurrencyLimit, StopSignal
 from echo4o.evaluation.score import score_folder
 from echo4o.testing.openai_server import EndpointFault
@@ -111,7 +111,7 @@ class Echo(Endpoint):
 
     async def ask(self, request, key):
         self.asked += 1
-        return Answer("yes", input_tokens=1000)
+        return ModelAnswer("yes", input_tokens=1000)
 
 
 def ask_twice(ledger, cache):
@@ -129,7 +129,7 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def test_a_cache_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported_once(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file in the way")
     ledger = Ledger(tmp_path / "a.jsonl", token_price=(10.0, 10.0))
     with pytest.warns(UserWarning, match="answers cannot be kept") as told:

@@ -71,7 +71,7 @@ def test_shapes4o_is_for_pixels_only(tmp_path):
         evaluate_images("shapes4o", pictures, "openai:judge", tmp_path, rows=rows)
 
 
-def test_a_picture_without_a_prompt(tmp_path):
+def test_an_image_without_a_prompt(tmp_path):
     rows, pictures = shapes()
     with pytest.raises(ValueError, match="no prompt with the id '9'"):
         evaluate_images("shapes4o", pictures | {"9": pictures["1"]}, "pixels", tmp_path, rows=rows)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.endpoints.json_answers import UnreadableAnswer, json_schema, read_json_answer
 from echo4o.evaluation.benchmarks.genevalpp import Correct
 from echo4o.evaluation.benchmarks.imagine_bench import Grades
@@ -12,7 +12,7 @@ from echo4o.evaluation.judge_prompts import answer_format
 
 
 def read(said, verdict=Correct, **more):
-    return read_json_answer(Answer(said if isinstance(said, str) else json.dumps(said), **more), verdict).scores()
+    return read_json_answer(ModelAnswer(said if isinstance(said, str) else json.dumps(said), **more), verdict).scores()
 
 
 def why(said, verdict=Correct, **more):
@@ -41,7 +41,7 @@ def test_grades(value):
 
 
 @pytest.mark.parametrize("value", [10.01, -0.1, 11, -1, None, "seven", [7]])
-def test_what_is_no_grade(value):
+def test_values_that_are_not_grades(value):
     assert why(grades(value), Grades) == "wrong_fields"
 
 
@@ -74,7 +74,7 @@ def test_no_verdict():
     assert why("{" * 100_000) == "no_json"
 
 
-def test_the_format_is_told_in_words_and_as_a_schema():
+def test_the_format_is_requested_in_words_and_as_a_schema():
     assert answer_format(Correct).endswith('{"reason": "...", "correct": 0 or 1}')
     schema = json_schema(Grades)
     assert schema["required"] == ["reason", "fantasy_fulfillment", "identity_preservation", "aesthetic_quality"]

@@ -133,7 +133,7 @@ def test_two_processes_do_not_judge_into_one_folder(set_up, slow_server, tmp_pat
             running.judge(slow_server.url, *set_up, out, None)
 
 
-def test_changed_pictures_and_questions_are_judged_again(slow_server, set_up, tmp_path):
+def test_changed_images_and_questions_are_judged_again(slow_server, set_up, tmp_path):
     out, (prompts, pictures) = tmp_path / "out", set_up
     running.judge(slow_server.url, prompts, pictures, out, None, 16)
     calls = len(slow_server.judged)

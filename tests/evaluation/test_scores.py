@@ -6,7 +6,7 @@ from math import comb
 
 import pytest
 
-from echo4o.endpoints.endpoint import Answer
+from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.compare import compare
@@ -36,7 +36,7 @@ class Scripted(Judge):
         name = next(name for name in self.table if f" {name}\n" in f"{question.text}\n".replace(".\n", "\n"))
         said = self.table[name]
         said = said.pop(0) if isinstance(said, list) else said
-        return Answer(said if isinstance(said, str) else json.dumps({"reason": f"about {name}"} | said))
+        return ModelAnswer(said if isinstance(said, str) else json.dumps({"reason": f"about {name}"} | said))
 
 
 def write_rows(path, rows):
@@ -138,7 +138,7 @@ def test_the_scene_is_compared_in_scene_tasks_only(tmp_path):
     ]
 
 
-def test_several_pictures_and_repeats_are_averaged_by_prompt(tmp_path):
+def test_several_images_and_repeats_are_averaged_by_prompt(tmp_path):
     # Prompt a: pictures judged (1, 1) and (1, 0): 0.75. Prompt b: (0, 0) and (0, 0): 0. One tag: 0.375.
     folder = tmp_path / "pictures"
     write_pictures(folder, 4)
@@ -156,7 +156,7 @@ def test_several_pictures_and_repeats_are_averaged_by_prompt(tmp_path):
     assert variance["pictures_judged_differently"] == 0.25
 
 
-def test_missing_pictures_lower_the_coverage_and_not_the_score(tmp_path):
+def test_missing_images_lower_the_coverage_and_not_the_score(tmp_path):
     rows = [cups("counting", name) for name in "abcd"]
     table = {name: {"correct": 1} for name in "abcd"}
     result = run("genevalpp", rows, table, tmp_path, count=3)

@@ -97,7 +97,7 @@ def test_an_echo_judges_what_its_question_says(benchmark, tmp_path):
     assert result["score"] == {"dpg": 100.0, "dpg_one_call": 50.0, "geneval": 1.0}[benchmark]
 
 
-def test_an_echo_does_not_see_and_its_rate_limit_is_told(katan, prompts, pictures, tmp_path):
+def test_an_echo_fails_the_vision_probe_and_its_rate_limit_is_reported(katan, prompts, pictures, tmp_path):
     addresses = [f"{katan}/v1", f"{katan}/openai/deployments/judge?api-version=2024-10-21", f"{katan}/v1"]
     for number, url in enumerate(addresses):
         with pytest.raises(ValueError, match="does not seem to see images"):

@@ -155,7 +155,7 @@ def test_thinking_in_a_batch_equals_thinking_alone(pipe, pictures):
 
 
 @pytest.mark.parametrize("pictures_per_prompt", [1, 3])
-def test_pictures_of_a_prompt_need_one_reading(pipe, pictures, monkeypatch, pictures_per_prompt):
+def test_images_of_a_prompt_need_one_reading(pipe, pictures, monkeypatch, pictures_per_prompt):
     """The tokens of the context pass the transformer once, however many pictures are drawn."""
     clean, forward = [], pipe.transformer.forward
 
@@ -185,7 +185,7 @@ def test_bfloat16_stays_close_to_float32(pipe, name):
 
 
 @pytest.mark.parametrize("names", [["text to image"], ["answer"], ["text alone"], ["one reference", "text alone"]])
-def test_training_works_without_pictures_of_a_kind(pipe, names):
+def test_training_works_without_images_of_a_kind(pipe, names):
     """No ViT picture, no VAE picture, no labelled text: losses are finite and every parameter gets a gradient, so that
     processes with different batches agree on what to reduce."""
     samples = [Maker(pipe).samples()[name] for name in names]

@@ -135,7 +135,7 @@ def test_calls_do_not_know_of_each_other(pipe, pictures, cached, config):
 
 
 @ALL
-def test_what_is_read_and_said_is_never_guessed(pipe, pictures, cached, config):
+def test_prefill_and_chat_never_use_the_step_cache(pipe, pictures, cached, config):
     question = {"image": pictures["img_b"], "max_new_tokens": 12}
     answer = pipe.chat("what is this?", **question)
     plan = pipe("a dot", think=True, max_think_tokens=12, **DRAW).texts

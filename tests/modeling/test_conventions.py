@@ -255,7 +255,7 @@ def test_threads_with_a_scheduler_of_their_own_give_the_same_bits(pipe):
 
 
 @pytest.mark.parametrize("shared", ["pipeline", "scheduler"])
-def test_threads_that_share_a_pipeline_or_a_scheduler_are_told(pipe, shared):
+def test_threads_that_share_a_pipeline_or_a_scheduler_are_reported(pipe, shared):
     other = pipe if shared == "pipeline" else Echo4oPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     want, inside = draw(pipe), threading.Event()

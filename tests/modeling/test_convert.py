@@ -184,7 +184,7 @@ def test_memory_stays_at_a_few_chunks(tmp_path, monkeypatch):
     assert all(torch.equal(a[k].reshape(8, -1), b[k.upper()]) for k in a)
 
 
-def test_interrupted_conversion_goes_on(tmp_path, monkeypatch):
+def test_interrupted_conversion_continues(tmp_path, monkeypatch):
     calls = []
 
     def interrupted(path, outputs, progress):

@@ -55,7 +55,7 @@ VAE |= {"num_res_blocks": 1}
         ("config", {"connector_act": "nope"}, "connector_act is 'nope'"),
     ],
 )
-def test_json_files_that_say_what_no_model_is_made_of(tmp_path, file, change, expected):
+def test_json_files_with_settings_that_no_model_has(tmp_path, file, change, expected):
     src = copy_checkpoint(tmp_path / "src")
     file = src / {"config": "config.json"}.get(file, f"{file}_config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

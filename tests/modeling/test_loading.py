@@ -244,7 +244,7 @@ def test_folders_that_are_no_pipeline(tmp_path):
         assert f"is needed, not {name!r}" in refused(name, ValueError)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_repository_without_a_pipeline():
+def test_an_unreachable_hub_is_distinguished_from_a_repository_without_a_pipeline():
     message = refused("ns/anything", FileNotFoundError, local_files_only=True)  # a broken line is the same error
     assert "'ns/anything' is not in the local cache, and the Hub cannot be reached" in message
 

@@ -26,7 +26,7 @@ def drawn(mask: torch.Tensor) -> list[str]:
     return ["".join("x" if seen else "." for seen in row) for row in mask.tolist()]
 
 
-def test_text_then_picture():
+def test_text_then_image():
     sequence = packed([text_segment([7], TOKENS), picture("noise")])
     assert drawn(attend_mask(sequence)) == [
         "x.....",
@@ -38,7 +38,7 @@ def test_text_then_picture():
     ]
 
 
-def test_nobody_sees_a_noised_picture_and_everybody_a_clean_one():
+def test_no_token_attends_to_a_noised_image_and_later_ones_attend_to_a_clean_one():
     """Editing in several turns: the picture drawn first is given again as a clean one."""
     sequence = packed([text_segment([], TOKENS), picture("noise"), picture("vae"), text_segment([], TOKENS)])
     assert drawn(attend_mask(sequence)) == [
@@ -129,6 +129,6 @@ def test_positions_follow_the_kinds():
     assert segments_and_positions(sequence)[1].tolist() == want
 
 
-def test_a_picture_beyond_the_position_table_is_refused():
+def test_an_image_beyond_the_position_table_is_refused():
     with pytest.raises(ValueError, match="9 x 1 .* 8 x 8"):
         packed([picture("noise", 9, 1)])

@@ -12,7 +12,7 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_same_seed_same_picture_other_seed_other_picture(pipe):
+def test_same_seed_same_image_other_seed_other_image(pipe):
     size = {"height": 32, "width": 48}
     first = pipe("a dot", generator=seeded(1), **size, **STEPS).images[0]
     again = pipe("a dot", generator=seeded(1), **size, **STEPS).images[0]
@@ -46,7 +46,7 @@ def test_different_sizes_come_as_lists(pipe, pictures):
     assert [image.shape for image in images] == [(32, 64, 3), (64, 64, 3)]
 
 
-def test_given_latents_replace_the_draw(pipe):
+def test_given_latents_replace_the_sampled_ones(pipe):
     noise = torch.randn(1, 16, 4, 6, generator=seeded(5)[0])
     size = {"height": 32, "width": 48}
     drawn = pipe("a dot", generator=seeded(5), output_type="latent", **size, **STEPS).images
@@ -54,7 +54,7 @@ def test_given_latents_replace_the_draw(pipe):
     assert torch.equal(drawn, given)
 
 
-def test_pictures_of_one_prompt_share_one_reading(pipe, pictures, monkeypatch):
+def test_images_of_one_prompt_share_one_reading(pipe, pictures, monkeypatch):
     calls = []
     prefill = pipe.prefill
     monkeypatch.setattr(pipe, "prefill", lambda rows, **k: (calls.append(len(rows)), prefill(rows, **k)))
@@ -114,7 +114,7 @@ def test_chat_in_batches_equals_chat_alone(pipe, pictures):
     assert together == alone and isinstance(alone[0], str)
 
 
-def test_guidance_off_evaluates_one_row_per_picture(pipe, monkeypatch):
+def test_guidance_off_evaluates_one_row_per_image(pipe, monkeypatch):
     rows = []
     forward = pipe.transformer.forward
 
@@ -138,7 +138,7 @@ def test_tuple_output(pipe):
     assert len(images) == 1 and texts is None
 
 
-def test_order_of_draws_is_condition_latents_then_noise_then_text(pipe, pictures):
+def test_random_numbers_are_for_condition_latents_then_noise_then_text(pipe, pictures):
     """A sampled plan changes the picture through the plan alone, never through the noise."""
     shapes = []
     draw = type(pipe).sample_noise

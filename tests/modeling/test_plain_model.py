@@ -12,7 +12,7 @@ STEPS = 4
 
 @pytest.mark.parametrize("names", [[], ["img_a"], ["img_b", "img_c"]])
 @torch.no_grad()
-def test_a_whole_picture_is_the_same(pipe, pictures, names):
+def test_a_whole_image_is_the_same(pipe, pictures, names):
     """The prompt, its references, every branch and every update."""
     guidance = Guidance(4.0, 2.0 if names else 1.0, (0.4, 1.0), "text_channel")
     noise = torch.randn(16, pipe.transformer.proj_in.in_features, generator=torch.Generator().manual_seed(0))

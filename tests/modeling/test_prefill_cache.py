@@ -101,7 +101,7 @@ def test_every_kind_of_call_is_the_same_bit_for_bit(mine, work, pictures):
             assert got == want if isinstance(want[0], str) else all(map(torch.equal, got, want))
 
 
-def test_another_seed_shares_a_prompt_and_reads_drawn_latents_again(mine, work, pictures):
+def test_another_seed_shares_a_prompt_and_encodes_sampled_latents_again(mine, work, pictures):
     mine.enable_prefill_cache()
     draw(mine, seed=0)
     work.taken()
@@ -129,7 +129,7 @@ def test_another_last_text_shares_what_stands_before_it(mine, work, pictures):
         assert (patches, encoded) == ([], 0)
 
 
-def test_chat_and_drawing_share_the_features_of_a_picture(mine, work, pictures):
+def test_chat_and_generation_share_the_features_of_an_image(mine, work, pictures):
     """Only those: the contexts differ from the first token on, because drawing also reads the picture's latents."""
     picture = mine.vae_limits.resize(pictures["img_a"])  # at another size they would see other pixels
     mine.enable_prefill_cache()
@@ -269,7 +269,7 @@ def test_impossible_sizes_are_named(mine, size):
         mine.enable_prefill_cache(size)
 
 
-def test_weights_that_cannot_be_told_apart_are_refused(mine):
+def test_weights_that_cannot_be_distinguished_are_refused(mine):
     mine.enable_prefill_cache()
     mine.transformer.layers[0].und.to_q.to("meta")
     with pytest.raises(ValueError, match=r"layers\.0\.und\.to_q\.weight changes: its values are offloaded"):

@@ -114,7 +114,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_offloaded_pipelines_draw_the_same_and_say_where_they_are(load, plain, pictures, tmp_path, way):
+def test_offloaded_pipelines_generate_the_same_and_report_their_placement(load, plain, pictures, tmp_path, way):
     prepare, how, places = WAYS[way]
     pipe = load()
     sizes = {name: pipe.placement()[name].nbytes for name in WEIGHTED}
@@ -188,7 +188,7 @@ def test_8_bit_storage_leaves_what_it_must(load, plain, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["llm_int8_skip_modules", "modules_to_not_convert"])
-def test_quantization_leaves_what_it_must_unless_told(option):
+def test_quantization_skips_the_required_modules_by_default(option):
     given = types.SimpleNamespace(**{option: None})
     assert getattr(_exempting(given, ["proj_in"]), option) == ["proj_in"] and getattr(given, option) is None
     given = types.SimpleNamespace(**{option: ["layers"]})

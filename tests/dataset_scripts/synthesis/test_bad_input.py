@@ -84,7 +84,7 @@ def test_a_vocabulary_that_is_none(server, recipe, tmp_path, content, why):
     assert why in said and "objects.txt" in said
 
 
-def test_a_recipe_that_is_no_text(server, tmp_path):
+def test_a_recipe_that_is_not_text(server, tmp_path):
     (tmp_path / "recipe.yaml").write_text("version: 1", "utf-16")
     assert "recipe.yaml cannot be read" in told(server, tmp_path, tmp_path / "recipe.yaml")
 

@@ -56,7 +56,7 @@ def test_a_server_that_only_fails_stops_the_run(server, recipe, tmp_path):
     assert "calls in a row failed" in said and not ends(tmp_path / "made")
 
 
-def test_half_a_picture_is_drawn_again(server, recipe, tmp_path):
+def test_half_an_image_is_generated_again(server, recipe, tmp_path):
     server.inject(EndpointFault("half_image", call_kind="generate"))
     out = tmp_path / "made"
     run("synthesize", one_part(recipe), "--out", out)
@@ -72,7 +72,7 @@ def test_a_request_that_is_never_taken_stops_the_run(server, recipe, tmp_path):
     assert not ends(tmp_path / "made")
 
 
-def test_the_budget_ends_the_run_and_a_higher_one_goes_on(server, recipe, tmp_path):
+def test_the_budget_ends_the_run_and_a_higher_one_continues(server, recipe, tmp_path):
     out, sums = tmp_path / "made", []
     for budget in (0.05, 0.12, 5):
         said = run("synthesize", recipe(), "--out", out, "--budget", budget, code=0 if budget == 5 else 2)
@@ -173,7 +173,7 @@ def test_interrupted_in_the_preview(server, recipe, tmp_path):
     assert len(ends(out)) == 12 and max(server.paid.values()) == 1
 
 
-def test_a_torn_line_is_no_row(server, recipe, tmp_path):
+def test_a_torn_line_is_not_a_row(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe)
     run("synthesize", file, "--out", out)
     (rows,) = (out / "dataset").glob("*/rows-*.jsonl")

@@ -65,7 +65,7 @@ def test_rows_say_where_they_come_from(server, recipe, tmp_path):
         ("https://gate.way/v1", "openai/gpt-image-2", True),
     ],
 )
-def test_the_terms_of_openai_are_told_where_they_hold(url, name, is_openai):
+def test_the_terms_of_openai_are_reported_where_they_hold(url, name, is_openai):
     assert ImageModelSettings(name=name, url=url).is_openai == is_openai
 
 
@@ -126,7 +126,7 @@ def test_another_recipe_is_refused_in_the_same_folder(server, recipe, tmp_path):
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_picture_is_drawn_again_and_given_up_in_the_end(server, recipe, tmp_path):
+def test_a_wrong_image_is_generated_again_and_given_up_in_the_end(server, recipe, tmp_path):
     file, out = one_part(recipe, gates__verify=True), tmp_path / "made"
     texts = {}
     run("synthesize", file, "--out", tmp_path / "first", "--preview", 3)
@@ -178,7 +178,7 @@ def test_gates_reject_with_their_reason(server, recipe, tmp_path, changes, reaso
         assert not any(call.kind == "generate" for call in server.calls), "rejected before the picture is paid for"
 
 
-def test_duplicate_instructions_are_drawn_once(server, recipe, tmp_path):
+def test_duplicate_instructions_are_generated_once(server, recipe, tmp_path):
     write = server.text
     everything = (
         "A heart, star, triangle, cross, circle, square and ring as cube, ball, spiral, pyramid, cone or ribbon"
@@ -194,7 +194,7 @@ def test_duplicate_instructions_are_drawn_once(server, recipe, tmp_path):
     assert sum(call.kind == "generate" for call in server.calls) == 1
 
 
-def test_a_request_that_one_row_cannot_make_is_told(server, recipe, tmp_path):
+def test_a_request_that_one_row_cannot_make_is_reported(server, recipe, tmp_path):
     out, file = tmp_path / "made", one_part(recipe)
     run("synthesize", file, "--out", out, "--preview", 1)
     server.inject(EndpointFault("http_400", message="the prompt is odd", call_kind="generate"))

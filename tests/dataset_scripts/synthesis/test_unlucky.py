@@ -40,7 +40,7 @@ ODD_PICTURES = {
 
 
 @pytest.mark.parametrize("case", ODD_PICTURES)
-def test_odd_answers_that_hold_a_picture(server, recipe, tmp_path, monkeypatch, case):
+def test_unusual_answers_that_hold_an_image(server, recipe, tmp_path, monkeypatch, case):
     answering(monkeypatch, "image_response", ODD_PICTURES[case])
     assert "3 accepted, 0 rejected" in run("synthesize", one_part(recipe), "--out", tmp_path / "made")
     assert sum(call.kind == "generate" for call in server.calls) == 3
@@ -60,7 +60,7 @@ def test_odd_answers_in_words(server, recipe, tmp_path, monkeypatch):
     [_first(lambda text: "%%%"), _first(lambda text: ""), lambda value: value.update(data=[None])],
     ids=["no base64", "empty", "null"],
 )
-def test_pictures_that_are_none_are_paid_for_and_counted(server, recipe, tmp_path, monkeypatch, change):
+def test_answers_that_are_not_images_are_paid_for_and_counted(server, recipe, tmp_path, monkeypatch, change):
     """They cost what pictures cost: asked for as often as the gates say, and within the budget."""
     answering(monkeypatch, "image_response", change)
     out = tmp_path / "made"
@@ -127,13 +127,13 @@ def test_a_refusal_of_words_that_only_its_code_tells(server, recipe, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_one_call_that_is_told_to_wait_a_day_does_not_hold_up_the_others(server, recipe, tmp_path):
+def test_a_call_that_must_wait_a_day_does_not_delay_the_others(server, recipe, tmp_path):
     server.inject(EndpointFault("http_429", retry_after=86_400, call_kind="generate"))
     said = run("synthesize", one_part(recipe, rows=12), "--out", tmp_path / "made", code=1)
     assert "11 accepted" in said and "1 not decided yet" in said
 
 
-def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, recipe, tmp_path, monkeypatch):
+def test_the_budget_holds_when_images_are_dearer_than_anybody_knew(server, recipe, tmp_path, monkeypatch):
     answering(monkeypatch, "image_response", lambda value: value["usage"].update(output_tokens=20_000))
     server.latency, out = 0.05, tmp_path / "made"
     price = {"input": 0.0, "output": 10.0}
@@ -142,7 +142,7 @@ def test_the_budget_holds_when_pictures_are_dearer_than_anybody_knew(server, rec
     assert 0.2 < sum(line["usd"] for line in JsonLines(out / "spending.jsonl")) <= 0.5
 
 
-def test_what_has_no_price_is_not_told_as_free(server, recipe, tmp_path):
+def test_calls_without_a_price_are_not_reported_as_free(server, recipe, tmp_path):
     file = one_part(recipe, models__image__price={})
     said = " ".join(run("synthesize", file, "--plan").split())
     assert "no price in the recipe" in said and "cost: unknown; set models.image.price" in said and "about 0.0" in said
@@ -181,7 +181,7 @@ def test_plurals_of_blocked_words_are_blocked(server, recipe, tmp_path):
     assert "3 blocked content" in run("synthesize", file, "--out", tmp_path / "second")
 
 
-def test_an_endless_answer_is_no_instruction(server, recipe, tmp_path):
+def test_an_endless_answer_is_not_an_instruction(server, recipe, tmp_path):
     write = server.text
     server.text = lambda call: f"{write(call)[:-1]} {'x' * 2000}"
     strict = one_part(recipe, instruction_following__otherwise="reject")
@@ -190,7 +190,7 @@ def test_an_endless_answer_is_no_instruction(server, recipe, tmp_path):
     assert "characters; at most 1,000" in lines(out / "rejected.jsonl")[0]["detail"]
 
 
-def test_words_that_are_used_up_are_told_before_they_are_paid_for(server, recipe, tmp_path):
+def test_words_that_are_used_up_are_reported_before_they_are_paid_for(server, recipe, tmp_path):
     (tmp_path / "given" / "objects.txt").write_text("cup\nhat\nbus\n")
     few = one_part(recipe, rows=30, instruction_following__tags=["counting"])
     assert "12 of them have the same content as an earlier row" in run("synthesize", few, "--plan")
@@ -215,7 +215,7 @@ def test_files_of_the_folder_that_somebody_changed(server, recipe, tmp_path):
     assert "run.json does not state the recipe of the rows" in run("synthesize", file, "--out", out, code=2)
 
 
-def test_looks_of_accepted_pictures_are_found_again(server, recipe, tmp_path):
+def test_lookalikes_of_accepted_images_are_found(server, recipe, tmp_path):
     """From the steps, or from the pictures where the steps are gone; they are no part of the rows."""
     out = tmp_path / "made"
     run("synthesize", one_part(recipe, rows=1), "--out", out)

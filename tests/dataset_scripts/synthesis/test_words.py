@@ -103,7 +103,7 @@ def test_bundled_recipes_load():
     assert {name: load_recipe(name).version for name in bundled_names()}
 
 
-def test_pictures_that_look_alike():
+def test_images_that_look_alike():
     gates = ImageGates(load_recipe("first_hundred"), {})
     gates.recipe = gates.recipe.model_copy(update={"gates": GatesSettings(size=False, duplicate_pictures=1.0)})
     red, blue = reference("star", "red", 1), reference("star", "blue", 1)

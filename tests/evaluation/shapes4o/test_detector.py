@@ -55,7 +55,7 @@ def test_two_toned_things_are_no_objects():
     assert "a red thing of no clear shape at (8, 5)" in check([ShapeGroup("square")], detect(pixels))[1]
 
 
-def test_an_empty_picture_has_no_objects():
+def test_an_empty_image_has_no_objects():
     assert detect(render([])) == []
     assert check([ShapeGroup("star")], []) == (False, ["0 x star, asked for 1"])
 
@@ -86,7 +86,7 @@ def test_an_empty_picture_has_no_objects():
         ),
     ],
 )
-def test_what_is_wrong_is_said(asked, drawn, reason):
+def test_the_error_names_what_is_wrong(asked, drawn, reason):
     ok, reasons = check(asked, detect(render(SceneObject(*of) for of in drawn)))
     assert not ok
     assert any(re.search(reason, line) for line in reasons), reasons
@@ -97,7 +97,7 @@ def test_only_what_is_stated_counts():
     assert check([ShapeGroup("star")], found) == (True, [])
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match="32 x 32; it must be 64 x 64"):
         detect(np.zeros((32, 32, 3), np.uint8))
 

@@ -58,7 +58,7 @@ def test_no_two_rows_are_duplicates():
     assert max(pictures.values()) == 1
 
 
-def test_pictures_are_anti_aliased_on_a_plain_background():
+def test_images_are_anti_aliased_on_a_plain_background():
     pixels = np.asarray(render([SceneObject("circle", "blue", 1, 2)], (240, 244, 248)))
     assert pixels.shape == (64, 64, 3)
     assert (pixels[:16] == (240, 244, 248)).all() and (pixels[24, 40] == (44, 76, 200)).all()

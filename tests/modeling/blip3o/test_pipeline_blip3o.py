@@ -66,7 +66,7 @@ def test_images_of_one_prompt_share_its_reading_and_have_their_own_noise(tiny):
     assert not torch.equal(images[2], images[3])
 
 
-def test_the_order_of_draws_is_features_negative_latents(tiny):
+def test_noise_is_sampled_in_the_order_features_negative_latents(tiny):
     drawn = generators(5)[0]
     shape = (1, *tiny.feature_shape)
     noise = {
@@ -84,7 +84,7 @@ def test_equal_seeds_give_equal_images_in_every_call(tiny):
     assert torch.equal(first, second)
 
 
-def test_without_guidance_no_negative_noise_is_drawn(tiny):
+def test_without_guidance_no_negative_noise_is_sampled(tiny):
     one, other = generators(3, 3)
     tiny(PROMPTS[0], generator=one, guidance_scale=1.0, output_type="latent", **FAST)
     torch.randn((1, *tiny.feature_shape), generator=other)

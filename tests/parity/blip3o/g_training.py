@@ -10,7 +10,7 @@ from PIL import Image
 from echo4o.modeling.blip3o.conditions_blip3o import IMAGE_SIDE, central_crop, image_states
 from echo4o.modeling.blip3o.original_layout import key_of
 from echo4o.modeling.blip3o.prompts_blip3o import CAPTION, IMAGE, RECONSTRUCT, encode, training_text
-from echo4o.training.backbones.blip3o_objective import Condition, TimeTable, add_noise, blip3o_errors
+from echo4o.training.backbones.blip3o_objective import HeadCondition, TimeTable, add_noise, blip3o_errors
 
 from ..golden import GoldenFile, Record
 from ..report import Check
@@ -113,7 +113,7 @@ def _errors(golden, head, ids, features, tensors, images=None) -> tuple[torch.Te
     noised = add_noise(features, tensors["noise"], tensors["u"], table)
     rows = [[*row, tokens.image_start] for row in ids]
     dropped = tensors["drop"].bool()
-    condition = Condition(rows, tokens.pad, dropped, images=images, image_pad_id=tokens.image_pad)
+    condition = HeadCondition(rows, tokens.pad, dropped, images=images, image_pad_id=tokens.image_pad)
     return blip3o_errors(head, pipe.language_model, noised, condition), noised
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from echo4o.modeling.blip3o.original_layout import Original, read_original
+from echo4o.modeling.blip3o.original_layout import Blip3oCheckpoint, read_original
 from echo4o.modeling.blip3o.pipeline_blip3o import Blip3oPipeline
 from echo4o.modeling.blip3o.prompts_blip3o import CAPTION, user_turn
 
@@ -19,7 +19,7 @@ class GoldenSet(golden.GoldenSet):
     """See [`golden.GoldenSet`]."""
 
     @cached_property
-    def original(self) -> Original:
+    def original(self) -> Blip3oCheckpoint:
         return read_original(self.directory / "checkpoint")
 
     @cached_property
