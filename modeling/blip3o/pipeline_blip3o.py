@@ -26,7 +26,6 @@ from .prompts_blip3o import (
     IMAGE,
     NEGATIVE_PROMPT,
     RECONSTRUCT,
-    TokenIds,
     check_tokenizer,
     encode,
     generation_text,

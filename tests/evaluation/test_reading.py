@@ -118,4 +118,4 @@ def test_what_is_only_reasoning_or_two_answers_is_not_read():
 def test_text_that_no_file_can_hold_is_marked():
     """JSON can name half of a surrogate pair; records and reports are UTF-8."""
     for text in ('{"reason": "a \\ud800 b", "correct": 1}', '{"reason": "a \ud800 b", "correct": 1}'):
-        assert read_json_answer(Answer(text), Correct).reason == "a \ufffd b"
+        assert read_json_answer(ModelAnswer(text), Correct).reason == "a \ufffd b"
