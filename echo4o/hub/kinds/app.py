@@ -1,7 +1,7 @@
 """Publishes the app of `echo4o serve` as a gradio Space."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 '''
 
 
-def write_app(folder: Path, model: str, lora: list[tuple[str, str, float]] | None = None) -> Path:
+def write_app(folder: Path, model: str, lora: Sequence[tuple[str, str, float]] = ()) -> Path:
     """Write the files of a Space that serves a model of the Hub; returns the folder.
 
     Args:
@@ -38,7 +38,7 @@ def write_app(folder: Path, model: str, lora: list[tuple[str, str, float]] | Non
         lora: (name, Hub repository, scale) of each adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = [{"name": name, "source": source, "scale": scale} for name, source, scale in lora or []]
+    adapters = [{"name": name, "source": source, "scale": scale} for name, source, scale in lora]
     (folder / "app.py").write_text(_SCRIPT)
     (folder / SETTINGS).write_text(json.dumps({"model": model, "adapters": adapters}, indent=2) + "\n")
     wheel = write_wheel(folder)
