@@ -295,9 +295,13 @@ def nearest(recipe: TrainingRecipe, gpu_bytes: float, num_gpus: int) -> str | No
 
 
 def _recipe_names(recipe: TrainingRecipe) -> list[str]:
-    """Bundled recipes of the same backbone, without the quickstart's."""
+    """Bundled recipes of the same backbone that learn the same (from images or from a teacher), without the quickstart's."""
+
+    def serves(other: TrainingRecipe) -> bool:
+        return other.backbone == recipe.backbone and (other.distill is None) == (recipe.distill is None)
+
     names = [name for name in bundled_names() if not name.startswith("quickstart")]
-    return [name for name in names if load_recipe(bundled_recipe(name)).backbone == recipe.backbone]
+    return [name for name in names if serves(load_recipe(bundled_recipe(name)))]
 
 
 def _smaller(recipe: TrainingRecipe) -> list[dict]:
