@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 from echo4o.common import files
 from echo4o.common.locks import FolderLock
 from echo4o.training.backbones import backbone_of
-from echo4o.training.backbones.base import Backbone, PreparedRow, TrainingSample
+from echo4o.training.backbones.base import Backbone, PreparedRow, WrappedPreparation
 from echo4o.training.data import MAP_STYLE, open_sources
 from echo4o.training.model import load_backbone
-from echo4o.training.recipe import DataSource, ValidationSettings
+from echo4o.training.recipe import DataSource
 from echo4o.training.recipe_files import parse_changes, read_recipe
 from echo4o.training.row_checks import check_features, check_rows
 from echo4o.training.row_images import decoded, image_bytes, undecoded
@@ -227,13 +227,14 @@ def _tensor_names(entry: dict) -> list[str]:
     return names + [f"{index}.patches" for index in range(len(entry["grids"]))]
 
 
-class CachedBackbone:
+class CachedBackbone(WrappedPreparation):
     """Prepares rows from a cache and encodes only those that are not in it.
 
     Use it with [`undecoded`] datasets: the images of cached rows are then never decoded.
     """
 
     def __init__(self, backbone: Backbone, folder: Path):
+        super().__init__(backbone)
         self.backbone, self.cache = backbone, LatentCache(folder, settings_of(backbone))
         if "teacher" in read_about(Path(folder)):
             raise CacheError(f"{folder} holds trajectories of a teacher: name it in distill.teacher, not in latents.")
@@ -245,15 +246,6 @@ class CachedBackbone:
         if row["id"] in self.cache:
             return self.cache.read(row, self.backbone)
         return self.backbone.prepare([decoded(row)])[0]
-
-    def sample(self, prepared: PreparedRow, epoch: int) -> TrainingSample:
-        return self.backbone.sample(prepared, epoch)
-
-    def noise_levels(self, settings: ValidationSettings) -> list[float]:
-        return self.backbone.noise_levels(settings)
-
-    def validation_samples(self, prepared: PreparedRow, times: Sequence[float]) -> Sequence[TrainingSample]:
-        return self.backbone.validation_samples(prepared, times)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -12,27 +12,19 @@ from typing import Any
 from PIL import Image
 
 from echo4o.modeling.common.image_files import to_rgb
-from echo4o.training.backbones.base import RowPreparation
-from echo4o.training.recipe import ResolutionSettings, ValidationSettings
+from echo4o.training.backbones.base import RowPreparation, WrappedPreparation
+from echo4o.training.recipe import ResolutionSettings
 
 
-class ResizedRows:
+class ResizedRows(WrappedPreparation):
     """Prepares rows with resized images."""
 
     def __init__(self, source: RowPreparation, settings: ResolutionSettings):
-        self.source, self.settings = source, settings
+        super().__init__(source)
+        self.settings = settings
 
     def prepare(self, rows: Sequence[dict]) -> Sequence[Any]:
         return self.source.prepare([self._resized(row) for row in rows])
-
-    def sample(self, prepared: Any, epoch: int) -> Any:
-        return self.source.sample(prepared, epoch)
-
-    def noise_levels(self, settings: ValidationSettings) -> list[float]:
-        return self.source.noise_levels(settings)
-
-    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]:
-        return self.source.validation_samples(prepared, times)
 
     def _resized(self, row: dict) -> dict:
         image = row.get("image")

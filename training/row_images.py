@@ -12,32 +12,19 @@ from PIL import Image
 from echo4o.dataset_scripts.images import MAX_PIXELS, ImageVerification, check_image
 from echo4o.dataset_scripts.row_groups import RowGroups
 from echo4o.modeling.common.image_files import open_image, to_rgb
-from echo4o.training.backbones.base import RowPreparation
+from echo4o.training.backbones.base import WrappedPreparation
 from echo4o.training.columns import MappedRows
-from echo4o.training.recipe import ValidationSettings
 
 
 class UnreadableImage(ValueError):
     """An image of a row that is not there, or that does not decode."""
 
 
-class DecodedRows:
+class DecodedRows(WrappedPreparation):
     """Decodes the images of rows before a backbone prepares them. Use it with [`undecoded`] datasets."""
-
-    def __init__(self, source: RowPreparation):
-        self.source = source
 
     def prepare(self, rows: Sequence[dict]) -> Sequence[Any]:
         return self.source.prepare([decoded(row) for row in rows])
-
-    def sample(self, prepared: Any, epoch: int) -> Any:
-        return self.source.sample(prepared, epoch)
-
-    def noise_levels(self, settings: ValidationSettings) -> list[float]:
-        return self.source.noise_levels(settings)
-
-    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]:
-        return self.source.validation_samples(prepared, times)
 
 
 def is_mapped(dataset: Any) -> bool:

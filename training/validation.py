@@ -15,30 +15,29 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from echo4o.training.backbones.base import Backbone, LossTerm, RowPreparation, TrainingBatch, TrainingSample
+from echo4o.training.backbones.base import (
+    Backbone,
+    LossTerm,
+    RowPreparation,
+    TrainingBatch,
+    TrainingSample,
+    WrappedPreparation,
+)
 from echo4o.training.data import PreparedRows, RowRef
 from echo4o.training.held_out import TASKS, ValidationRows
-from echo4o.training.recipe import TrainingRecipe, ValidationSettings
+from echo4o.training.recipe import TrainingRecipe
 from echo4o.training.run_monitor import RunMonitor
 from echo4o.training.step import sum_over_processes
 from echo4o.training.stopping import DataError
 from echo4o.training.validation_result import ValidationResult
 
 
-class _FixedSamples:
+class _FixedSamples(WrappedPreparation):
     """Prepares rows as in training; a row's sample is the list of its validation samples."""
 
     def __init__(self, source: RowPreparation, levels: Sequence[float]):
-        self.source, self.levels = source, levels
-
-    def noise_levels(self, settings: ValidationSettings) -> list[float]:
-        return self.source.noise_levels(settings)
-
-    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[TrainingSample]:
-        return self.source.validation_samples(prepared, times)
-
-    def prepare(self, rows: Sequence[dict]) -> Sequence[Any]:
-        return self.source.prepare(rows)
+        super().__init__(source)
+        self.levels = levels
 
     def sample(self, prepared: Any, epoch: int) -> Sequence[TrainingSample]:
         return self.source.validation_samples(prepared, self.levels)

@@ -74,6 +74,25 @@ class RowPreparation(Protocol):
     def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]: ...
 
 
+class WrappedPreparation:
+    """Does what another preparation does. Derived classes change one step of it, for example what is prepared."""
+
+    def __init__(self, source: RowPreparation):
+        self.source = source
+
+    def prepare(self, rows: Sequence[dict]) -> Sequence[Any]:
+        return self.source.prepare(rows)
+
+    def sample(self, prepared: Any, epoch: int) -> Any:
+        return self.source.sample(prepared, epoch)
+
+    def noise_levels(self, settings: ValidationSettings) -> list[float]:
+        return self.source.noise_levels(settings)
+
+    def validation_samples(self, prepared: Any, times: Sequence[float]) -> Sequence[Any]:
+        return self.source.validation_samples(prepared, times)
+
+
 class LossTerm(NamedTuple):
     """One loss of a batch before any reduction; the trainer sums numerators and denominators over processes.
 
