@@ -25,7 +25,6 @@ from ..common.lora import TransformerLoraMixin, scales_lora
 from ..common.pipeline_outputs import callback_tensors, images_as, stack_equal
 from ..common.step_cache import cached_update, check_step_cache, reset_step_cache
 from .denoising_bagel import (
-    EncodedPrompt,
     NoisyImage,
     Prepared,
     group_images,
@@ -34,7 +33,6 @@ from .denoising_bagel import (
     take_step,
 )
 from .inputs_bagel import (
-    PromptInputs,
     check_components,
     check_negative_prompt,
     check_settings,
@@ -46,7 +44,7 @@ from .inputs_bagel import (
 )
 from .options_bagel import read_options
 from .prompt_encoding_bagel import PromptEncodingMixin
-from .segments_bagel import KVCache, Segment, check_tokenizer, patchify, unpatchify
+from .segments_bagel import KVCache, check_tokenizer, patchify, unpatchify
 from .text_generation_bagel import generate_text
 
 
@@ -115,6 +113,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         "..common.lora",
         "..common.lora_files",
         "..common.lora_formats",
+        "..common.mixin_base",
         "..common.pipeline_outputs",
         "..common.placement",
         "..common.prefill_cache",
@@ -303,7 +302,7 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
 
         # 2. Encode the prompts and sample the noise
         room = max_think_tokens + 2 if think else 0  # for the plan, with its start and end token
-        encoded = [self._encode_prompt(p, g, room) for p, g in zip(prompts, prompt_generators, strict=True)]
+        encoded = [self.encode_prompt(p, g, room) for p, g in zip(prompts, prompt_generators, strict=True)]
         if noise is None:
             noise = [self.sample_noise(shape, g) for shape, g in zip(shapes, generators, strict=True)]
         prepared = Prepared(encoded, noise)
@@ -412,33 +411,6 @@ class Echo4oPipeline(PromptEncodingMixin, PortablePipelineMixin, TransformerLora
         return answers[0] if isinstance(prompt, str) else answers
 
     # --- steps of a call --------------------------------------------------------------------------------------------
-
-    def _encode_prompt(
-        self, prompt: PromptInputs, generator: torch.Generator | None, plan_length: int
-    ) -> EncodedPrompt:
-        """Segments of a prompt, and empty caches with room for them.
-
-        Args:
-            generator: samples the latents of reference images.
-            plan_length: room for a plan in tokens; with a plan, the system prompt for it comes first.
-        """
-        segments: list[Segment] = []
-        if plan_length:
-            segments.append(self.text_segment(self.config["think_prompts"]["image"]))
-        for item in prompt.items:
-            if isinstance(item, str):
-                segments.append(self.text_segment(item))
-            else:
-                image = self.vae_limits.resize(item)
-                segments += [self.latent_segment(image, generator), self.vision_segment(image)]
-        grid = (prompt.height // self.latent_stride, prompt.width // self.latent_stride)
-        encoded = EncodedPrompt(segments, prompt.guidance, grid, self.transformer.new_cache())
-        if prompt.guidance.uses_images:
-            encoded.image_free_cache = self.transformer.new_cache()
-        for cache, cached in encoded.contexts():
-            room = plan_length if cache is encoded.cache else 0
-            cache.reserve(sum(map(len, cached)) + room, scratch=grid[0] * grid[1] + 2)
-        return encoded
 
     def _generate_texts(
         self,

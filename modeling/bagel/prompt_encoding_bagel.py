@@ -5,17 +5,19 @@ keys and values of contexts. common/prefill_cache.py describes the keys of its e
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..common.images import to_pixels, vae_scale_factor
+from ..common.mixin_base import PipelineMixin
 from ..common.prefill_cache import PrefillCache, digest, fingerprint
 from ..common.step_cache import uncached_pass
-from .denoising_bagel import before_last_text
+from .denoising_bagel import EncodedPrompt, before_last_text
 from .image_processor_bagel import ImageLimits, to_patches
+from .inputs_bagel import PromptInputs
 from .options_bagel import image_limits
 from .segments_bagel import (
     KVCache,
@@ -29,13 +31,8 @@ from .segments_bagel import (
     text_segment,
 )
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
-
-class PromptEncodingMixin(_Pipeline):
+class PromptEncodingMixin(PipelineMixin):
     """The prompt encoding of a pipeline. Put it before `DiffusionPipeline`."""
 
     transformer: Any
@@ -112,6 +109,33 @@ class PromptEncodingMixin(_Pipeline):
         ).to(self._execution_device)
 
     # --- segments to caches ---
+
+    def encode_prompt(
+        self, prompt: PromptInputs, generator: torch.Generator | None, plan_length: int
+    ) -> EncodedPrompt:
+        """Segments of a prompt, and empty caches with room for them.
+
+        Args:
+            generator: samples the latents of reference images.
+            plan_length: room for a plan in tokens; with a plan, the system prompt for it comes first.
+        """
+        segments: list[Segment] = []
+        if plan_length:
+            segments.append(self.text_segment(self.config["think_prompts"]["image"]))
+        for item in prompt.items:
+            if isinstance(item, str):
+                segments.append(self.text_segment(item))
+            else:
+                image = self.vae_limits.resize(item)
+                segments += [self.latent_segment(image, generator), self.vision_segment(image)]
+        grid = (prompt.height // self.latent_stride, prompt.width // self.latent_stride)
+        encoded = EncodedPrompt(segments, prompt.guidance, grid, self.transformer.new_cache())
+        if prompt.guidance.uses_images:
+            encoded.image_free_cache = self.transformer.new_cache()
+        for cache, cached in encoded.contexts():
+            room = plan_length if cache is encoded.cache else 0
+            cache.reserve(sum(map(len, cached)) + room, scratch=grid[0] * grid[1] + 2)
+        return encoded
 
     def prefill(self, rows: Sequence[tuple[KVCache, list[Segment]]]) -> None:
         """Append clean segments to caches, given as pairs (cache, segments).

@@ -1,22 +1,18 @@
 """Answers about images, by the language model as it is."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..common.images import qwen_vision_inputs
+from ..common.mixin_base import PipelineMixin
 from .conditions_blip3o import onload
 from .inputs_blip3o import check_numbers, check_whole_numbers, read_chats
 from .prompts_blip3o import TokenIds, encode, image_tokens, user_turn
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
-
-class Blip3oChatMixin(_Pipeline):
+class Blip3oChatMixin(PipelineMixin):
     """`chat`. Put it before `DiffusionPipeline`."""
 
     language_model: Any

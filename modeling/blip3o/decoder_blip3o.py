@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..common.images import vae_scale_factor
+from ..common.mixin_base import PipelineMixin
 from .conditions_blip3o import onload
 from .inputs_blip3o import (
     check_numbers,
@@ -51,13 +52,7 @@ class DecoderSettings:
         return self.guidance_scale > 1 and self.output_type != "features"
 
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
-
-
-class Blip3oDecoderMixin(_Pipeline):
+class Blip3oDecoderMixin(PipelineMixin):
     """The decoder of a pipeline. Put it before `DiffusionPipeline`."""
 
     transformer: Any

@@ -93,6 +93,7 @@ class Blip3oPipeline(
         "..common.lora",
         "..common.lora_files",
         "..common.lora_formats",
+        "..common.mixin_base",
         "..common.placement",
         "..common.publishing",
         "..common.weights",

@@ -4,15 +4,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
+from .mixin_base import PipelineMixin
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +58,7 @@ class Placement:
         return "; ".join(map(str, self.components))
 
 
-class PlacementMixin(_Pipeline):
+class PlacementMixin(PipelineMixin):
     """Adds `placement()`, a fast execution device and safe offloading to disk. Put it before `DiffusionPipeline`."""
 
     @property

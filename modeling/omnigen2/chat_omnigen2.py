@@ -1,24 +1,20 @@
 """Answers of OmniGen2's language model, and images that it asks for."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..common.adapter_presets import uses_adapter_preset
 from ..common.images import qwen_vision_inputs
+from ..common.mixin_base import PipelineMixin
 from .inputs_omnigen2 import check_sampling, check_settings, read_requests
 from .output_omnigen2 import OmniGen2PipelineOutput
 from .prompts_omnigen2 import END_TOKENS, GENERATE_TOKEN, IMAGE_TOKEN, chat_text
 
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
-
-class OmniGen2ChatMixin(_Pipeline):
+class OmniGen2ChatMixin(PipelineMixin):
     """`chat` and `respond`. Put it before `DiffusionPipeline`."""
 
     mllm: Any

@@ -73,6 +73,7 @@ class OmniGen2Pipeline(OmniGen2ChatMixin, PortablePipelineMixin, TransformerLora
         "..common.lora",
         "..common.lora_files",
         "..common.lora_formats",
+        "..common.mixin_base",
         "..common.pipeline_outputs",
         "..common.placement",
         "..common.publishing",
