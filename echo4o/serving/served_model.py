@@ -81,9 +81,7 @@ class ServedModel:
         self.takes_size = "height" in arguments and "width" in arguments
         self.one_size = not (self.takes_size and "list" in str(arguments["height"].annotation))
         self.defaults = {n: arguments[n].default for n in self.image_options if arguments[n].default is not None}
-        preset = getattr(pipe, "sampling_preset", None)
-        if preset is not None:  # of the adapters that are active at the start
-            self.defaults["num_inference_steps"] = preset.num_inference_steps
+        self.default_settings(False, adapters)  # raises if they need different sampling
         self._active: Adapters | None = None
         # Replaces `call_pipeline` where the call runs in another process, which has the GPU; without progress.
         self.call: Callable[..., tuple[list[Image.Image], list[str | None]]] | None = None
@@ -107,6 +105,17 @@ class ServedModel:
         """The checkpoint's settings for a task, where it has some."""
         presets = self.pipe.config.get("presets") or {}
         return dict(presets.get("with_references" if with_references else "text_to_image", {}))
+
+    def default_settings(self, with_references: bool, adapters: Adapters, steps: int | None = None) -> dict[str, Any]:
+        """The settings of an image that a request does not give; it may give `steps`.
+
+        Raises:
+            ValueError: two of the adapters need different sampling.
+        """
+        active = [name for name, scale in adapters if scale]
+        few_steps = self.pipe.sampling_preset_of(active) if active else None
+        of_adapter = {} if few_steps is None else few_steps.arguments(self.pipe.scheduler, steps)
+        return self.defaults | self.preset(with_references) | of_adapter
 
     # --- requests to tasks ---
 
@@ -148,7 +157,8 @@ class ServedModel:
     def read_adapters(self, names: str | Sequence[str] | None, scales: float | Sequence[float] | None) -> Adapters:
         """The adapters of a request: None takes the server's, "none" switches all off.
 
-        Raises ValueError for unknown names, and for scales that do not fit them.
+        Raises ValueError for unknown names, for scales that do not fit them, and for adapters that need different
+        sampling.
         """
         if names is None and scales is None:
             return self.default_adapters
@@ -168,7 +178,9 @@ class ServedModel:
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not -10 <= value <= 10:
                 raise ValueError(f"adapter_scale: must be a number from -10 to 10 (given: {_short(value)})")
-        return tuple((name, float(value)) for name, value in zip(chosen, values))
+        adapters = tuple((name, float(value)) for name, value in zip(chosen, values))
+        self.default_settings(False, adapters)  # raises if they need different sampling
+        return adapters
 
     def image_tasks(
         self,
@@ -296,7 +308,8 @@ class ServedModel:
 
     def _settings(self, task: ImageTask, image: Image.Image) -> dict[str, Any]:
         """Every setting of an image, those of the presets and defaults as well."""
-        settings = self.defaults | self.preset(bool(task.references)) | task.options
+        steps = task.options.get("num_inference_steps")
+        settings = self.default_settings(bool(task.references), task.adapters, steps) | task.options
         if not settings.get("think"):
             for name in ("max_think_tokens", "do_sample", "temperature"):
                 settings.pop(name, None)

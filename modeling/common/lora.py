@@ -10,7 +10,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,12 @@ class TransformerLoraMixin(CogVideoXLoraLoaderMixin):
         """
         layers = [layer for _, layer in self._lora_layers() if not layer.disable_adapters] if self._presets else []
         acting = {n for layer in layers for n in layer.active_adapters if layer.scaling.get(n)}
-        return common_preset({name: preset for name, preset in self._presets.items() if name in acting})
+        return self.sampling_preset_of(acting)
+
+    def sampling_preset_of(self, adapters: Iterable[str]) -> SamplingPreset | None:
+        """The preset that calls would use with these adapters active. Raises ValueError if two have different presets."""
+        names = set(adapters)
+        return common_preset({name: preset for name, preset in self._presets.items() if name in names})
 
     def _lora_layers(self) -> Iterator[tuple[str, Any]]:
         """Names and modules of the layers with adapters."""

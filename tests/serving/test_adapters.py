@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import threading
 import time
 
@@ -16,6 +17,8 @@ from PIL import Image
 from echo4o.cli.generate_options import Adapter, ModelOptions
 from echo4o.cli.models import Dtype
 from echo4o.common.image_metadata import read_metadata
+from echo4o.modeling.common.adapter_presets import SamplingPreset
+from echo4o.modeling.common.lora_files import DIFFUSERS_FILE, read_adapter, write_adapter
 from tests.serving.running import BASE, load_tiny, serving
 
 PROMPT = "a photo of a red circle"
@@ -125,3 +128,36 @@ def test_requests_with_different_adapters_that_wait_together_equal_single_ones(s
         "those with equal adapters run together"
     )
     assert all(difference(one, other) <= 2 for one, other in zip(alone, together, strict=True))
+
+
+def test_few_step_adapters_set_the_sampling_of_the_requests_that_select_them(adapter_folders, tmp_path):
+    import torch
+
+    from echo4o.cli.serve import load_served
+
+    adapters = []
+    for name, source, preset in (
+        ("fast", "warm", SamplingPreset(2, shift=3.0)),
+        ("faster", "cold", SamplingPreset(1, shift=3.0)),
+    ):
+        folder = shutil.copytree(adapter_folders / source, tmp_path / name)
+        state, settings = read_adapter(folder / DIFFUSERS_FILE)
+        write_adapter(folder / DIFFUSERS_FILE, state, settings, preset)
+        adapters.append(Adapter(name, str(folder), 0.0 if name == "faster" else 1.0))
+    model = load_served(str(BASE), "echo4o", torch.device("cpu"), ModelOptions(dtype=Dtype.float32), adapters)
+
+    def settings_of(names, **options) -> tuple:
+        tasks = model.image_tasks(
+            [PROMPT], seed=5, options=model.read_options(options), adapters=model.read_adapters(names, None)
+        )
+        (image,) = model.generate(tasks)
+        return image.settings["num_inference_steps"], image.settings["guidance_scale"], model.pipe.num_timesteps
+
+    of_checkpoint = model.pipe.config.presets["text_to_image"]["guidance_scale"]
+    assert of_checkpoint != 1
+    assert settings_of(None) == (2, 1.0, 2)
+    assert settings_of("faster") == (1, 1.0, 1)
+    assert settings_of("fast", steps=3, guidance_scale=2.0) == (3, 2.0, 3)
+    assert settings_of("none", steps=3) == (3, of_checkpoint, 3)
+    with pytest.raises(ValueError, match="'fast' .* and 'faster' .* need different sampling"):
+        model.read_adapters(["fast", "faster"], None)

@@ -388,7 +388,8 @@ def test_a_server_and_an_evaluation_use_the_preset(distill_file, tmp_path, model
     assert train_here(distill_file(steps=2)) == 0
     pipe = pipeline_class(model_folder).from_pretrained(model_folder)
     pipe.load_lora_weights(tmp_path / "run" / "adapter", adapter_name="fast")
-    assert ServedModel(pipe, adapters=(("fast", 1.0),)).defaults["num_inference_steps"] == 2
+    served = ServedModel(pipe, adapters=(("fast", 1.0),))
+    assert served.default_settings(False, served.default_adapters)["num_inference_steps"] == 2
     described = describe_model(pipe, GenerationSettings(str(model_folder), adapter=str(tmp_path / "run" / "adapter")))
     assert described["steps"] == 2 and set(described["guidance"].values()) == {1.0}
 

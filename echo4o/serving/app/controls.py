@@ -130,20 +130,22 @@ def build_controls(model: ServedModel, tab: str) -> Controls:
 
 
 def _build_options(model: ServedModel, parts: dict[str, Any], tab: str) -> None:
-    preset = model.preset(with_references=tab == "edit")
+    with_references = tab == "edit"
+    preset = model.preset(with_references)
+    values = model.default_settings(with_references, model.default_adapters)
     known = [name for name in _SLIDERS if name in model.image_options]
     if preset:
         parts["preset"] = gr.Dropdown(
             [_BY_PRESET, *_PRESET_LABELS, "my own"],
             value=_BY_PRESET,
             label="Guidance",
-            info="The checkpoint's own for the task, one of its presets, or the values below",
+            info="The checkpoint's own for the task or a few-step adapter's, one of its presets, or the values below",
             elem_id=f"{tab}-preset",
         )
     with gr.Row():
         for name in known:
             label, low, high, step = _SLIDERS[name]
-            value = preset.get(name, model.defaults.get(name, low))
+            value = values.get(name, low)
             high = high or model.limits.steps
             slider = gr.Slider(low, high, value, step=step, label=label, elem_id=f"{tab}-{name}", min_width=200)
             parts[name] = slider
@@ -156,10 +158,22 @@ def _build_options(model: ServedModel, parts: dict[str, Any], tab: str) -> None:
 
 
 def _build_adapters(model: ServedModel, parts: dict[str, Any], tab: str) -> None:
+    """The selection of adapters and their strengths. It sets the number of updates, which few-step adapters reduce."""
     active = dict(model.default_adapters)
+
+    def updates_of(names: list[str]) -> int:
+        try:
+            adapters = model.read_adapters(names, None)
+        except ValueError:  # they need different sampling, which is an error when images are generated
+            adapters = ()
+        return model.default_settings(False, adapters)["num_inference_steps"]
+
     parts["adapters"] = gr.CheckboxGroup(
         model.adapter_names, value=list(active), label="Adapters", elem_id=f"{tab}-adapters"
     )
+    steps = parts.get("num_inference_steps")
+    if steps is not None:
+        parts["adapters"].input(updates_of, parts["adapters"], steps, api_visibility="private", show_progress="hidden")
     with gr.Row():
         for name in model.adapter_names:
             scale = active.get(name, 1.0)
