@@ -1,8 +1,8 @@
 """Measures what the quickstart's result is compared with, and records it in ``base/control.json``.
 
 ``python -m echo4o.quickstart.control OUT`` runs all experiments: each fine-tunes with the quickstart's recipe and scores
-the held-out prompts. The tables of docs/quickstart.md are the end of its output. ``--only`` runs some of them, ``--seeds`` sets their seeds. An experiment of a seed that is recorded
-already is replaced.
+the held-out prompts. Its output ends with the tables of docs/quickstart.md. ``--only`` selects experiments and
+``--seeds`` sets their seeds. A recorded experiment with the same seed is replaced.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
 from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, held_out_prompts
 from echo4o.evaluation.statistics import bootstrap
 from echo4o.modeling.pipelines import pipeline_class
-from echo4o.quickstart.base_model import single_object_prompts
 from echo4o.quickstart.generation import STEPS, generate_images, judge
+from echo4o.quickstart.imperfect_rows import single_object_prompts
 from echo4o.quickstart.run import BASE
 from echo4o.training.precompute import run as precompute
 from echo4o.training.recipe_files import bundled_recipe, load_recipe

@@ -50,9 +50,9 @@ pictures: >-
 from_openai: false
 license: apache-2.0
 """
-# Seconds of the first generation and of everything after it on two idle cores, computed from a run of an earlier
-# version: 0.38 s per training step, 8 s per 120 images. `pace` compares with them.
-REFERENCE = {"generation": 6.0, "rest": 75.0}
+# Seconds of the first generation and of everything after it, measured on two idle cores of an AMD EPYC that multiply
+# float32 matrices at 0.14 TFLOP/s. `pace` compares with them.
+REFERENCE = {"generation": 17.7, "rest": 192.0}
 # torch defaults to the number of physical cores, which is half of the virtual cores; more than four are not faster.
 THREADS = min(4, os.cpu_count() or 1)
 # Held-out prompts generated again in a new process: one without references, one with two.
@@ -182,7 +182,7 @@ def pace(generation: float) -> str:
     factor = generation / REFERENCE["generation"]
     minutes = max(1, round(factor * REFERENCE["rest"] / 60))
     words = f"about {factor:.1f}x slower than" if factor > 1.25 else "as fast as" if factor > 0.8 else "faster than"
-    return f"this machine is {words} the reference (2 cores, nothing else running): about {minutes} minutes to go"
+    return f"this machine is {words} the reference (2 cores, nothing else running): about {minutes} minute{'s' if minutes > 1 else ''} to go"
 
 
 def read_upstream(upstream: Path, folder: Path, cache: Path):

@@ -109,12 +109,13 @@ def test_loss_curve_of_a_single_step():
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (4.0, "faster than .* about 1 min"),
-        (6.0, "as fast as .* about 1 min"),
-        (12.0, "2.0x slower than .* about 2 min"),
+        (9.0, "faster than .* about 1 minute to go"),
+        (30.0, "as fast as .* about 3 minutes to go"),
+        (60.0, "2.0x slower than .* about 6 minutes to go"),
     ],
 )
-def test_the_remaining_time_is_estimated(seconds, words):
+def test_the_remaining_time_is_estimated(seconds, words, monkeypatch):
+    monkeypatch.setattr(quickstart, "REFERENCE", {"generation": 30.0, "rest": 180.0})
     assert re.search(words, quickstart.pace(seconds))
 
 
