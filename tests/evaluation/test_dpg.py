@@ -118,6 +118,13 @@ def test_one_call_per_question(judge, table, images, tmp_path):
     assert {record["aspect"] for record in JsonLines(out / "records.jsonl")} == {"q1", "q2", "q3"}
     schema = judge.judged[0].body["response_format"]["json_schema"]["schema"]
     assert schema["properties"] == {"answer": {"type": "string", "enum": ["yes", "no"]}}
+    other = tmp_path / "other"
+    judge.verdict = lambda call: {"answer": "no"}
+    assert run("dpg", "--images", images, *options(judge, table, other), "--no-cache").exit_code == 0
+    compared = run("compare", out, other, "--json")
+    assert compared.exit_code == 0, compared.output
+    score = json.loads((out / "result.json").read_text())["score"]
+    assert abs(json.loads(compared.stdout)["score"]["difference"]) == pytest.approx(score)
 
 
 def test_all_questions_of_an_image_in_one_call(judge, table, images, tmp_path):

@@ -89,7 +89,9 @@ def test_from_prompts_to_report(models, prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_original_folders_other_thresholds_and_agreement_of_batches(models, prompts, original_folder, tmp_path):
+def test_original_folders_other_thresholds_agreement_of_batches_and_comparison(
+    models, prompts, original_folder, tmp_path
+):
     given = ["geneval", "--prompts", prompts, *models, "--num-images", 2, "--device", "cpu"]
     done = run(*given, "--images", original_folder, "--out", tmp_path / "one", "--threshold", 0.2)
     assert done.exit_code == 0, done.output
@@ -109,6 +111,13 @@ def test_original_folders_other_thresholds_and_agreement_of_batches(models, prom
     for one, two in zip(*(_by_image(tmp_path / name) for name in ("one", "two")), strict=True):
         assert [of["class"] for of in one] == [of["class"] for of in two]
         assert np.allclose([of["score"] for of in one], [of["score"] for of in two], atol=1e-4)
+    refused = run("compare", tmp_path / "one", tmp_path / "two")
+    assert refused.exit_code == 2 and "were judged differently" in words(refused.stderr)
+    again = run(*given, "--images", original_folder, "--out", tmp_path / "two", "--threshold", 0.99)
+    assert again.exit_code == 0, again.output
+    compared = run("compare", tmp_path / "one", tmp_path / "two", "--json")
+    assert compared.exit_code == 0, compared.output
+    assert json.loads(compared.stdout)["score"]["difference"] == 0.0
 
 
 def _by_image(out):
