@@ -10,15 +10,15 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
+from echo4o.common.locks import FolderLock
 from echo4o.dataset_scripts.card import write_card
 from echo4o.dataset_scripts.findings import Finding, ReadingReport
 from echo4o.dataset_scripts.manifest import MANIFEST, make_manifest, read_manifest, versions
@@ -61,9 +61,9 @@ def build(
         The manifest.
 
     Raises:
-        ValueError: the source cannot be mapped, all rows are rejected, or there are more than `max_rejected` rejected
-            rows.
-        FileExistsError: `out` holds something else, or is being built by another process.
+        ValueError: the source cannot be mapped, all rows are rejected, there are more than `max_rejected` rejected
+            rows, or `out` is being built by another process.
+        FileExistsError: `out` holds something else.
         OSError: the disk is full; the same call resumes once there is space.
     """
     out = Path(out)
@@ -73,8 +73,8 @@ def build(
     shutil.rmtree(out / _REMOVED, ignore_errors=True)
     if (out / "data").exists() and (out / MANIFEST).is_file() and not (out / WORK).exists():
         return _with_rows(_finished(out, terms), out)
-    _prepare(out, terms)
-    with _exclusive(out):
+    with FolderLock(out):
+        _prepare(out, terms)
         work = _Build(out, source, terms, options, max_rejected)
         try:
             if not work.complete:
@@ -159,19 +159,6 @@ def _prepare(out: Path, terms: dict) -> None:
         raise FileExistsError(f"{out} is not empty (it holds {others[0]}): choose a new folder")
     (out / WORK).mkdir(parents=True, exist_ok=True)
     files.write_json(begun, terms)
-
-
-@contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    lock = FileLock(out / WORK / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(f"{out} is being built by another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Writers:

@@ -1,6 +1,7 @@
 """`echo4o generate`: images that remember how they were made, prompt files, and ways to load a model."""
 
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from echo4o.cli import app
 from echo4o.common.image_metadata import image_sha256, read_metadata, to_png
+from echo4o.common.locks import FolderLock
 from echo4o.endpoints.chat_endpoint import ImageFile
 
 PIPELINE = Path(__file__).parent / "artefacts_0_1" / "pipeline"
@@ -113,6 +115,9 @@ def test_a_prompt_file_resumes(folder):
     output = generate("--prompts", "prompts.txt", "-m", "model", *SMALL, "-o", "out")
     assert "[1/2]" in output and "[2/2]" not in output, "only what is missing"
     assert {name: Path("out", name).read_bytes() for name in names} == before
+    with FolderLock("out"):
+        refused = generate("--prompts", "prompts.txt", "-m", "model", *SMALL, "-o", "out", code=2)
+    assert f"out is in use by another process (process {os.getpid()})" in refused
     output = generate("--prompts", "prompts.txt", "-m", "model", "--steps", 3, "-o", "out", code=2)
     assert "out/0001.png was generated with another settings" in output
 

@@ -17,10 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from echo4o.common import files
 from echo4o.common.json_lines import JsonLines, JsonLinesWriter
+from echo4o.common.locks import FolderLock
 from echo4o.dataset_scripts.synthesis.gates import tiny_thumbnail
 from echo4o.model_cards.facts import ABOUT, About
 
@@ -46,19 +46,18 @@ class SynthesisFolder:
         self._steps: set[tuple] = set()
         self._thumbnails: dict[str, str] = {}  # row -> 8 x 8 pixels of its last image, hexadecimal
         self._lines: dict[Path, JsonLinesWriter] = {}
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FolderLock(self.path)
 
     def __enter__(self) -> "SynthesisFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FileExistsError(f"{self.path}: another process is synthesizing into this folder") from None
-        for file in sorted((self.path / DATASET).glob("*/rows-*.jsonl")):
-            self.accepted |= {row["row"]: row for row in _read(file)}
-        self.rejected = {row["row"]: row for row in _read(self.path / REJECTED)}
-        for step in _read(self.path / STEPS):
-            self._remember(step)
+        with ExitStack() as on_error:
+            on_error.enter_context(self._lock)
+            self.path.mkdir(exist_ok=True)
+            for file in sorted((self.path / DATASET).glob("*/rows-*.jsonl")):
+                self.accepted |= {row["row"]: row for row in _read(file)}
+            self.rejected = {row["row"]: row for row in _read(self.path / REJECTED)}
+            for step in _read(self.path / STEPS):
+                self._remember(step)
+            on_error.pop_all()
         return self
 
     def __exit__(self, *exc) -> None:

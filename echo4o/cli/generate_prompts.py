@@ -10,6 +10,7 @@ from echo4o.cli.frame import finish, say
 from echo4o.cli.generate_images import GenerationRequest, ImageGenerator, require_writable
 from echo4o.cli.generate_options import LoadingOptions, OutputOptions, SamplingOptions
 from echo4o.common.json_lines import JsonLines
+from echo4o.common.locks import FolderLock
 
 RECORD, SHEET = "images.jsonl", "sheet.png"
 _KEYS = {"prompt": str, "seed": int, "image": (str, list), "num_images": int}
@@ -65,7 +66,7 @@ def generate_file(
     require_writable([folder / RECORD])
     record = JsonLines(folder / RECORD)
     done = {value["file"]: value for value in record}
-    with record.appending() as append:
+    with FolderLock(folder), record.appending() as append:
         for number, (request, own) in enumerate(zip(requests, files, strict=True), start=1):
             if _is_done(generator, request, own, done):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Self
@@ -10,8 +11,9 @@ from typing import Self
 class FolderLock:
     """Holds an output folder for this process, so that a second run into it is refused instead of mixed in.
 
-    The lock is a file beside the folder, which may not exist yet and whose content may be published. It ends with
-    `release`, with the `with` block, or with the process. Where the operating system has no `flock`, nothing is locked.
+    The lock is a file beside the folder, which may not exist yet and whose content may be published; it is a file in
+    the folder where nothing can be created beside it, as in a mounted volume. It ends with `release`, with the `with`
+    block, or with the process. Where the operating system has no `flock`, nothing is locked.
     """
 
     def __init__(self, folder: Path):
@@ -28,8 +30,7 @@ class FolderLock:
             return self
         while True:
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = self._open()
             except OSError as error:
                 reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
                 raise ValueError(f"{self.folder} cannot be created: {reason}") from error
@@ -49,6 +50,17 @@ class FolderLock:
         os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
         return self
+
+    def _open(self) -> int:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            place = Path(os.path.realpath(self.folder))
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not place.is_dir():
+                raise
+            self._file = place / ".lock"
+            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
 
     def _is_current(self, descriptor: int) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from echo4o.common.files import read_json, write_bytes, write_json
 from echo4o.common.image_metadata import ImageMetadata, pixels_sha256, to_png, versions
+from echo4o.common.locks import FolderLock
 from echo4o.common.revisions import model_revision, public_name
 from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 from echo4o.evaluation.folder import GENERATION, IMAGES
@@ -72,30 +74,31 @@ def generate_images(
         on_progress: called after each image with the number of images done and in total, of this process.
 
     Raises:
-        ValueError: `out` has images that were generated with other settings.
+        ValueError: `out` has images that were generated with other settings, or is in use by another process.
     """
     state = state or world()
     folder = out / IMAGES
-    if state.is_main_process:
-        _require_same_settings(out, settings, prompts)
-        folder.mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
-    size = settings.batch_size
-    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    mine = batches[state.process_index :: state.num_processes]
-    open_batches = [batch for batch in mine if any(_missing(folder, settings, batch))]
-    total, generated = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
-    pipe = load_pipeline() if open_batches else None
-    for batch in open_batches:
-        metadata = _metadata(pipe, folder, settings, batch)
-        for path, image in zip(_paths(folder, settings, batch), _generate(pipe, settings, batch), strict=True):
-            if path in _missing(folder, settings, batch):
-                write_bytes(path, to_png(image, metadata[path]))
-            generated += 1
-            on_progress(generated, total)
-    if pipe is not None and state.is_main_process:
-        write_json(out / GENERATION, _description(settings, prompts) | describe_model(pipe, settings))
-    state.wait_for_everyone()
+    with FolderLock(out) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _require_same_settings(out, settings, prompts)
+            folder.mkdir(parents=True, exist_ok=True)
+        state.wait_for_everyone()
+        size = settings.batch_size
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        mine = batches[state.process_index :: state.num_processes]
+        open_batches = [batch for batch in mine if any(_missing(folder, settings, batch))]
+        total, generated = sum(len(batch) for batch in open_batches) * settings.per_prompt, 0
+        pipe = load_pipeline() if open_batches else None
+        for batch in open_batches:
+            metadata = _metadata(pipe, folder, settings, batch)
+            for path, image in zip(_paths(folder, settings, batch), _generate(pipe, settings, batch), strict=True):
+                if path in _missing(folder, settings, batch):
+                    write_bytes(path, to_png(image, metadata[path]))
+                generated += 1
+                on_progress(generated, total)
+        if pipe is not None and state.is_main_process:
+            write_json(out / GENERATION, _description(settings, prompts) | describe_model(pipe, settings))
+        state.wait_for_everyone()
     return generated
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from echo4o.common.files import read_json, write_json
 from echo4o.common.json_lines import JsonLines
+from echo4o.common.locks import FolderLock
 from echo4o.endpoints.budget import BudgetReached, Ledger
 from echo4o.endpoints.cache import AnswerCache, request_key
 from echo4o.endpoints.calls import Caller, run_async
@@ -147,7 +148,11 @@ def judge_images(
     options = options or JudgingOptions()
     judgements = list(_judgements(setup, prompts, found))
     records = JsonLines(out / RECORDS)
-    with records.appending() as append, Ledger(out / SPENDING, options.budget, options.price) as ledger:
+    with (
+        FolderLock(out),
+        records.appending() as append,
+        Ledger(out / SPENDING, options.budget, options.price) as ledger,
+    ):
         outcome = JudgingOutcome(ledger)
         run = _write_setup(out, setup, found)
         waiting = _open_judgements(judgements, records, options.retry_errors)

@@ -50,6 +50,26 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
     assert list(tmp_path.iterdir()) == [], "the lock leaves no file behind, and makes no folder"
 
 
+def test_where_nothing_can_be_created_beside_the_folder_the_lock_lies_in_it(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    beside, open_file = str(tmp_path / ".out.lock"), os.open
+
+    def refuse(path, *more):
+        if str(path) == beside:
+            raise PermissionError(13, "Permission denied", path)
+        return open_file(path, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with FolderLock(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").exists()
+        with pytest.raises(ValueError, match=f"out is in use by another process .process {os.getpid()}."):
+            FolderLock(tmp_path / "out").acquire()
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(ValueError, match="new cannot be created: Permission denied"):
+        beside = str(tmp_path / ".new.lock")
+        FolderLock(tmp_path / "new").acquire()
+
+
 def test_it_can_be_taken_again_after_its_release(tmp_path):
     lock = FolderLock(tmp_path / "out").acquire()
     with pytest.raises(ValueError, match=f"process {os.getpid()}"):

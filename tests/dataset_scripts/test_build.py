@@ -17,6 +17,7 @@ import pytest
 from datasets import load_dataset
 
 from echo4o.common import files
+from echo4o.common.locks import FolderLock
 from echo4o.dataset_scripts.build import WORK, BuildOptions, build
 from echo4o.dataset_scripts.features import features
 from echo4o.dataset_scripts.manifest import check_shards, read_manifest
@@ -281,6 +282,12 @@ def test_a_full_disk_is_one_clear_line(release, built, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "File too large" in done.stderr
     assert not (tmp_path / "out" / "data").exists()
+
+
+def test_two_processes_do_not_build_into_one_folder(release, tmp_path):
+    with FolderLock(tmp_path / "out"), pytest.raises(ValueError, match="out is in use by another process"):
+        build(release, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_rejected_rows_fail_and_the_build_continues_with_more(release, built, tmp_path):

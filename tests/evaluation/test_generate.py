@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from echo4o.common.locks import FolderLock
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.generate import GenerationSettings, generate_images, image_seed
 from echo4o.evaluation.prompt_files import read_prompts
@@ -89,6 +90,13 @@ def test_a_broken_batch_is_generated_as_a_batch(eight, tmp_path):
     (drawer,) = draw(eight, tmp_path, settings)
     assert len(drawer.prompts) == 4
     assert pictures(tmp_path) == before
+
+
+def test_two_processes_do_not_generate_into_one_folder(eight, tmp_path):
+    with FolderLock(tmp_path / "out"), pytest.raises(ValueError, match="out is in use by another process"):
+        draw(eight, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    draw(eight, tmp_path / "out")
 
 
 def test_other_settings_need_another_folder(eight, tmp_path):

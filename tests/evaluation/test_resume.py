@@ -12,6 +12,7 @@ import time
 import pytest
 
 from echo4o.common.json_lines import JsonLines
+from echo4o.common.locks import FolderLock
 from echo4o.evaluation.score import score_folder
 from echo4o.testing.openai_server import OpenAIServer
 from tests.evaluation import running
@@ -128,9 +129,9 @@ def test_another_folder_is_served_from_the_cache(slow_server, set_up, tmp_path):
 
 def test_two_processes_do_not_judge_into_one_folder(set_up, slow_server, tmp_path):
     out = tmp_path / "out"
-    with JsonLines(out / "records.jsonl").appending():
-        with pytest.raises(ValueError, match="another process is writing to this file"):
-            running.judge(slow_server.url, *set_up, out, None)
+    with FolderLock(out), pytest.raises(ValueError, match=f"out is in use by another process .process {os.getpid()}."):
+        running.judge(slow_server.url, *set_up, out, None)
+    assert not slow_server.calls
 
 
 def test_changed_images_and_questions_are_judged_again(slow_server, set_up, tmp_path):

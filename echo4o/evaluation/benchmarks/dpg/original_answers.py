@@ -9,6 +9,7 @@ from typing import Any
 
 from echo4o.common.files import read_json, write_json
 from echo4o.common.json_lines import JsonLines
+from echo4o.common.locks import FolderLock
 from echo4o.evaluation.benchmarks.base import BenchmarkPrompt
 from echo4o.evaluation.benchmarks.dpg.benchmark import ORIGINAL_JUDGE, DPGBench
 from echo4o.evaluation.benchmarks.dpg.prompts import questions_of
@@ -72,7 +73,7 @@ def import_answers(
     )
     if next(iter(JsonLines(out / RECORDS)), None) is not None:
         (out / RECORDS).unlink()  # of an import that was interrupted
-    with JsonLines(out / RECORDS).appending() as append:
+    with FolderLock(out), JsonLines(out / RECORDS).appending() as append:
         for prompt, number in wanted:
             for record in _records(benchmark, setup, prompt, number, answers, images, file):
                 append(record)
