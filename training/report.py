@@ -105,7 +105,10 @@ def _curves(log: list[dict], losses: Sequence[str], validations: Sequence[Valida
     names = [name for name in titles if any(entry.get(name) for entry in log)]
     panels = [panel for panel in (_by_task(validations), _by_time(validations)) if panel[1]]
     rows = -(-(len(names) + 1 + len(panels)) // 3)
-    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    height = 2.6 * rows
+    figure = Figure(figsize=(12, height))
+    # A layout that matplotlib computes takes twice the time.
+    figure.subplots_adjust(0.04, 0.3 / height, 0.99, 1 - 0.3 / height, wspace=0.15, hspace=0.3)
     for position, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, 3, position)
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
@@ -116,6 +119,8 @@ def _curves(log: list[dict], losses: Sequence[str], validations: Sequence[Valida
             axes.legend(fontsize=7)
         axes.set_title(titles[name], fontsize=9)
         axes.tick_params(labelsize=7)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 6))
+        axes.yaxis.offsetText.set_fontsize(7)
     for position, (title, curves) in enumerate(panels, len(names) + 2):
         axes = figure.add_subplot(rows, 3, position)
         for label, points in curves.items():

@@ -63,7 +63,7 @@ class LoopbackHub:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     def __enter__(self) -> "LoopbackHub":
         self.thread.start()
@@ -138,6 +138,8 @@ class LoopbackHub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet per answer: no waiting for acknowledgements
+    disable_nagle_algorithm = True
     hub: LoopbackHub
     cut: float | None = None
     lost = False

@@ -11,22 +11,19 @@ How diffusers 0.42 fetches code decides what is written:
 """
 
 import ast
+import functools
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .mixin_base import PipelineMixin
 from .placement import modules_by_name
 from .weights import read_json
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Pipeline
-else:
-    _Pipeline = object  # the mixin's other base is always a DiffusionPipeline
 
 INDEX_NAME = "model_index.json"
 PIPELINE_FILE = "pipeline.py"  # the only name that diffusers looks for without `custom_pipeline=`
@@ -43,7 +40,8 @@ if False:
 # --- source files --------------------------------------------------------------------------------------------------
 
 
-def relative_imports(source: str) -> list[str]:
+@functools.cache  # every load and every save reads the same files
+def relative_imports(source: str) -> tuple[str, ...]:
     """The modules that a source text imports as `from .x import y` or `from ..common.x import y`, sorted.
 
     Raises ValueError for any other relative import: the published files lie in one folder.
@@ -53,7 +51,7 @@ def relative_imports(source: str) -> list[str]:
     for name, line in names.items():
         if not re.fullmatch(r"\.\w+|\.\.common\.\w+", name):
             raise ValueError(f"line {line} imports {name} from outside its own folder; such code is not portable.")
-    return sorted(names)
+    return tuple(sorted(names))
 
 
 def published_text(text: str) -> str:
@@ -139,7 +137,7 @@ def _module_file(cls: type) -> Path | None:
 # --- the mixin -----------------------------------------------------------------------------------------------------
 
 
-class PublishingMixin(_Pipeline):
+class PublishingMixin(PipelineMixin):
     """Saves a pipeline with its code. Use it through `PortablePipelineMixin` (loading.py).
 
     A class that defines `_published_modules` is the one that is published; classes derived from it are saved as it.

@@ -121,7 +121,7 @@ def test_addresses_are_downloaded_only_when_allowed(recipe_file, tmp_path, capsy
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Images)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/red.png"
     Dataset.from_list([{"text": f"number {i}", "url": url} for i in range(3)]).save_to_disk(tmp_path / "urls")
     data = {"path": str(tmp_path / "urls"), "columns": {"instruction": "text", "image": "url"}}
