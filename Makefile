@@ -25,14 +25,14 @@ help: ## show this list
 quickstart: $(STAMP) ## render a small dataset, train, generate, score; writes quickstart/report.html
 	$(BIN)/echo4o quickstart
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) ## run the fast tests, in under three minutes on two cores
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-test-long: $(STAMP) ## run whole journeys too long for every change: guides, publishing, the installed wheel
+test-long: $(STAMP) ## run the other tests: real training runs, guides, publishing, servers, the installed wheel
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) --dist loadfile -m long $(PYTEST_ARGS)
 
-servers: $(STAMP) ## install what long tests need beside the package: the app, servers of others, a browser's driver
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[app]' llm-katan playwright
+servers: $(STAMP) ## install what long tests need beside the package: the app, Ray, servers of others, a browser's driver
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[app,ray]' llm-katan playwright
 
 venv: $(STAMP) ## only the set-up: .venv with the package and its tools
 

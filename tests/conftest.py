@@ -3,7 +3,10 @@
 import gc
 import os
 import platform
+import sys
 import tempfile
+
+import pytest
 
 # Before anything imports huggingface_hub or torch: both read these once.
 _cache = tempfile.TemporaryDirectory(prefix="echo4o-tests-", ignore_cleanup_errors=True)
@@ -20,14 +23,18 @@ if platform.machine() in ("x86_64", "AMD64"):
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+# Processes that together have more threads than there are cores wait for each other: tests would take six times as long.
+_cores = os.cpu_count() or 1
+_threads = max(1, _cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(min(_threads, int(os.environ.get("OMP_NUM_THREADS", _threads))))
 
 
-def pytest_collection_modifyitems(items):
-    # Spread over processes, the long tests start first: none is left to run alone at the end.
-    if _workers > 1:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+@pytest.fixture(autouse=True)
+def threads():
+    """Gives torch its number of threads back."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_finish():

@@ -9,13 +9,19 @@ import sys
 
 import echo4o
 
+OPTIONAL = "echo4o.serving."  # most of its modules need echo4o[app]
 ROOMS = ("modeling", "training", "dataset_scripts", "model_cards")
 
 
 def module_names() -> list[str]:
-    """All modules but scripts, which run when they are imported."""
-    found = [m.name for m in pkgutil.walk_packages(echo4o.__path__, "echo4o.")]
-    return sorted(name for name in found if name.rpartition(".")[2] not in ("__main__", "app"))
+    """All modules but scripts, which run when they are imported, and those that need an optional extra."""
+    found = [m.name for m in pkgutil.walk_packages(echo4o.__path__, "echo4o.", onerror=_is_optional)]
+    scripts = ("__main__", "app")
+    return sorted(name for name in found if name.rpartition(".")[2] not in scripts and not name.startswith(OPTIONAL))
+
+
+def _is_optional(package: str) -> None:
+    assert package.startswith(OPTIONAL), f"{package} cannot be imported"
 
 
 def main(pipeline: str) -> None:

@@ -118,6 +118,7 @@ save_file({name: image.contiguous() for name, image in generated_images(pipe).it
 """
 
 
+@pytest.mark.long
 def test_a_pipeline_folder_loads_with_the_code_in_it(tmp_path):
     # A process of its own: diffusers gives the code of all local folders the same module names.
     root = Path(__file__).resolve().parents[1]
@@ -150,6 +151,7 @@ def losses_in(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumes_to_the_same_weights_and_optimizer_states(name):
     again, facts = resumed(name), FACTS["runs"][name]
@@ -162,6 +164,7 @@ def test_a_run_resumes_to_the_same_weights_and_optimizer_states(name):
         assert contents(again / "checkpoints" / f"step-{STEPS:08d}") == facts["checkpoint"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lora", "full"])  # a new streamed run may read its rows in another order
 def test_a_new_run_of_the_same_recipe_gives_the_same_weights(name):
     from echo4o.training.train import main

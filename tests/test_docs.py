@@ -162,7 +162,7 @@ def _with_its_length(document: Path):
 
 
 # Processes that import torch and diffusers: on a machine busy with other work that takes minutes.
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("document", [_with_its_length(document) for document in RUN_HERE])
 def test_examples_run(document, tmp_path):

@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 pytestmark = [pytest.mark.timeout(900)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_generate_and_edit(world):
     world.run("generate.py", "a red square", "--model", "owner/echo-4o", "--steps", 2, "--out", "first.png")
     world.run("generate.py", "a blue square", "--model", "owner/echo-4o", "--steps", 2, "--out", "second.png")
@@ -67,7 +67,7 @@ def test_generate_and_edit(world):
     assert world.size("3.png") == (64, 64)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batch_continues_with_what_is_missing(world):
     (world.folder / "prompts.txt").write_text("a red square\n\na blue square\na green square\n")
     given = ["prompts.txt", "--model", "owner/echo-4o", "--steps", 2, "--out", "images", "--batch-size", 2]
@@ -79,7 +79,7 @@ def test_batch_continues_with_what_is_missing(world):
     assert sorted(before) == sorted(path.name for path in images.iterdir()) == ["00000.png", "00001.png", "00002.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluate_a_folder(world):
     evaluation = ARTEFACTS / "evaluation"
     world.judge.verdict = lambda call: {"reason": "as asked", "correct": 1}
@@ -90,7 +90,7 @@ def test_evaluate_a_folder(world):
     assert len(world.judge.calls) == asked
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_and_publish(world):
     given = ["--model", "owner/echo-4o", "--dataset", "owner/echo-4o-image", "--steps", 2, "--rank", 4]
     world.run("train_lora.py", *given, "--out", "runs/lora")

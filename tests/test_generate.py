@@ -146,7 +146,7 @@ def test_one_source_of_prompts():
     assert message in generate("a red circle", "--like", "a.png", "-m", "model", code=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_with_scales(folder):
     adapter = PIPELINE.parent / "adapters" / "diffusers"
     images = {}
@@ -163,7 +163,7 @@ def test_adapters_with_scales(folder):
     assert "'x' is not a number" in generate("a", "-m", "model", "--lora", f"{adapter}:x", code=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["--offload group", "--offload disk", "--cache taylorseer", "--cache first-block"])
 def test_ways_to_run(option):
     generate("a red circle", "-m", "model", "--steps", 6, "--height", 32, "--width", 32, "--seed", 5, "-o", "a.png")
@@ -175,7 +175,7 @@ def test_ways_to_run(option):
         assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_step_caches_of_other_models(monkeypatch):
     """OmniGen2 has the cache of the first block; BLIP3-o's head has none. What they lack is an error of one line."""
     from echo4o.modeling.omnigen2.transformer_omnigen2 import OmniGen2Transformer2DModel
@@ -210,7 +210,7 @@ def test_options_without_effect_are_errors(options, message):
     assert message in generate("a red circle", "-m", "model", *options, code=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quantized_pipelines_are_saved_and_load_in_both_modes(folder):
     pytest.importorskip("torchao")
     import torch

@@ -97,6 +97,7 @@ def test_a_typing_error_is_reported(path):
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
+@pytest.mark.long
 def test_output_that_is_closed_early_is_not_an_error():
     for arguments in (["--help"], ["info", "--json"], ["evaluate", "run", "--help"]):
         command = subprocess.Popen(
@@ -108,6 +109,7 @@ def test_output_that_is_closed_early_is_not_an_error():
         assert "Traceback" not in errors and "rror" not in errors, errors
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info", "--json"]])
 def test_a_full_disk_is_one_line(arguments):
@@ -122,7 +124,7 @@ def test_a_full_disk_is_one_line(arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow  # it imports everything
+@pytest.mark.long  # it imports everything
 def test_ctrl_c_is_one_word(tmp_path):
     """A real signal, while the quickstart renders."""
     command = subprocess.Popen(

@@ -38,7 +38,7 @@ assert [row["id"] for row in streamed] == ["a", "b"]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_clients_find_what_they_stored(tmp_path):
     with LoopbackHub() as hub:
         run_script(CLIENT, tmp_path, env=hub.environment(tmp_path))

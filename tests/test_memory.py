@@ -93,6 +93,7 @@ def test_caches_are_what_is_allocated(folder, pipe, references, batch):
     assert planned - got == batch * references * (largest - seen) * per_token
 
 
+@pytest.mark.long
 def test_an_update_allocates_what_the_formula_says(monkeypatch):
     # The formula is of one group; larger batches are computed in several.
     monkeypatch.setattr("echo4o.modeling.bagel.pipeline_echo4o.activation_limit", lambda device: float("inf"))
@@ -187,7 +188,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_repository_is_planned_by_its_headers(folder, tmp_path):
     (tmp_path / "home").mkdir()
     with LoopbackHub() as hub:

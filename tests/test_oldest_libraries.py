@@ -47,7 +47,6 @@ def run(*command, cwd: Path, **variables) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the oldest libraries have wheels for Python 3.11")
 def test_everything_imports_and_generates(tmp_path):

@@ -17,7 +17,7 @@ from echo4o.testing.hub import LoopbackHub
 from echo4o.testing.processes import run_script
 from tests.modeling.omnigen2_models import CHECKPOINT
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 SETTINGS = {
     "mixed_precision": "no",

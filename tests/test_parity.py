@@ -309,7 +309,7 @@ def test_exit_status_says_whether_all_passed(copy, capsys):
     assert failed[-1][0] == "FAIL:"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_as_a_module_and_refuses_a_folder_of_another_kind(tmp_path):
     command = [sys.executable, "-m", "tests.parity", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)

@@ -12,7 +12,7 @@ from .parity.forms import FORMS, form_of
 from .parity.run import REST, run
 
 GOLDEN = Path(__file__).parent / "parity" / "golden_blip3o"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("letter", FORMS["blip3o"].checks)

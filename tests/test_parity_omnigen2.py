@@ -21,12 +21,12 @@ def report():
     return run(GOLDEN, quiet=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_set(report):
     assert [str(row) for row in report.failures] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FORMS["omnigen2"].checks)
 def test_every_kind_has_checks(report, kind):
     assert len([row for row in report.rows if row.file.startswith(f"{kind}_")]) > 15
@@ -56,7 +56,7 @@ def alter(folder: Path, stem: str, name: str) -> None:
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stem", "name"),
     [

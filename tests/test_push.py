@@ -21,6 +21,7 @@ pytest_plugins = ["tests.push_fixtures"]
 # --- what it is ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_pipeline_is_sent_whole_and_comes_back(folder, hub, api):
     messages = []
     done = send(folder, api, verify=True, log=messages.append)
@@ -136,6 +137,7 @@ def test_who_may_write(folder, hub, api, monkeypatch):
     assert not hub.repos
 
 
+@pytest.mark.long
 def test_a_revision_that_moved_is_not_written_over(folder, hub, api):
     send(folder, api)
     repo = hub.repo(REPO)
@@ -188,6 +190,7 @@ def test_weights_of_an_earlier_version_go_and_other_files_stay(folder, hub, api)
     assert done.delete == [stale] and stale not in repo.files and "NOTES.md" in repo.files
 
 
+@pytest.mark.long
 def test_a_branch_is_made_from_main_and_main_stays(folder, hub, api):
     send(folder, api)
     before = hub.repo(REPO).branches["main"]
@@ -230,6 +233,7 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_an_adapter_needs_the_base_it_fits(adapter, folder, hub, api):
     with pytest.raises(ValueError, match="names its base model: pass its Hub repository"):
         send(adapter, api)

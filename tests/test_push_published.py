@@ -20,7 +20,7 @@ from echo4o.quickstart import run as quickstart
 from echo4o.testing.hub import HubFault, LoopbackHub
 from echo4o.testing.processes import run_script
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "publishing.md").read_text("utf-8")
@@ -30,7 +30,7 @@ FEW = quickstart.QuickstartSize(
     {"surreal_fantasy": 10, "multi_reference": 10, "instruction_following": 20},
     1,
     2,
-    {"steps": 2, "batch_size": 8, "optimizer.warmup_steps": 1},
+    {"steps": 2, "batch_size": 8, "optimizer.warmup_steps": 1, "validation.share": 0.2},
 )
 KINDS = {
     ("models", "owner/shapes"): "pipeline",
@@ -101,8 +101,8 @@ def test_what_the_cards_say_comes_from_the_files(place):
     data, text = split(place.card("owner/shapes"))
     assert data["model-index"][0]["results"][0]["metrics"][0]["args"]["coverage"] == 1.0
     assert len(data["widget"]) == 4 and all(w["output"]["url"] in place.files("owner/shapes") for w in data["widget"])
-    assert "2 optimizer steps over 16 samples" in text and "`dataset`, 40 rows. Small pictures" in text
-    assert "come from no model of OpenAI" in text and "base_model" not in data and "datasets" not in data
+    assert "2 optimizer steps over 16 samples" in text and "`dataset`, 40 rows. Small images" in text
+    assert "do not come from a model of OpenAI" in text and "base_model" not in data and "datasets" not in data
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert recipe["optimizer"]["name"] == "muon" and recipe["model"] == "base" and "output_dir" not in recipe
     again, text = split(place.card("owner/shapes-again"))

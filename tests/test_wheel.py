@@ -22,7 +22,7 @@ import echo4o
 from tests.test_package import ROOMS, ROOT
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not (ROOT / ".git").exists(), reason="needs a git checkout: it says which files are the project's"

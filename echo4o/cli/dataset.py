@@ -293,7 +293,7 @@ def stats(
 def _benchmark_prompts(names: list[str] | None, quiet: bool) -> list[tuple[str, str]]:
     """Prompts of the named benchmarks. Without names: of the two default ones, if they can be loaded."""
     from echo4o.evaluation.benchmarks import get_benchmark
-    from echo4o.evaluation.prompt_files import load_prompts
+    from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 
     listed = []
     for name in names if names is not None else () if quiet else ("genevalpp", "imagine_bench"):

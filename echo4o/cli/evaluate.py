@@ -232,8 +232,8 @@ def make_prompts(
     """
     from echo4o.evaluation.benchmarks import get_benchmark
     from echo4o.evaluation.benchmarks.geneval.fresh_prompts import make_geneval
+    from echo4o.evaluation.benchmarks.prompt_files import read_prompts
     from echo4o.evaluation.fresh_prompts import make_genevalpp, write_prompts
-    from echo4o.evaluation.prompt_files import read_prompts
 
     chosen = get_benchmark(benchmark)
     makers = {"genevalpp": make_genevalpp, "geneval": make_geneval}
@@ -277,8 +277,8 @@ class _Steps:
 
     def __init__(self, benchmark: str | None, out: Path, prompt_options: PromptOptions):
         from echo4o.evaluation.benchmarks import get_benchmark
+        from echo4o.evaluation.benchmarks.prompt_files import load_prompts
         from echo4o.evaluation.folder import PROMPTS
-        from echo4o.evaluation.prompt_files import load_prompts
         from echo4o.evaluation.run import keep_prompts, kept_prompts
 
         self.out = out
@@ -339,8 +339,8 @@ class _Steps:
         if side is None:
             return images
         from echo4o.evaluation.benchmarks.dpg.grid import write_grid_images
+        from echo4o.evaluation.benchmarks.prompt_files import DPG_NAMES
         from echo4o.evaluation.folder import IMAGES
-        from echo4o.evaluation.prompt_files import DPG_NAMES
 
         if images is None or self.benchmark.name not in DPG_NAMES:
             raise ValueError("--grid needs --images, and a benchmark whose images come in grids (dpg)")

@@ -175,8 +175,8 @@ class JudgeOptions:
     def options(self, judge_name: str, paid: bool) -> "JudgingOptions":
         from echo4o.endpoints.budget import KNOWN_PRICES
         from echo4o.endpoints.limits import CallPolicy
+        from echo4o.evaluation.benchmarks.prompt_files import cache_folder
         from echo4o.evaluation.judging import JudgingOptions
-        from echo4o.evaluation.prompt_files import cache_folder
 
         price = _price(self.price) or KNOWN_PRICES.get(judge_name.partition(":")[2])
         if self.budget is not None and paid and price is None:

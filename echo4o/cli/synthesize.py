@@ -95,7 +95,7 @@ def _prompts(recipe):
     """The index of benchmark prompts that no row may be close to, or None if the recipe disables this gate."""
     from echo4o.dataset_scripts.contamination import PromptIndex, read_prompts
     from echo4o.evaluation.benchmarks import get_benchmark
-    from echo4o.evaluation.prompt_files import load_prompts
+    from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 
     gate = recipe.gates.contamination
     if gate is None:

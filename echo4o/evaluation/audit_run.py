@@ -7,11 +7,11 @@ from pathlib import Path
 from echo4o.common.files import write_json
 from echo4o.evaluation.audit_estimate import sample_prompts
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
+from echo4o.evaluation.benchmarks.prompt_files import PromptSet
 from echo4o.evaluation.folder import AUDIT, COSTS, IMAGES, PROMPTS
 from echo4o.evaluation.judge_prompts import JudgePrompt
 from echo4o.evaluation.judges import Judge
 from echo4o.evaluation.judging import JudgingOptions, JudgingOutcome
-from echo4o.evaluation.prompt_files import PromptSet
 from echo4o.evaluation.run import judge_folder, keep_prompts
 
 

@@ -312,7 +312,7 @@ def _lenient(verdict: type[Verdict]) -> type[Verdict]:
 
 def load_released_prompts(benchmark: Benchmark) -> dict[str, Any]:
     """The released judge prompt of a benchmark, by aspect: fetched once, checked by its SHA-256."""
-    from echo4o.evaluation.prompt_files import cache_folder, fetch
+    from echo4o.evaluation.benchmarks.prompt_files import cache_folder, fetch
 
     source = SCRIPTS.get(benchmark.name)
     if source is None:

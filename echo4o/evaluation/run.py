@@ -10,12 +10,12 @@ from echo4o.common.files import write_bytes, write_text
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt
+from echo4o.evaluation.benchmarks.prompt_files import PromptSet, from_row, more_of, to_row
 from echo4o.evaluation.folder import IMAGES, PROMPTS
 from echo4o.evaluation.images import find_images, require_all
 from echo4o.evaluation.judge_prompts import JudgePrompt, load_judge_prompts
 from echo4o.evaluation.judges import Judge, make_judge
 from echo4o.evaluation.judging import JudgingOptions, JudgingOutcome, JudgingSetup, judge_images
-from echo4o.evaluation.prompt_files import PromptSet, from_row, more_of, to_row
 from echo4o.evaluation.score import score_folder
 from echo4o.evaluation.score_report import write_report
 
@@ -111,7 +111,7 @@ def evaluate_images(
         prompts: the prompt file. Without `rows` and `prompts`, the official prompts are downloaded.
     """
 
-    from echo4o.evaluation.prompt_files import load_prompts
+    from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 
     definition, out = get_benchmark(benchmark), Path(out)
     if rows is not None:

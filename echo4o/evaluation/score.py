@@ -16,9 +16,9 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, Measure
+from echo4o.evaluation.benchmarks.prompt_files import from_row, more_of
 from echo4o.evaluation.folder import GENERATION, JUDGE, PROMPTS, RECORDS, RESULT
 from echo4o.evaluation.images import image_name
-from echo4o.evaluation.prompt_files import from_row, more_of
 from echo4o.evaluation.released_prompts import RELEASED
 
 STATUSES = ("scored", "judge_error", "missing_image", "not_judged")

@@ -47,7 +47,7 @@ def test_lines_are_strict(tmp_path):
 
 def test_prompts_are_kept_as_strict_json(tmp_path):
     from echo4o.evaluation.benchmarks import get_benchmark
-    from echo4o.evaluation.prompt_files import load_prompts
+    from echo4o.evaluation.benchmarks.prompt_files import load_prompts
     from echo4o.evaluation.run import keep_prompts
 
     row = '{"tag": "counting", "prompt": "A cup", "include": [{"class": "cup", "count": 1}], "weight": NaN}\n'

@@ -148,11 +148,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 # A step is a write, a sync or a rename. Inside a shard the writes are alike: a few of them are enough to look at always.
 BREAKS = [
     pytest.param(100_000, 15, Killed(), id="killed"),
-    pytest.param(100_000, 15, FULL, id="full", marks=pytest.mark.slow),
-    pytest.param(1, 1, Killed(), id="killed at every step, a row per shard", marks=pytest.mark.slow),
+    pytest.param(100_000, 15, FULL, id="full", marks=pytest.mark.long),
+    pytest.param(1, 1, Killed(), id="killed at every step, a row per shard", marks=pytest.mark.long),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shard_bytes, every, error", BREAKS)
 def test_broken_off_at_every_write_and_rename(tmp_path, shard_bytes, every, error):
     release, options = (
@@ -257,7 +258,7 @@ build(sys.argv[1], sys.argv[2], BuildOptions(shard_bytes=3000, row_group_bytes=1
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 4, 7])
 def test_killed_for_real(release, built, tmp_path, shards):
     out = tmp_path / "out"
@@ -271,7 +272,7 @@ def test_killed_for_real(release, built, tmp_path, shards):
     assert tree(out) == tree(built)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_one_clear_line(release, built, tmp_path):
     """The process may write no file longer than 4 kB, which meets the first shard as a full disk would."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

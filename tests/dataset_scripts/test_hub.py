@@ -174,7 +174,7 @@ assert str(report) == "25 rows given, 24 accepted, 1 rejected (1 missing image)"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reading_from_the_hub_survives_its_moods(folders, hub, tmp_path):
     hub.add_folder("ns/Echo-4o-Image", folders / "Echo-4o-Image", "datasets")
     hub.inject(HubFault(path="0-3.tar.gz", method="GET", cut=0.5))
@@ -242,7 +242,7 @@ assert len(manifest["source"]["revision"]) == 40 and manifest["rows"]["accepted"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_three_meanings_of_load_dataset(folders, hub, api, tmp_path):
     send(folders / "echo-4o-image", api)
     hub.add_folder("ns/Echo-4o-Image", folders / "Echo-4o-Image", "datasets")
@@ -270,6 +270,7 @@ from echo4o import Echo4oImage
 """
 
 
+@pytest.mark.long
 def test_without_the_private_function_the_rest_works_and_a_message_helps(tmp_path):
     env = offline_environment(tmp_path)
     done = subprocess.run([sys.executable, "-c", WITHOUT_REGISTRY], env=env, capture_output=True, text=True)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from echo4o.endpoints.limits import CallPolicy
 from echo4o.evaluation.benchmarks import get_benchmark
+from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 from echo4o.evaluation.judges.hosted import OpenAIJudge
 from echo4o.evaluation.judging import JudgingOptions
-from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import judge_folder, keep_prompts
 
 

@@ -49,7 +49,7 @@ def simulate(total: int, first_judge, share: float, images: int, seed: int) -> d
     return {"covers": np.array(covers), "widths": np.array(widths), "alone": np.array(alone)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("total", SIZES)
 @pytest.mark.parametrize("judge", FIRST_JUDGES)
 def test_the_interval_covers_the_second_judges_score(total, judge):
@@ -98,6 +98,7 @@ def _number(call) -> int:
     return call.open_image().getpixel((0, 0))[0]
 
 
+@pytest.mark.long
 def test_a_run_with_an_audit(server, dear, tmp_path):
     prompts, pictures, out = write_prompts(tmp_path / "p.jsonl", 80), write_pictures(tmp_path / "pictures", 80), None
     server.verdict = even_is_correct

@@ -14,7 +14,7 @@ from PIL import Image
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.dpg import prompts as dpg_prompts
-from echo4o.evaluation.prompt_files import load_prompts
+from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 from echo4o.testing.openai_server import OpenAIServer
 from tests.evaluation.conftest import ROOT, official
 from tests.evaluation.test_command import run, words
@@ -172,7 +172,7 @@ def test_grids_are_cut_as_the_original_cuts_them(judge, table, grids, tmp_path):
     assert done.exit_code == 2 and "4 of 8 images are missing" in words(done.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_and_resume(table, images, tmp_path):
     out = tmp_path / "out"
     with OpenAIServer(latency=0.05) as server:

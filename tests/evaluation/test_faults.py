@@ -8,9 +8,9 @@ from echo4o.common.json_lines import JsonLines
 from echo4o.endpoints.limits import CallPolicy
 from echo4o.endpoints.openai_connection import duration, wait_of
 from echo4o.evaluation.benchmarks import get_benchmark
+from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 from echo4o.evaluation.judges.hosted import OpenAIJudge
 from echo4o.evaluation.judging import JudgingOptions
-from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import judge_folder, keep_prompts
 from echo4o.evaluation.score import score_folder
 from echo4o.testing.openai_server import API_KEY, EndpointFault
@@ -66,6 +66,7 @@ OVERCOME = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OVERCOME)
 def test_a_passing_fault_is_noted_and_overcome(name, server, prompts, pictures, tmp_path):
     fault, kind, tries = OVERCOME[name]

@@ -8,8 +8,8 @@ from PIL import Image
 
 from echo4o.common.locks import FolderLock
 from echo4o.evaluation.benchmarks import get_benchmark
+from echo4o.evaluation.benchmarks.prompt_files import read_prompts
 from echo4o.evaluation.generate import GenerationSettings, generate_images, image_seed
-from echo4o.evaluation.prompt_files import read_prompts
 
 
 class Drawer:
@@ -129,7 +129,7 @@ def test_references_reach_the_model(tmp_path):
     assert (tmp_path / "out" / "images" / "k1.png").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_real_processes_generate_what_one_generates(tmp_path, prompts):
     """The golden model under torchrun: two gloo processes, and one, give the same bytes."""
     import subprocess

@@ -15,7 +15,7 @@ from PIL import Image
 from echo4o.common.json_lines import JsonLines
 from echo4o.evaluation.benchmarks import get_benchmark
 from echo4o.evaluation.benchmarks.geneval.convert_detector import COCO_CLASSES, convert_detector, require_coco_order
-from echo4o.evaluation.prompt_files import fetch, load_prompts, read_prompts
+from echo4o.evaluation.benchmarks.prompt_files import fetch, load_prompts, read_prompts
 from echo4o.evaluation.score_report import load_published
 from tests.evaluation.conftest import ROOT, official
 from tests.evaluation.test_command import run, words
@@ -70,7 +70,7 @@ def result_of(out) -> dict:
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_prompts_to_report(models, prompts, tmp_path):
     checkpoint = ROOT / "tests" / "parity" / "golden" / "checkpoint"
     generation = ["--model", checkpoint, "--steps", 1, "--height", 64, "--width", 64, "--num-images", 2]
@@ -88,7 +88,7 @@ def test_from_prompts_to_report(models, prompts, tmp_path):
     assert "Published numbers are not shown" in report and "BAGEL" not in report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_original_folders_other_thresholds_agreement_of_batches_and_comparison(
     models, prompts, original_folder, tmp_path
 ):
@@ -125,7 +125,7 @@ def _by_image(out):
     return [sorted(lines[key], key=lambda of: (of["class"], of["score"], of["box"])) for key in sorted(lines)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_and_resume(models, prompts, original_folder, tmp_path):
     out = tmp_path / "out"
     options = ["--prompts", prompts, *models, "--num-images", 2, "--device", "cpu", "--images", original_folder]
@@ -332,7 +332,7 @@ def mmdet_checkpoint(folder, detector) -> dict:
     return {"meta": {"CLASSES": COCO_CLASSES, "epoch": 50}, "state_dict": state}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_converted_checkpoint_detects_the_same(models, tmp_path):
     from transformers import Mask2FormerForUniversalSegmentation
 

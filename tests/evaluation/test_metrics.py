@@ -71,6 +71,7 @@ def test_unknown_groups_and_empty_inputs_are_refused(metrics):
         metrics["genevalpp"].compute(correct=[None], tags=["counting"])
 
 
+@pytest.mark.long
 def test_they_can_be_combined(metrics):
     both = evaluate.combine([metrics["genevalpp"], evaluate.load(metric_path("genevalpp"))])
     both.add_batch(correct=[1, 0], tags=["counting", "counting"])

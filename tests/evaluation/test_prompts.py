@@ -11,10 +11,10 @@ import pytest
 
 from echo4o.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from echo4o.evaluation.benchmarks.genevalpp import checklist
+from echo4o.evaluation.benchmarks.prompt_files import fetch, load_prompts, read_prompts
 from echo4o.evaluation.fresh_prompts import content, make_genevalpp, write_prompts
 from echo4o.evaluation.images import find_images
 from echo4o.evaluation.judge_prompts import load_judge_prompts
-from echo4o.evaluation.prompt_files import fetch, load_prompts, read_prompts
 from tests.evaluation.conftest import official, write_pictures
 
 

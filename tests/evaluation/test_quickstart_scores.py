@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from echo4o.evaluation.benchmarks.shapes4o.detector import check, detect
@@ -17,6 +18,7 @@ def test_the_judge_keeps_its_identity():
     assert PixelsJudge().identity() == {"judge": "pixels", "detector": "7265445aca54e6e8"}
 
 
+@pytest.mark.long
 def test_all_held_out_prompts(tmp_path):
     prompts = held_out_prompts()
     # Every third picture is that of another prompt, every tenth is blank.

@@ -56,7 +56,7 @@ def answered(out, cache) -> set[str]:
     return {path.stem for path in cache.rglob("*.json")} | {line["key"] for line in JsonLines(out / "spending.jsonl")}
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_kill_9_at_random_points(seed, processes, slow_server, set_up, tmp_path):
     server, dice = slow_server, random.Random(seed)
     out, cache = tmp_path / "out", tmp_path / "cache"

@@ -9,12 +9,12 @@ import pytest
 from echo4o.endpoints.endpoint import ModelAnswer
 from echo4o.evaluation import statistics
 from echo4o.evaluation.benchmarks import get_benchmark
+from echo4o.evaluation.benchmarks.prompt_files import load_prompts
 from echo4o.evaluation.compare import compare
 from echo4o.evaluation.images import find_images
 from echo4o.evaluation.judge_prompts import load_judge_prompts
 from echo4o.evaluation.judges.base import Judge
 from echo4o.evaluation.judging import JudgingOptions, JudgingSetup, judge_images
-from echo4o.evaluation.prompt_files import load_prompts
 from echo4o.evaluation.run import evaluate_images, keep_prompts
 from echo4o.evaluation.score import score_folder
 from tests.evaluation.conftest import write_pictures

@@ -32,6 +32,7 @@ def few_steps(adapters):
     return add_preset(adapters(), FOUR)
 
 
+@pytest.mark.long
 def test_a_call_uses_the_preset_unless_it_says_otherwise(fresh, few_steps):
     pipe = fresh()
     pipe.load_lora_weights(few_steps, adapter_name="fast")
@@ -145,7 +146,7 @@ np.save(target, images.numpy())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_preset_works_without_the_package(fresh, few_steps, tmp_path):
     folder = tmp_path / "pipeline"
     convert_to_diffusers(GOLDEN / "checkpoint", folder)

@@ -45,6 +45,7 @@ def runs_here(backend: str) -> bool:
     return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_backends_give_the_same_results(mine, pictures, backend):
     if not runs_here(backend):

@@ -116,6 +116,7 @@ def sample_times(pipe) -> list[float]:
     return pipe.scheduler.sigmas[:-1].tolist()
 
 
+@pytest.mark.long
 @ALL
 def test_calls_do_not_know_of_each_other(pipe, pictures, cached, config):
     """Other pictures, other sizes, a call that was stopped: the next call draws what it would have drawn first."""

@@ -22,7 +22,7 @@ TOKENIZER = {"bagel": "", "omnigen2": "processor", "blip3o": ""}  # folder of th
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 STEM = "diffusion_pytorch_model"
 REFUSALS = (ValueError, FileNotFoundError)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def copy(folder: Path, target: Path) -> Path:

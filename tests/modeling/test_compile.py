@@ -47,6 +47,7 @@ def generations(pipe, pictures) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_whole_generations_share_one_graph_for_each_half(compiled, pipe, pictures, backend):
     want = generations(pipe, pictures)
@@ -57,7 +58,7 @@ def test_whole_generations_share_one_graph_for_each_half(compiled, pipe, picture
         torch.testing.assert_close(a, b, atol=3e-4, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="code generation for CPUs needs a C++ compiler")
 def test_generated_code_equals_eager(compiled, pipe, pictures):
     want = generations(pipe, pictures)

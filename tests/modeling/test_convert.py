@@ -41,7 +41,7 @@ def test_there_and_back_is_bit_exact(tmp_path, change):
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in src.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_checkpoint_in_float8_is_converted_as_it_is_and_computes_in_bfloat16(tmp_path, dtype):
     from echo4o import Echo4oPipeline
@@ -118,7 +118,7 @@ def test_direct_loading_takes_a_dtype_and_leaves_components_out():
     assert {t.dtype for t in loaded["transformer"].state_dict().values()} == {torch.bfloat16}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_folder_from_save_pretrained_goes_back(tmp_path):
     from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 

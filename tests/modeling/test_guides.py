@@ -21,6 +21,7 @@ def fresh():
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guide, code", EXAMPLES, ids=[f"{guide}-{i}" for i, (guide, _) in enumerate(EXAMPLES)])
 def test_examples_run(guide, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -114,6 +114,7 @@ def test_other_initializations_load_exactly(fresh, tmp_path, initialization):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_adapter_loads_fuses_and_leaves(fresh, tmp_path, kind):
     trained = fresh()
@@ -145,6 +146,7 @@ def test_saved_adapter_loads_fuses_and_leaves(fresh, tmp_path, kind):
     torch.testing.assert_close(draw(pipe), wanted, atol=2e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_of_peft_itself_load(fresh, tmp_path, kind):
     trained = fresh()
@@ -203,6 +205,7 @@ def test_names_are_given_without_collisions(fresh, adapters):
     assert pipe.get_list_adapters() == {"transformer": ["default_0", "default_1", "default_2"]}
 
 
+@pytest.mark.long
 def test_disabling_and_deleting_switch_nothing_else_on(fresh, adapters):
     pipe = fresh()
     base = draw(pipe)

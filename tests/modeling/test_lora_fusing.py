@@ -97,7 +97,7 @@ def test_choices_of_adapters_that_mean_nothing(fresh, adapters, names, weights, 
     assert scalings(pipe) == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_under_the_wrapper_of_torch_compile(fresh, adapters):
     """diffusers' own methods do nothing there, without a word."""
     pipe, plain = fresh(), fresh()
@@ -169,7 +169,7 @@ def test_hotswap_equals_loading(fresh, adapters, tmp_path):
         pipe.load_lora_weights(adapters("gen", 3, use_dora=True), adapter_name="x", hotswap=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hotswap_after_compiling_does_not_compile_again(fresh, adapters):
     first, second = adapters("gen", 0), adapters("gen", 1, r=2, lora_alpha=5)
     alone = fresh()

@@ -31,6 +31,7 @@ def generators(*seeds):
 # --- batches ---
 
 
+@pytest.mark.long
 def test_rows_of_a_batch_equal_single_calls(pipe, images):
     prompts = ["a dot", "a much longer prompt about two dots and a line", "red", "blue"]
     references = [None, [images[0]], [images[1], images[2]], images]

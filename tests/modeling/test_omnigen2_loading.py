@@ -153,6 +153,7 @@ def test_missing_tensors_of_the_language_model_are_named(folder, tmp_path):
 # --- adapters ---
 
 
+@pytest.mark.long
 def test_the_original_adapter_in_all_its_spellings(tmp_path):
     pipe = golden_pipeline()
     base = draw(pipe)
@@ -173,6 +174,7 @@ def test_the_original_adapter_in_all_its_spellings(tmp_path):
     assert not np.array_equal(results["released"], base) and np.array_equal(draw(pipe), base)
 
 
+@pytest.mark.long
 def test_adapters_are_saved_fused_and_swapped(tmp_path):
     pipe = golden_pipeline()
     base = draw(pipe)
@@ -224,7 +226,7 @@ np.savez(target + "/drawn.npz", first=first, adapted=adapted, again=draw(again))
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_package(folder, drawn, tmp_path):
     (tmp_path / "home").mkdir()
     run_script(REMOTE, folder, ADAPTER, tmp_path, env=offline_environment(tmp_path / "home"), hide=["echo4o"])
@@ -248,7 +250,7 @@ pipe.push_to_hub("ns/ours")
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_release_loads_from_a_hub_and_is_published_with_code(drawn, tmp_path):
     for name in ("home", "home2"):
         (tmp_path / name).mkdir()

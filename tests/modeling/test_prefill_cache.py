@@ -77,6 +77,7 @@ def test_off_by_default_and_nothing_is_kept(mine, work):
     assert work.taken() == first != NOTHING
 
 
+@pytest.mark.long
 def test_every_kind_of_call_is_the_same_bit_for_bit(mine, work, pictures):
     """Without the cache, with it when it is empty, and from it."""
     a, b, c = (pictures[f"img_{x}"] for x in "abc")
@@ -174,6 +175,7 @@ def test_changed_weights_are_read_anew(mine, work, pictures, change):
     assert torch.equal(got, draw(mine, image=pictures["img_a"])) and not torch.equal(got, before)
 
 
+@pytest.mark.long
 def test_tiles_and_autocast_have_readings_of_their_own(mine, work, pictures):
     mine.enable_prefill_cache()
     mine.vae.tile_sample_min_size, mine.vae.tile_latent_min_size = 32, 4

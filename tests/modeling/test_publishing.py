@@ -110,7 +110,7 @@ for name in ("transformer", "vision_model"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_auto_model_of_diffusers_loads_components_from_the_hub(tmp_path):
     """As docs/generating.md says. With `subfolder`, diffusers 0.42 looks for the `auto_map` in model_index.json, which
     can name one class for all components."""

@@ -112,7 +112,7 @@ np.savez(target + "/drawn.npz", first=draw(pipe), again=draw(again))
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_remote_code_from_a_folder(folder, picture, tmp_path):
     (tmp_path / "home").mkdir()
     env = offline_environment(tmp_path / "home")
@@ -176,7 +176,7 @@ assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hub_in_both_modes(folder, picture, tmp_path):
     pickled = shutil.copytree(folder, tmp_path / "pickled")
     for file in pickled.rglob("*.safetensors"):
@@ -240,7 +240,7 @@ np.savez(target + "/lora.npz", **drawn)
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_without_the_package(folder, picture, tmp_path):
     from peft import LoraConfig, get_peft_model
 

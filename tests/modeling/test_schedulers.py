@@ -69,6 +69,7 @@ def test_another_shift_is_followed(mine):
     assert not torch.allclose(latents(mine), before, atol=1e-2)
 
 
+@pytest.mark.long
 def test_unipc_with_flow_sigmas_approaches_the_same_image_faster(mine):
     fine, coarse = latents(mine, steps=200), latents(mine, steps=12)
     mine.scheduler = UniPCMultistepScheduler.from_config(mine.scheduler.config, **UNIPC)

@@ -113,6 +113,7 @@ WAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_offloaded_pipelines_generate_the_same_and_report_their_placement(load, plain, pictures, tmp_path, way):
     prepare, how, places = WAYS[way]

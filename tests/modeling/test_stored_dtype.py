@@ -167,7 +167,7 @@ else:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_models_from_the_hub(folder, tmp_path):
     (tmp_path / "home").mkdir()
     with LoopbackHub() as hub:

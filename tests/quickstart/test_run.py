@@ -136,7 +136,7 @@ def test_without_a_base_it_says_what_to_do(tmp_path):
         quickstart.run(tmp_path / "out", base=tmp_path / "nowhere")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_quickstart_in_a_few_steps(tmp_path, monkeypatch, capfd):
     few = quickstart.QuickstartSize(
         {"surreal_fantasy": 10, "multi_reference": 10, "instruction_following": 20},

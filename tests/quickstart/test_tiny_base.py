@@ -50,6 +50,7 @@ def test_instructions_are_short_and_any_text_survives(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.long
 def test_pictures_survive_the_vae(vae):
     rng = np.random.default_rng(7)
     prompts = [training_prompt(TAGS[index % len(TAGS)], rng) for index in range(108)]
@@ -88,14 +89,14 @@ def test_what_is_committed_is_small_16_bit_and_names_no_machine():
             assert "_name_or_path" not in json.loads(path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_is_repeatable():
     settings = VaeTraining(small_steps=4, whole_steps=1, decoder_steps=1, small_batch=2, whole_batch=1, measured=4)
     first, again = (train_vae(settings, say=str).state_dict() for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first.values(), again.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_time_limit_ends_the_training():
     said = []
     train_vae(VaeTraining(minutes=1e-6, decoder_steps=1, whole_batch=1, measured=4), say=said.append)

@@ -71,6 +71,7 @@ def direct(adapter_folders, **scales: float) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
+@pytest.mark.long
 def test_a_request_selects_adapters_and_scales(client, adapter_folders, tmp_path):
     (model,) = client.models.list().data
     assert model.model_extra["adapters"] == ["cold", "warm"]
@@ -100,6 +101,7 @@ def test_a_request_selects_adapters_and_scales(client, adapter_folders, tmp_path
         generate(client, adapter="hot")
 
 
+@pytest.mark.long
 def test_requests_with_different_adapters_that_wait_together_equal_single_ones(server, client):
     fields = [{"adapter": "warm"}, {"adapter": "cold"}, {"adapter": "none"}, {"adapter": "warm", "adapter_scale": 0.5}]
     fields = [each | {"seed": seed} for seed, each in enumerate(fields)] + [{"adapter": "cold", "seed": 9}]

@@ -101,6 +101,7 @@ def test_interleaved_inputs_equal_references_in_that_order(server, client):
     assert edited.b64_json == by_images["b64_json"]
 
 
+@pytest.mark.long
 def test_requests_that_wait_together_run_as_one_batch_and_equal_single_ones(server):
     """Different prompts, sizes, references and seeds in one call; each image equals the one of a single request."""
     bodies = [

@@ -15,7 +15,7 @@ from echo4o.serving.limits import Limits
 from tests.serving.browser import chromium, keep_screenshot
 from tests.serving.running import BASE, png, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 WAIT = 60_000  # milliseconds
 
 

@@ -34,6 +34,7 @@ def test_options_are_those_of_the_pipeline(model):
             model.image_tasks([Image.new("RGB", (64, 64)), "a dot"])
 
 
+@pytest.mark.long
 def test_a_batch_equals_its_images_alone(model):
     options = model.read_options({"steps": 2})
     prompts = [["a red dot"], ["two blue dots"]]

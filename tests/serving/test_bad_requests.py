@@ -196,6 +196,7 @@ def test_bodies_that_are_too_large_are_refused_while_they_arrive(small):
     alive(small)
 
 
+@pytest.mark.long
 def test_a_body_that_never_comes_times_out(small):
     with socket.create_connection(("127.0.0.1", small.port)) as connection:
         connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
@@ -203,6 +204,7 @@ def test_a_body_that_never_comes_times_out(small):
     alive(small)
 
 
+@pytest.mark.long
 def test_a_full_queue_is_a_429_with_the_time_to_wait(small):
     answers = []
 

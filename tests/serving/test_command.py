@@ -79,7 +79,7 @@ def test_options_that_cannot_work_together_are_one_error(tmp_path):
         assert result.stderr.strip().count("\n") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"cache": "first-block"}, {"cache": "taylorseer"}, {"offload": "disk"}])
 def test_ways_to_run_the_model_serve_batches(options):
     """What `generate` gives with these options, and a batched image equals the single one."""
@@ -130,7 +130,7 @@ def test_missing_libraries_are_told(monkeypatch):
     assert result.exit_code == 2 and "pip install 'echo4o[app]'" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_serves_until_it_is_interrupted():
     pytest.importorskip("fastapi", reason="pip install 'echo4o[app]'")
     import openai

@@ -15,7 +15,7 @@ from echo4o.testing.openai_server import API_KEY, OpenAIServer
 from tests.dataset_scripts.synthesis.artist import Artist
 from tests.serving.running import BASE, serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 _PROBE = {(29, 62, 214): "blue", (255, 217, 15): "yellow"}
 
 

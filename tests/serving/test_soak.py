@@ -47,7 +47,6 @@ def bodies():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 120)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_two_thousand_requests(tiny):

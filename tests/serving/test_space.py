@@ -22,6 +22,7 @@ from tests.serving.browser import chromium, keep_screenshot
 from tests.serving.running import BASE
 
 
+@pytest.mark.long
 def test_the_wheel_is_complete_and_repeatable(tmp_path):
     first, second = (write_app(tmp_path / name, "owner/tiny") for name in "ab")
     (wheel,) = first.glob("*.whl")
@@ -68,7 +69,6 @@ def test_on_zero_gpu_calls_can_be_pickled(tiny, monkeypatch):
     assert calls == ["generate", "answer"]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_was_published_starts(tmp_path):
@@ -133,6 +133,7 @@ def start_and_look(space, site, environment: dict[str, str]) -> None:
         app.wait()
 
 
+@pytest.mark.long
 def test_mistakes_are_told(tmp_path):
     from typer.testing import CliRunner
 

@@ -182,7 +182,7 @@ def test_the_tower_is_needed_to_train(tmp_path, rows, shared):
         Blip3oBackbone(without, recipe(tmp_path)).prepare([row(0)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_head_and_queries_train_and_nothing_else(tmp_path, rows):
     pipe = golden_pipeline()
     before = {n: m.state_dict() for n, m in copy.deepcopy(pipe.components).items() if isinstance(m, torch.nn.Module)}
@@ -196,7 +196,7 @@ def test_head_and_queries_train_and_nothing_else(tmp_path, rows):
         assert all(torch.equal(t, state[n]) for n, t in before[name].items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_can_stay_frozen(tmp_path, rows):
     pipe = golden_pipeline()
     before = copy.deepcopy(pipe.transformer.state_dict())
@@ -205,7 +205,7 @@ def test_parts_can_stay_frozen(tmp_path, rows):
     assert [n for n in before if torch.equal(before[n], after[n])] == ["queries.weight"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_trains_and_is_loaded_again(tmp_path, rows):
     pipe = golden_pipeline()
     result = trained(tmp_path / "run", pipe, rows, tune=LORA | {"targets": "all"}, optimizer={"lr": 1e-2}, steps=6)
@@ -218,14 +218,14 @@ def test_an_adapter_trains_and_is_loaded_again(tmp_path, rows):
     assert torch.equal(features_of(fresh), before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_model_learns_a_fixed_batch(tmp_path, rows):
     result = trained(tmp_path, golden_pipeline(), rows.select([0]), batch_size=1, steps=80, optimizer={"lr": 3e-3})
     losses = [entry["loss"] for entry in result.log]
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_packs_and_checkpointing_give_the_same_step(tmp_path, rows):
     logs = []
     for name, changes in {
@@ -240,7 +240,7 @@ def test_micro_batches_packs_and_checkpointing_give_the_same_step(tmp_path, rows
     assert all(entry["tokens"] <= 800 for entry in log)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_run(tmp_path, rows):
     changes = {"checkpoints": {"every": 2}, "ema": {"decay": 0.9}}
     trained(tmp_path / "whole", golden_pipeline(), rows, steps=4, **changes)
@@ -250,7 +250,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, rows):
     assert_same(weights_of(tmp_path / "parts/pipeline"), weights_of(tmp_path / "whole/pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("tune", [LORA, {"method": "full"}], ids=["lora", "full"])
 def test_a_cache_replaces_the_frozen_models_bit_for_bit(tmp_path, rows, tune, monkeypatch):
     live = trained(tmp_path / "live", golden_pipeline(), rows, tune=tune)
@@ -263,7 +263,7 @@ def test_a_cache_replaces_the_frozen_models_bit_for_bit(tmp_path, rows, tune, mo
     assert [e["loss"] for e in cached.log] == [e["loss"] for e in live.log]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_caches_of_other_settings_or_instructions_are_refused(tmp_path, rows, shared):
     precompute(rows, Blip3oBackbone(shared, recipe(tmp_path, tune=LORA)), tmp_path / "cache")
     other = recipe(tmp_path / "a", tune=LORA, latents=tmp_path / "cache", objective={"template": "matched"})
@@ -302,7 +302,7 @@ def recipe_file(tmp_path: Path, folder: Path, rows_folder: Path, **changes) -> P
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tune", [LORA, {"method": "full"}], ids=["lora", "full"])
 def test_two_processes_equal_one(tmp_path, folder, rows_folder, tune):
@@ -316,7 +316,7 @@ def test_two_processes_equal_one(tmp_path, folder, rows_folder, tune):
         assert np.isclose(one["loss"], two["loss"], rtol=1e-5) and one["tokens"] == two["tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_sharded_runs_equal_replicated_ones(tmp_path, folder, rows_folder):
     logs, weights = [], []
@@ -333,7 +333,7 @@ def test_sharded_runs_equal_replicated_ones(tmp_path, folder, rows_folder):
     assert torch.isfinite(features_of(pipe)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_precompute_command_stores_what_the_recipe_needs(tmp_path, folder, rows_folder):
     """It reads no weights of the head but the queries."""
     plain = tmp_path / "rows"
@@ -354,7 +354,7 @@ def test_the_precompute_command_stores_what_the_recipe_needs(tmp_path, folder, r
 # --- plans ---
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plans_of_the_release():
     from echo4o.planning.training_memory import plan, skeleton
     from echo4o.training.recipe_files import load_recipe
@@ -378,7 +378,7 @@ def test_plans_of_the_release():
     assert full.total - sharded.total > 15e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plans_of_a_call():
     from echo4o.planning.generation_memory import make_plan, read_stored
     from echo4o.training.backbones.base import ImageCall

@@ -33,7 +33,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(recipe_file, tmp_path, rows_folder, kind):
     changes = {"steps": 6, "checkpoints": {"every": 2, "keep": 3}} | KINDS[kind]
@@ -52,6 +52,7 @@ def test_resumed_equals_uninterrupted(recipe_file, tmp_path, rows_folder, kind):
         assert_same(weights_of(part / out), weights_of(whole / out))
 
 
+@pytest.mark.long
 def test_a_second_run_does_not_write_over_the_first(recipe_file, capsys):
     file = recipe_file(checkpoints={"every": 2})
     assert train_here(file, "--set", "steps=2") == 0
@@ -79,7 +80,7 @@ def uninterrupted(file, tmp_path, steps: int):
     return tmp_path / "straight"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_the_run_continues(recipe_file, tmp_path):
     file = recipe_file("run", **ENDLESS, checkpoints={"every": 10_000})
     process = start("train", file)
@@ -97,7 +98,7 @@ def test_sigterm_saves_and_the_run_continues(recipe_file, tmp_path):
     assert_same(weights_of(tmp_path / "run" / "pipeline"), weights_of(straight / "pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_at_any_moment(recipe_file, tmp_path):
     file = recipe_file("run", **ENDLESS, checkpoints={"every": 1, "keep": 2})
     process = start("train", file)
@@ -107,7 +108,7 @@ def test_kill_at_any_moment(recipe_file, tmp_path):
     check_goes_on(file, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_in_the_middle_of_saving(recipe_file, tmp_path):
     file = recipe_file("run", **ENDLESS, checkpoints={"every": 1, "keep": 2})
     run("train", file, module="tests.training.kill_while_saving", code=-signal.SIGKILL, KILL_AT_STEP="3")
@@ -186,6 +187,7 @@ def tensors(value: float) -> dict:
     return {"model": {"a": torch.full((3, 2), value), "b": torch.full((4,), -value)}, "optimizer": {"lr": value}}
 
 
+@pytest.mark.long
 def test_no_fault_while_saving_costs_the_one_before(tmp_path, monkeypatch):
     accelerator, folder = (
         Accelerator(cpu=True),
@@ -230,6 +232,7 @@ def test_incomplete_ones_are_named_and_left_out(tmp_path, capsys):
     assert missing_from(tmp_path / "step-00000001") is None
 
 
+@pytest.mark.long
 def test_a_second_run_into_the_folder_of_a_running_one_is_refused(recipe_file, tmp_path, capsys):
     file = recipe_file("run")
     with FolderLock(tmp_path / "run"):
@@ -238,6 +241,7 @@ def test_a_second_run_into_the_folder_of_a_running_one_is_refused(recipe_file, t
     assert train_here(file) == 0
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_with_one_line(recipe_file, tmp_path, monkeypatch, capsys):
     file = recipe_file("run", checkpoints={"every": 2})
     from echo4o.training import checkpoints
@@ -257,6 +261,7 @@ def test_a_full_disk_ends_the_run_with_one_line(recipe_file, tmp_path, monkeypat
     assert train_here(file, "--resume") == 0
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_a_number_is_saved_and_named(recipe_file, tmp_path, monkeypatch, capsys):
     from echo4o.training.backbones.bagel import BagelBackbone
 

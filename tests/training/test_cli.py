@@ -40,7 +40,7 @@ def test_a_plan_assumes_80_gb_and_the_recipes_processes_by_default():
     assert "on 4 GPUs of 141.0 GB" in plan("full_fsdp2_8gpu", "--gpu", "141GB", "--num-gpus", 4).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "recipe, gpu, count, nearest",
     [
@@ -58,6 +58,7 @@ def test_a_plan_that_does_not_fit_names_the_nearest_that_does(recipe, gpu, count
     assert plan(words[0], "--gpu", gpu, "--num-gpus", count, *words[1:]).exit_code == 0, "the advice is good"
 
 
+@pytest.mark.long
 def test_where_nothing_fits_it_says_so():
     done = plan("lora_single_gpu", "--gpu", "4GB")
     assert done.exit_code == 1 and "no bundled recipe fits: use more or larger GPUs" in done.stdout
@@ -103,7 +104,7 @@ def test_a_name_without_a_folder_is_not_requested_from_the_hub():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_launcher_that_starts_fewer_processes_than_asked_is_refused(recipe_file, tmp_path):
     launch = ["--cpu", "--num_processes", 2, "-m", "echo4o.training.train", recipe_file()]
     told = run(*launch, module="accelerate.commands.launch", code=1)

@@ -53,6 +53,7 @@ def foreign(folder, rows=None):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_with_other_columns_trains_like_one_with_ours(recipe_file, tmp_path, streaming):
     make_rows().save_to_disk(tmp_path / "ours")
@@ -73,7 +74,7 @@ def test_a_dataset_with_other_columns_trains_like_one_with_ours(recipe_file, tmp
     assert_same(weights_of(tmp_path / "ours" / "pipeline"), weights_of(tmp_path / "theirs" / "pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dataset_on_the_hub_is_inspected_and_trained_on(recipe_file, tmp_path):
     rows = make_rows().select([0, 2, 4, 6]).rename_columns({"instruction": "caption", "image": "photo"})
     folder = tmp_path / "hub"
@@ -91,6 +92,7 @@ def test_a_dataset_on_the_hub_is_inspected_and_trained_on(recipe_file, tmp_path)
     assert len(losses_of(tmp_path / "run")) == 4
 
 
+@pytest.mark.long
 def test_a_web_dataset_trains(recipe_file, tmp_path):
     (tmp_path / "web").mkdir()
     with tarfile.open(tmp_path / "web" / "train-0000.tar", "w") as archive:
@@ -131,6 +133,7 @@ def test_addresses_are_downloaded_only_when_allowed(recipe_file, tmp_path, capsy
     server.shutdown()
 
 
+@pytest.mark.long
 def test_columns_are_proposed_from_names_and_rows(tmp_path):
     told = run("dataset", "inspect", foreign(tmp_path / "theirs"))
     assert "photo" in told and "instruction: caption" in told and "image: photo" in told and "id: key" in told, told
@@ -220,6 +223,7 @@ def spoiled(folder, numbers):
     return str(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 def test_unreadable_rows_are_skipped_named_and_counted(recipe_file, tmp_path, capsys, streaming):
     data = {"path": spoiled(tmp_path / "bad", [2, 5]), "streaming": streaming}
@@ -248,7 +252,7 @@ def test_a_dataset_without_a_readable_row_ends(recipe_file, tmp_path, capsys):
 # --- mixes and sizes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_mixed_sources_resume(recipe_file, tmp_path, rows_folder):
     """A streamed dataset with our columns and one in memory with others."""
     theirs = {"path": str(foreign(tmp_path / "theirs")), "columns": COLUMNS, "weight": 0.5, "where": {"kind": "plain"}}
@@ -274,6 +278,7 @@ def test_sizes():
     assert resize(image, ResolutionSettings(max_side=200)) is image
 
 
+@pytest.mark.long
 def test_a_resolution_changes_what_trains(recipe_file, tmp_path, capsys):
     assert train_here(recipe_file("plain", steps=2)) == 0
     assert train_here(recipe_file("small", steps=2, resolution={"max_side": 32})) == 0

@@ -154,6 +154,7 @@ def test_the_line_of_a_segment_goes_through_both_ends():
             assert line.start == times[index * stride]
 
 
+@pytest.mark.long
 def test_every_segment_of_every_image_is_visited_once(model_folder, trajectories, tiny_pipeline, distill_file):
     recipe = load_recipe(distill_file(steps=4))
     rows = DistilledRows(BagelBackbone(tiny_pipeline, recipe), recipe)
@@ -209,6 +210,7 @@ def test_settings_that_are_not_possible_are_one_line(tmp_path, capsys, prompts_f
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_loss_falls_and_only_the_adapter_is_written(distill_file, tmp_path):
     file = distill_file(steps=4, optimizer={"lr": 1e-2}, batch_size=6)
     assert train_here(file, "--set", "steps=24") == 0
@@ -217,6 +219,7 @@ def test_the_loss_falls_and_only_the_adapter_is_written(distill_file, tmp_path):
     assert [f.name for f in (tmp_path / "run" / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
+@pytest.mark.long
 def test_validation_has_one_value_for_each_update(distill_file, tmp_path):
     file = distill_file(validation={"every": 4, "share": 0.3}, batch_size=2)
     assert train_here(file) == 0
@@ -224,6 +227,7 @@ def test_validation_has_one_value_for_each_update(distill_file, tmp_path):
     assert [line["step"] for line in lines] == [0, 4] and set(lines[0]["times"]) == {"1", "0.5"}
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(distill_file, tmp_path):
     assert train_here(distill_file("whole", steps=2)) == 0
     changes = {"checkpoints": {"every": 1}}
@@ -238,7 +242,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(distill_file, tmp_pa
     assert_same(weights_of(tmp_path / "cut" / "adapter"), weights_of(tmp_path / "whole" / "adapter"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_the_same_adapter(distill_file, tmp_path):
     changes = {"batch_size": 4, "micro_batch_size": 1}
     assert train_here(distill_file("one", **changes)) == 0
@@ -316,6 +320,7 @@ def test_a_plan_needs_no_trajectories():
 # --- from prompts to images ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_adapter_generates_by_its_preset_on_the_command_line(distill_file, tmp_path, model_folder):
     from typer.testing import CliRunner
 
@@ -397,6 +402,7 @@ def test_a_server_and_an_evaluation_use_the_preset(distill_file, tmp_path, model
 # --- another backbone -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_omnigen2_goes_through_the_same_seam(tmp_path):
     """Without guidance and with one update for each segment, the model itself is the exact student here as well."""
     from echo4o.training.backbones.omnigen2 import OmniGen2Backbone

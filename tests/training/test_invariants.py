@@ -30,7 +30,7 @@ def close(a: dict, b: dict, atol: float) -> None:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_two_processes_accumulation_and_sharding(recipe_file, tmp_path, model_folder, rows_folder):
     """Batch 4 = micro-batches of one sample = two processes (DDP) = two processes with sharded weights (FSDP2)."""
     file = recipe_file("whole", **SHARED)
@@ -87,6 +87,7 @@ def test_a_packed_batch_equals_its_samples_one_by_one(tiny_pipeline, rows):
         torch.testing.assert_close(given[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 def test_packs_do_not_depend_on_the_number_of_processes(recipe_file, tiny_pipeline, rows, streaming):
     data = {"path": "unused", "streaming": streaming}
@@ -109,7 +110,7 @@ def test_packs_do_not_depend_on_the_number_of_processes(recipe_file, tiny_pipeli
     assert [b.ids for b in again.next_step()] == [b.ids for b in one.next_step()[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fill_the_packs_of_one(recipe_file, tmp_path):
     file = recipe_file("packed", batch_size=None, packing={"tokens": 100, "packs_per_step": 2, "buffer": 6})
     assert train_here(file) == 0
@@ -117,7 +118,7 @@ def test_two_processes_fill_the_packs_of_one(recipe_file, tmp_path):
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "packed"), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refuses_fewer_processes_than_asked(recipe_file, capsys):
     file = recipe_file(processes=2)
     assert train_here(file) == 2

@@ -7,7 +7,6 @@ import pytest
 from .running import torchrun
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_sixty_sharded_steps_keep_nothing(recipe_file, tmp_path):

@@ -143,7 +143,7 @@ def test_an_adapter_trains_and_is_loaded_again(tmp_path, rows, pipe):
     assert np.abs(draw(fresh) - before).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_model_learns_a_fixed_batch(tmp_path, rows, pipe):
     one = rows.select([0])
     result = trained(tmp_path, pipe, one, batch_size=1, steps=60, optimizer={"lr": 3e-3, "weight_decay": 0.01})
@@ -151,7 +151,7 @@ def test_a_small_model_learns_a_fixed_batch(tmp_path, rows, pipe):
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:3])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_and_packs_give_the_same_step(tmp_path, rows):
     logs = []
     for name, changes in {
@@ -166,7 +166,7 @@ def test_micro_batches_and_packs_give_the_same_step(tmp_path, rows):
     assert all(entry["tokens"] <= 400 for entry in log)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_run(tmp_path, rows):
     changes = {"checkpoints": {"every": 2}, "ema": {"decay": 0.9, "copy_first": True}}
     trained(tmp_path / "whole", golden_pipeline(), rows, steps=4, **changes)
@@ -176,7 +176,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, rows):
     assert_same(weights_of(tmp_path / "parts/pipeline"), weights_of(tmp_path / "whole/pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cache_replaces_both_encoders_bit_for_bit(tmp_path, rows, packed, monkeypatch):
     rows = rows.map(lambda r: {"instruction": f"The image shows {r['instruction']}"})
@@ -229,7 +229,7 @@ def test_the_precompute_command_takes_the_settings_of_the_recipe(tmp_path, folde
     assert _recipe(str(folder)) == "omnigen2_lora_single_gpu"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_processes_equal_one(tmp_path, folder, rows_folder):
     logs = []
@@ -243,7 +243,7 @@ def test_two_processes_equal_one(tmp_path, folder, rows_folder):
         assert np.isclose(one["loss"], two["loss"], rtol=1e-5) and one["tokens"] == two["tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_sharded_runs_equal_replicated_ones(tmp_path, folder, rows_folder):
     packing = {"tokens": 200, "packs_per_step": 2, "buffer": 4}
@@ -265,6 +265,7 @@ def test_sharded_runs_equal_replicated_ones(tmp_path, folder, rows_folder):
 # --- plans ---
 
 
+@pytest.mark.long
 def test_plans_of_the_release(capsys):
     from echo4o.planning.training_memory import plan, skeleton
     from echo4o.training.recipe_files import load_recipe
@@ -320,7 +321,7 @@ def test_the_original_initialisation_is_the_default(pipe):
     assert abs(float(values.detach().std()) * 8 - 1) < 0.05  # N(0, 1/r)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_validation_gives_the_same_numbers_for_any_batch(tmp_path, rows):
     """Held-out rows with references and without; the losses fall from noise to data for no seed of the run."""
     results = []

@@ -50,6 +50,7 @@ WAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_counts_equal_what_a_run_holds(model_dir, rows, way):
     asked = recipe(model_dir, **WAYS[way])
@@ -145,6 +146,7 @@ def test_the_fullest_share_is_torchs_first_chunk():
             assert _share(torch.empty(shape), ways) == torch.empty(shape).chunk(ways)[0].numel()
 
 
+@pytest.mark.long
 def test_release_fits_as_the_recipes_promise():
     """Also: nothing is allocated, or this would need 28 GB."""
     for name, gpu, count in (("lora_single_gpu", 80e9, 1), ("qlora_24gb", 24e9, 1), ("full_fsdp2_8gpu", 80e9, 8)):
@@ -154,7 +156,7 @@ def test_release_fits_as_the_recipes_promise():
         assert made.weights > 2 * 14.5e9 / (1 if count == 1 else 8) or name == "qlora_24gb"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_that_does_not_fit_is_reported_with_one_that_does(capsys):
     asked = load_recipe(bundled_recipe("full_fsdp2_8gpu"), {"model": "release"})
     assert not print_plan(asked, "24GB", 8)
@@ -165,6 +167,7 @@ def test_a_plan_that_does_not_fit_is_reported_with_one_that_does(capsys):
     assert nearest(one, 8e9, 1) is None
 
 
+@pytest.mark.long
 def test_checkpointing_is_the_first_advice():
     asked = load_recipe(bundled_recipe("lora_single_gpu"), {"model": "release", "gradient_checkpointing": False})
     assert not plan(asked, 40e9).fits

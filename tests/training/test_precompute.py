@@ -47,6 +47,7 @@ def files(folder) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_from_it_has_the_same_losses_bit_for_bit(tmp_path, rows, tiny_pipeline, cache, packed, monkeypatch):
     changes = {"batch_size": None, "packing": {"tokens": 120, "packs_per_step": 2, "buffer": 4}} if packed else {}
@@ -172,7 +173,7 @@ sys.exit(module.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_in_the_middle_of_a_write(tmp_path, on_disk):
     command = [sys.executable, "-c", SLOW, *on_disk]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -190,7 +191,7 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path, on_disk):
     assert not list((tmp_path / "out").glob(".*.partial")), "what the killed run left is gone"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_the_work(tmp_path, on_disk):
     script = SLOW.replace("sys.exit(", "import torch.distributed as dist\ncode = (").replace(
         "module._write = slow",

@@ -32,6 +32,7 @@ def test_a_tracker_that_is_missing_is_named(recipe_file, monkeypatch, tmp_path):
         Trainer(load_recipe(recipe_file(trackers=["tensorboard"])))
 
 
+@pytest.mark.long
 def test_tensorboard_shows_curves_images_and_settings(recipe_file, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train_here(recipe_file(trackers=["tensorboard"], images=IMAGES)) == 0
@@ -138,6 +139,7 @@ def test_an_error_is_raised_where_its_step_is_asked_for():
     ahead.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_that_cannot_be_read_is_named_after_saving(recipe_file, tmp_path, capsys, streaming):
     """Eight rows, of which one has a picture that is cut off; the run ends where it would be used, and can go on."""

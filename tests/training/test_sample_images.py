@@ -27,6 +27,7 @@ def pixels(folder, step=4):
     return [np.asarray(Image.open(folder / f"{index}.png")).astype(int) for index in range(4)]
 
 
+@pytest.mark.long
 def test_references_and_validation_rows_are_generated_and_shown(recipe_file, two_splits, tmp_path, images):  # noqa: F811
     assert train_here(recipe_file(**with_split(two_splits, images=images))) == 0
     pipe = Echo4oPipeline.from_pretrained(tmp_path / "run" / "pipeline", dtype=torch.float32)
@@ -45,7 +46,7 @@ def test_references_and_validation_rows_are_generated_and_shown(recipe_file, two
     assert "<td>2</td>" in page and "<td>4</td>" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_images_for_two_processes_and_sharded_weights(recipe_file, two_splits, tmp_path, images):  # noqa: F811
     file = recipe_file("one", **with_split(two_splits, images=images, ema={"decay": 0.5}))
     assert train_here(file) == 0

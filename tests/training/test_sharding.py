@@ -21,7 +21,7 @@ from echo4o.training.recipe_files import load_recipe
 from .running import assert_same, finished, log_of, losses_of, start, torchrun, weights_of
 from .test_invariants import close
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 LORA = {"tune": {"method": "lora", "experts": ["gen", "und"], "rank": 4, "alpha": 8, "dropout": 0.3}}
 STEPS = 6

@@ -31,6 +31,7 @@ def spoil(monkeypatch):
     return spoil
 
 
+@pytest.mark.long
 def test_steps_with_a_spike_are_skipped_and_named(recipe_file, tmp_path, spoil):
     spoil({"row-5"})
     changes = {"optimizer": SETTINGS, "batch_size": 1, "steps": 40, "checkpoints": {"every": 20, "keep": 9}}
@@ -49,6 +50,7 @@ def test_steps_with_a_spike_are_skipped_and_named(recipe_file, tmp_path, spoil):
     assert_same(weights_of(tmp_path / "half" / "pipeline"), weights_of(tmp_path / "whole" / "pipeline"))
 
 
+@pytest.mark.long
 def test_too_many_in_a_row_end_the_run_with_a_checkpoint(recipe_file, tmp_path, capsys, monkeypatch):
     factors = iter([1.0] * 15 + [1e6] * 100)
     losses = BagelBackbone.losses

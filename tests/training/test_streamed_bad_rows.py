@@ -29,7 +29,7 @@ def stream(folder, change: dict, kind: str):
     return {"path": str(folder / "saved"), "streaming": True, "shuffle_buffer": 0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["row groups", "saved"])
 @pytest.mark.parametrize("bad", BAD)
 def test_the_error_names_the_row_and_a_checkpoint_is_saved(recipe_file, tmp_path, capsys, bad, kind):

@@ -47,7 +47,7 @@ def ids_of(step) -> list[str]:
     return [sample for batch in step for sample in batch.ids]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["packs", "fixed batches"])
 def test_killed_and_resumed_equals_uninterrupted(recipe_file, tmp_path, two_sources, kind):
     changes = PACKS if kind == "packs" else {"batch_size": 4}
@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe_file, tmp_path, two_sour
     assert_same(weights_of(tmp_path / "killed" / "pipeline"), weights_of(tmp_path / "whole" / "pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["packs", "fixed batches"])
 def test_two_processes_train_as_one(recipe_file, tmp_path, two_sources, kind):
     changes = PACKS if kind == "packs" else {"batch_size": 4}
@@ -72,6 +72,7 @@ def test_two_processes_train_as_one(recipe_file, tmp_path, two_sources, kind):
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["packs", "fixed batches"])
 def test_steps_do_not_depend_on_processes_and_resume_anywhere(recipe_file, tiny_pipeline, two_sources, kind):
     changes = PACKS if kind == "packs" else {"batch_size": 4}
@@ -185,6 +186,7 @@ def test_too_few_rows_for_the_lanes(tiny_pipeline, rows):
         PreparedRows([groups], [1.0], None, 0, 0).order(2, 3)
 
 
+@pytest.mark.long
 def test_the_log_of_a_killed_run_may_end_in_half_a_line(recipe_file, tmp_path):
     file = recipe_file("whole", checkpoints={"every": 2}, steps=4)
     assert train_here(file) == 0

@@ -35,6 +35,7 @@ def recipe(tmp_path, **changes) -> BagelRecipe:
     return BagelRecipe.model_validate(values | changes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_twenty_steps_lower_the_loss(tmp_path, tiny_pipeline, rows, name):
     optimizer = {"name": name, "lr": 3e-3} | ({"muon_lr": 1e-2} if name == "muon" else {})
@@ -61,6 +62,7 @@ def test_accumulation_and_processes_see_the_same_samples(tmp_path, tiny_pipeline
     assert dealt == sorted(i for batch in whole.batches.next_step() for i in batch.ids)
 
 
+@pytest.mark.long
 def test_accumulation_changes_nothing(tmp_path, rows, tiny_pipeline):
     models = (tiny_pipeline.transformer, tiny_pipeline.vision_model)
     states = [copy.deepcopy(model.state_dict()) for model in models]

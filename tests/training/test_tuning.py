@@ -42,7 +42,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return max(high for _, high in ImageChops.difference(a, b).getextrema())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_generates_the_same_loaded_applied_and_merged(recipe_file, tmp_path, model_folder, variant):
     images = {"every": 100, "steps": 3, "prompts": [PROMPT]}
@@ -76,6 +76,7 @@ def _fresh_process(script, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tune", [LORA, {"method": "full"}], ids=["lora", "full"])
 def test_images_of_a_run_are_those_of_the_averages_that_it_exports(recipe_file, tmp_path, model_folder, tune):
     images = {"every": 2, "steps": 3, "prompts": [PROMPT]}
@@ -101,7 +102,7 @@ def test_the_adapter_file_keeps_its_alpha(recipe_file, tmp_path):
     assert settings["transformer.lora_alpha"] == 16 and settings["transformer.use_rslora"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_frozen_stays_bit_by_bit(recipe_file, tmp_path, model_folder):
     before = weights_of(model_folder)
     for part in ("gen", "und", "text", "vision"):
@@ -124,6 +125,7 @@ def test_every_part_has_its_parameters(tiny_pipeline, recipe_file):
     assert {part_of(n, CLASSES) for n, p in model.named_parameters() if p.requires_grad} == {"und"}
 
 
+@pytest.mark.long
 def test_checkpoints_export_raw_and_averaged_weights_at_any_step(recipe_file, tmp_path):
     file = recipe_file("run", ema={"decay": 0.5}, checkpoints={"every": 2, "keep": 5})
     assert train_here(file) == 0
@@ -142,7 +144,7 @@ def test_an_incomplete_export_is_refused():
         check_keys("X", ["a", "b"], ["a", "c"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_says_what_there_is(recipe_file, tmp_path):
     assert train_here(recipe_file("run", checkpoints={"every": 2}, tune=LORA)) == 0
     (_, last) = CheckpointFolder(tmp_path / "run" / "checkpoints").complete()
@@ -165,6 +167,7 @@ def small(name, tmp_path, model_folder, rows_folder, **changes) -> int:
     return train_here(name, *[part for pair in changes.items() for part in ("--set", "=".join(map(str, pair)))])
 
 
+@pytest.mark.long
 def test_the_lora_recipe_in_small(tmp_path, model_folder, rows_folder):
     images = {"images.every": 1, "images.steps": 2}
     assert small("lora_single_gpu", tmp_path, model_folder, rows_folder, **images) == 0

@@ -46,6 +46,7 @@ def with_split(two_splits, **changes):
     return {"data": {"path": str(two_splits)}, "validation": SPLIT} | changes
 
 
+@pytest.mark.long
 def test_losses_by_task_and_noise_before_while_and_after_training(recipe_file, two_splits, tmp_path, capsys):
     file = recipe_file(**with_split(two_splits, ema={"decay": 0.9}, steps=5))
     assert train_here(file) == 0
@@ -68,7 +69,7 @@ def test_losses_by_task_and_noise_before_while_and_after_training(recipe_file, t
     assert "<h2>Validation</h2>" in page and "answers/ce" in page and "before training" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_and_with_validation_trains_the_same(recipe_file, two_splits, tmp_path):
     lora = {"tune": {"method": "lora", "rank": 4, "dropout": 0.3}}
     for name, changes in (("plain", {"validation": None}), ("validated", {})):
@@ -77,7 +78,7 @@ def test_a_run_without_and_with_validation_trains_the_same(recipe_file, two_spli
     assert_same(weights_of(tmp_path / "plain" / "adapter"), weights_of(tmp_path / "validated" / "adapter"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_numbers_for_any_number_of_processes(recipe_file, two_splits, tmp_path):
     """One process, accumulation, two processes, two with sharded weights; full tuning and LoRA."""
     runs, expected = [], {}
@@ -99,7 +100,7 @@ def test_the_same_numbers_for_any_number_of_processes(recipe_file, two_splits, t
             assert (json.loads((folder / "sharded-0.json").read_text())["sharded"] > 0) == (kind == "fsdp2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_validations_of_the_same_weights_are_equal(recipe_file, two_splits, tmp_path):
     """Whatever the recipe's seed, batches and learning rate."""
     assert train_here(recipe_file("a", **with_split(two_splits))) == 0
@@ -109,7 +110,7 @@ def test_two_validations_of_the_same_weights_are_equal(recipe_file, two_splits, 
     assert validations(tmp_path / "a")[-1] != validations(tmp_path / "b")[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_of_a_validation_and_resumed(recipe_file, two_splits, tmp_path):
     changes = with_split(two_splits, steps=4, checkpoints={"every": 2, "keep_best": True})
     assert train_here(recipe_file("whole", **changes)) == 0
@@ -123,7 +124,7 @@ def test_killed_in_the_middle_of_a_validation_and_resumed(recipe_file, two_split
     assert_same(weights_of(tmp_path / "killed" / "pipeline"), weights_of(tmp_path / "whole" / "pipeline"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_ends_a_validation_and_a_resumed_run_repeats_it(recipe_file, two_splits, tmp_path):
     changes = with_split(two_splits, steps=40, batch_size=1, checkpoints={"every": 100})
     changes["validation"] = SPLIT | {"every": 1, "times": 100}
@@ -139,7 +140,7 @@ def test_a_signal_ends_a_validation_and_a_resumed_run_repeats_it(recipe_file, tw
 # --- the best step ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_step_is_kept_and_exported(recipe_file, two_splits, tmp_path, capsys):
     """A learning rate that destroys the model after a good start: the first validated step is the best one."""
     optimizer = {"lr": 1e-2, "warmup_steps": 7, "schedule": "constant"}
@@ -157,7 +158,7 @@ def test_the_best_step_is_kept_and_exported(recipe_file, two_splits, tmp_path, c
     assert "give either --best or --step" in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_a_best_step_says_so(recipe_file, tmp_path):
     assert train_here(recipe_file(checkpoints={"every": 2})) == 0
     assert "has no best checkpoint" in run("export", tmp_path / "run", "--best", "--out", tmp_path / "x", code=2)
@@ -249,6 +250,7 @@ def _fails(rows, share) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_held_out_rows_never_train(recipe_file, tmp_path, monkeypatch):
     """Every id that becomes a training sample in five epochs, and every id that is validated."""
     many_rows().save_to_disk(tmp_path / "many")
@@ -267,7 +269,7 @@ def test_held_out_rows_never_train(recipe_file, tmp_path, monkeypatch):
     assert {f"many-{i}" for i in numbers} == validated
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_share_is_the_same_for_two_processes_and_after_resuming(recipe_file, tmp_path):
     many_rows().save_to_disk(tmp_path / "many")
     changes = {"data": {"path": str(tmp_path / "many")}, "validation": {"share": 0.3, "every": 2, "times": 2}}
@@ -314,7 +316,7 @@ def test_a_damaged_validation_row_is_named(recipe_file, two_splits, tmp_path, ca
     assert "error: Row bad: " in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exact_match_is_that_of_greedy_answers(recipe_file, two_splits, tmp_path):
     """Train until the answers are learned: the share of exact answers is that of the pipeline's own answers."""
     from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline

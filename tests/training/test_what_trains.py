@@ -32,7 +32,7 @@ def test_a_group_of_its_own_rate_and_decay(recipe_file, tmp_path):
     assert decays == {0.0, 0.5}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_resume_and_are_the_same_run_where_their_rates_are_equal(recipe_file, tmp_path):
     optimizer = {"lr": 1e-3, "schedule": "constant"}
     assert train_here(recipe_file("plain", optimizer=optimizer)) == 0
@@ -42,7 +42,7 @@ def test_groups_resume_and_are_the_same_run_where_their_rates_are_equal(recipe_f
     assert losses_of(tmp_path / "groups") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_of_adamw_give_the_same_steps(recipe_file, tmp_path):
     for kernel in ("fused", "foreach", "plain"):
         optimizer = {"lr": 1e-3, "kernel": kernel, "weight_decay": 0.1}
@@ -83,7 +83,7 @@ def test_settings_that_cannot_train(recipe_file, capsys, changes, told):
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_starts_from_an_adapter_and_refuses_another_shape(recipe_file, tmp_path, capsys):
     assert train_here(recipe_file("first", tune=LORA, optimizer={"lr": 1e-2})) == 0
     tune = LORA | {"init_adapter": str(tmp_path / "first" / "adapter")}
@@ -101,7 +101,7 @@ def test_a_run_starts_from_an_adapter_and_refuses_another_shape(recipe_file, tmp
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_patterns_of_ranks_and_original_names_load_and_generate_the_same(recipe_file, tmp_path, model_folder):
     """The adapter of a run, with the names of the original checkpoint, read back by the pipeline."""
     tune = LORA | {
@@ -133,7 +133,7 @@ def test_patterns_of_ranks_and_original_names_load_and_generate_the_same(recipe_
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exports_are_pushed_while_training_and_a_fault_stops_nothing(recipe_file, tmp_path):
     changes = {"tune": LORA, "checkpoints": {"every": 2}, "hub": {"repo": "ns/run", "every": 2}, "steps": 4}
     with LoopbackHub() as hub:

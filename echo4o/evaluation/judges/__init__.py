@@ -61,8 +61,8 @@ def make_judge(
             raise ValueError("--judge self asks the evaluated model: give --model, or --judge self:MODEL")
         return PipelineJudge(evaluated, load_pipeline, max_tokens=max_tokens)
     if kind == "detector":
+        from echo4o.evaluation.benchmarks.prompt_files import cache_folder
         from echo4o.evaluation.judges.detector import DetectorJudge
-        from echo4o.evaluation.prompt_files import cache_folder
 
         settings = detector or DetectorSettings()
         return DetectorJudge(

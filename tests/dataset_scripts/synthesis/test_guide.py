@@ -32,7 +32,7 @@ RECIPE = next(code for language, code in BLOCK.findall(GUIDE) if language == "ya
 ECHO4O = f"""#!{sys.executable}
 import sys
 from pathlib import Path
-from echo4o.evaluation import prompt_files
+from echo4o.evaluation.benchmarks import prompt_files
 prompt_files.fetch_official = lambda benchmark, revision=None: Path(f"{{benchmark.name}}.jsonl")
 from echo4o.cli import main
 main()
@@ -82,7 +82,6 @@ def _picture(call) -> bytes:
     return png(small.resize((1024, 1024), Image.Resampling.NEAREST))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_from_a_key_to_a_hundred_rows(server, tmp_path):

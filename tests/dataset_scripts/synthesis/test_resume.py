@@ -72,6 +72,7 @@ def test_a_request_that_is_never_taken_stops_the_run(server, recipe, tmp_path):
     assert not ends(tmp_path / "made")
 
 
+@pytest.mark.long
 def test_the_budget_ends_the_run_and_a_higher_one_continues(server, recipe, tmp_path):
     out, sums = tmp_path / "made", []
     for budget in (0.05, 0.12, 5):
@@ -108,7 +109,7 @@ def command(file, out, *more, limits=()) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how, at", [(signal.SIGKILL, 25), (signal.SIGINT, 40)])
 def test_interrupted_and_resumed(server, recipe, tmp_path, how, at):
     """Killed or interrupted in the middle; the second run makes the rest and pays only for that."""
@@ -133,7 +134,7 @@ def test_interrupted_and_resumed(server, recipe, tmp_path, how, at):
     assert max(steps.values()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again(server, recipe, tmp_path):
     """kill -9 at random points until a run comes through."""
     server.latency = 0.01
@@ -158,7 +159,7 @@ def test_killed_again_and_again(server, recipe, tmp_path):
     run("build", out / "dataset", "--out", tmp_path / "built", "--workers", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_in_the_preview(server, recipe, tmp_path):
     server.latency = 0.05
     out = tmp_path / "made"
@@ -195,6 +196,7 @@ def test_two_processes_do_not_share_a_folder(server, recipe, tmp_path):
     assert not server.calls
 
 
+@pytest.mark.long
 def test_calls_keep_to_the_rate(server, recipe, tmp_path):
     times, paint = [], server.image
     server.image = lambda call: times.append(time.monotonic()) or paint(call)

@@ -10,6 +10,7 @@ from echo4o.testing.openai_server import API_KEY, EndpointFault
 from tests.dataset_scripts.synthesis.running import PARTS, accepted, ends, lines, one_part, planned, run
 
 
+@pytest.mark.long
 def test_three_recipes_end_to_end(server, recipe, tmp_path):
     out = tmp_path / "made"
     said = run("synthesize", recipe(), "--out", out, "--budget", 5)
@@ -89,6 +90,7 @@ def test_plan_tells_what_is_paid(server, recipe, tmp_path):
     assert sum(call.model == "judge" for call in server.judged) == 19
 
 
+@pytest.mark.long
 def test_preview_comes_first_and_is_part_of_the_run(server, recipe, tmp_path):
     out = tmp_path / "made"
     run("synthesize", recipe(), "--out", out, "--preview", 12)

@@ -12,7 +12,6 @@ from tests.dataset_scripts.synthesis.running import accepted, ends, planned, run
 ROWS = {"surreal_fantasy": 100, "multi_reference": 80, "instruction_following": 120}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_three_hundred_rows(server, recipe, tmp_path):
     out, built = tmp_path / "made", tmp_path / "built"

@@ -150,6 +150,7 @@ def test_calls_without_a_price_are_not_reported_as_free(server, recipe, tmp_path
     assert "USD spent in total, not counting the calls of models without a price (models.image.price)" in said
 
 
+@pytest.mark.long
 def test_roles_of_one_model_share_its_rate(server, recipe, tmp_path):
     times, begin = [], server.begin
     server.begin = lambda call: (times.append(time.monotonic()) if call.kind == "chat" else None, begin(call))
@@ -228,7 +229,7 @@ def test_lookalikes_of_accepted_images_are_found(server, recipe, tmp_path):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk(server, recipe, tmp_path):
     """A real limit, under which files stop to grow in the middle of a line; with room again, nothing is paid for twice."""
     out, file = tmp_path / "made", recipe(surreal_fantasy__rows=20)

@@ -20,6 +20,7 @@ def _seen(found):
     return sorted((str(o.shape), o.colour, o.row, o.column, o.size) for o in found)
 
 
+@pytest.mark.long
 def test_right_on_rendered_truth():
     rng = np.random.default_rng(0)
     right = 0

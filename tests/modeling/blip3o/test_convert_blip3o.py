@@ -17,7 +17,7 @@ from echo4o.modeling.pipelines import original_class, pipeline_class
 
 from .conftest import CHECKPOINT, GOLDEN, change_json, variant
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def files(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from echo4o.modeling.blip3o.inputs_blip3o import read_images
 from echo4o.modeling.blip3o.prompts_blip3o import generation_text, training_text
 from echo4o.modeling.blip3o.sampling_blip3o import CLIP_MEAN, CLIP_STD
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 PROMPTS = ["a red cube left of two blue balls", "seven small cats", ""]
 FAST = {"height": 32, "width": 48, "num_inference_steps": 2, "feature_steps": 3}
 

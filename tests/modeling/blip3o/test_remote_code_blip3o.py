@@ -36,7 +36,7 @@ np.savez(target + "/drawn.npz", first=draw(pipe), again=draw(again), answer=answ
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_folder_works_without_the_package(tmp_path, converted):
     (tmp_path / "home").mkdir()
     (tmp_path / "out").mkdir()

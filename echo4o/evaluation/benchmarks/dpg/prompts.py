@@ -12,7 +12,7 @@ from echo4o.common import strict_json
 from echo4o.evaluation.benchmarks.base import Benchmark, BenchmarkPrompt, PromptSource, git_blob_id
 from echo4o.evaluation.benchmarks.dpg.questions import read_question_table
 from echo4o.evaluation.benchmarks.dpg.scoring import DPGQuestion
-from echo4o.evaluation.prompt_files import PromptSet, cache_folder, fetch
+from echo4o.evaluation.benchmarks.prompt_files import PromptSet, cache_folder, fetch
 
 GROUP = "dpg"
 PROMPTS = 1065
