@@ -66,6 +66,14 @@ def main(arguments: list[str]) -> int:
         end()
 
 
+def main_and_exit() -> None:
+    """Ends the process without torch's destructors: after several runs in one group they abort it now and then."""
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _split(arguments: list[str]) -> list[list[str]]:
     groups = [[]]
     for argument in arguments:
@@ -77,4 +85,4 @@ def _split(arguments: list[str]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_and_exit()

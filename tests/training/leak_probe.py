@@ -6,7 +6,6 @@ Runs of [`tests.training.force_fsdp2`], with `leaks.json` beside each run.
 import gc
 import json
 import resource
-import sys
 
 import torch
 
@@ -31,4 +30,4 @@ def _counting_step(self, step, entry, facts):
 RunMonitor.step = _counting_step
 
 if __name__ == "__main__":
-    sys.exit(force_fsdp2.main(sys.argv[1:]))
+    force_fsdp2.main_and_exit()
