@@ -11,15 +11,16 @@ from typing import Self
 class FolderLock:
     """Holds an output folder for this process, so that a second run into it is refused instead of mixed in.
 
-    The lock is a file beside the folder, which may not exist yet and whose content may be published; it is a file in
-    the folder where nothing can be created beside it, as in a mounted volume. It ends with `release`, with the `with`
-    block, or with the process. Where the operating system has no `flock`, nothing is locked.
+    The lock is a file beside the folder, which may not exist yet and whose content may be published. Where nothing can
+    be created beside it, as with a mounted volume, the folder itself is locked, which cannot name its process. The lock
+    ends with `release`, with the `with` block, or with the process. Where the operating system has no `flock`, nothing
+    is locked.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        place = Path(os.path.realpath(self.folder))  # one lock for all links to a folder
-        self._file = place.parent / f".{place.name}.lock"
+        self._place = Path(os.path.realpath(self.folder))  # one lock for all links to a folder
+        self._file: Path | None = self._place.parent / f".{self._place.name}.lock"  # None: the folder itself
         self._descriptor: int | None = None
 
     def acquire(self) -> Self:
@@ -37,41 +38,43 @@ class FolderLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                owner = os.read(descriptor, 100).decode("utf-8", "replace").strip() or "unknown"
+                owner = b"" if self._file is None else os.read(descriptor, 100).strip()
                 os.close(descriptor)
                 raise ValueError(
-                    f"{self.folder} is in use by another process (process {owner}): wait until it ends, or choose "
-                    "another folder"
+                    f"{self.folder} is in use by another process (process {owner.decode('utf-8', 'replace') or 'unknown'}): "
+                    "wait until it ends, or choose another folder"
                 ) from None
             if self._is_current(descriptor):
                 break
             os.close(descriptor)  # its owner removed the file between our open and our lock
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        if self._file is not None:
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
         return self
 
     def _open(self) -> int:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            place = Path(os.path.realpath(self.folder))
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not place.is_dir():
-                raise
-            self._file = place / ".lock"
-            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not self._place.is_dir():
+                    raise
+                self._file = None
+        return os.open(self._place, os.O_RDONLY)
 
     def _is_current(self, descriptor: int) -> bool:
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._file))
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._file or self._place))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
         """Give the folder up; a second call does nothing."""
         if self._descriptor is not None:
-            self._file.unlink(missing_ok=True)
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
