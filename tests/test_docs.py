@@ -124,11 +124,14 @@ def test_links_lead_somewhere(document):
             assert anchor in anchors(file), f"{named(document)} links to {target}; there are {sorted(anchors(file))}"
 
 
-def test_the_index_names_every_guide_in_one_line():
-    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+def test_every_guide_is_listed_once_in_the_index_the_readme_and_the_site():
+    index, readme, site = ((ROOT / name).read_text("utf-8") for name in ("docs/README.md", "README.md", "mkdocs.yml"))
+    listed = readme[readme.index("\nGuides: ") :]
     for guide in (ROOT / "docs").glob("*.md"):
         if guide.name != "README.md":
             assert len(re.findall(rf"^.*\]\({guide.name}\).*$", index, re.M)) == 1, guide.name
+            assert listed.count(f"](docs/{guide.name})") == 1, guide.name
+            assert len(re.findall(rf": docs/{guide.name}$", site, re.M)) == 1, guide.name
 
 
 def test_troubleshooting_answers_every_row_with_a_link():

@@ -168,7 +168,10 @@ def _write_configs(dst: Path, configs: Configs) -> None:
         (dst / component).mkdir(exist_ok=True)
         library, name = (OWN_CODE | LIBRARY_CLASSES)[component]
         if library != "transformers":
-            config = {"_class_name": name, "_diffusers_version": diffusers.__version__} | config
+            entry: dict[str, Any] = {"_class_name": name, "_diffusers_version": diffusers.__version__}
+            if component in OWN_CODE:
+                entry["auto_map"] = {"AutoModel": f"{library}.{name}"}  # library is the stem of the component's file
+            config = entry | config
         write_json(dst / component / names.get(component, "config.json"), config)
 
 

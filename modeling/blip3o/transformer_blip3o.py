@@ -135,6 +135,7 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
     config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"  # diffusers.AutoModel loads the published folder of this component
     _gradient_checkpointing_func: Any
     _no_split_modules = ["Blip3oBlock"]
     _repeated_blocks = ["Blip3oBlock"]
@@ -188,6 +189,11 @@ class Blip3oTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
             out_dim=patch_size**2 * in_channels,
         )
         self.gradient_checkpointing = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, without a warning about `auto_map`, by which `AutoModel` finds this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

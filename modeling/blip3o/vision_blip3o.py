@@ -86,6 +86,7 @@ class EvaClipVisionModel(ModelMixin, ConfigMixin):
 
     config: Any  # pyright: ignore[reportIncompatibleVariableOverride] - a FrozenDict with the arguments as attributes
 
+    _auto_class = "AutoModel"  # diffusers.AutoModel loads the published folder of this component
     _no_split_modules = ["EvaClipBlock"]
     _repeated_blocks = ["EvaClipBlock"]
     _keep_in_full_precision = ["patch_embed"]
@@ -115,6 +116,11 @@ class EvaClipVisionModel(ModelMixin, ConfigMixin):
         self.pos_embed = nn.Parameter(torch.zeros(1, side**2 + 1, hidden_size))
         self.patch_embed = EvaClipPatchEmbed(hidden_size, patch_size, num_channels)
         self.blocks = nn.ModuleList(EvaClipBlock(hidden_size, head_dim, intermediate_size) for _ in range(num_layers))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, without a warning about `auto_map`, by which `AutoModel` finds this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

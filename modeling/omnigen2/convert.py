@@ -69,12 +69,15 @@ def convert_to_diffusers(src: Path, dst: Path) -> None:
     write_json(dst / "scheduler" / "scheduler_config.json", _scheduler_config(released))
     copy_files(src, dst / KEPT_FOLDER, (INDEX_NAME,))
     copy_files(src / "scheduler", dst / KEPT_FOLDER, ("scheduler_config.json",))
+    copy_files(src / "transformer", dst / KEPT_FOLDER, ("config.json",))
     sources = OmniGen2Pipeline._published_sources
     require_closed(sources)
     code = class_code(OmniGen2Transformer2DModel)
     assert code is not None
     require_standalone(code.text, "The file of the transformer")
     write_sources(dst, sources, {"transformer": code})
+    entry = {"auto_map": {"AutoModel": f"{code.stem}.{OmniGen2Transformer2DModel.__name__}"}}
+    write_json(dst / "transformer" / "config.json", read_json(src / "transformer" / "config.json") | entry)
     write_json(dst / INDEX_NAME, _index())
     finish(dst)
 
@@ -95,6 +98,7 @@ def convert_to_original(src: Path, dst: Path) -> None:
         ours = read_json(src / "scheduler" / "scheduler_config.json")
         write_json(dst / "scheduler" / "scheduler_config.json", _released_scheduler_config(ours))
         write_json(dst / INDEX_NAME, _RELEASED_INDEX)
+    _write_released_transformer_config(src, dst)
     finish(dst)
 
 
@@ -214,6 +218,16 @@ def _scheduler_config(released: dict) -> dict:
         "use_dynamic_shifting": released.get("dynamic_time_shift", True),
         "time_shift_type": "linear",
     }
+
+
+def _write_released_transformer_config(src: Path, dst: Path) -> None:
+    """As it was, if it still describes the transformer; else without our entry for `AutoModel`."""
+    ours, kept = read_json(src / "transformer" / "config.json"), src / KEPT_FOLDER / "config.json"
+    ours.pop("auto_map", None)
+    if kept.is_file() and read_json(kept) == ours:
+        copy_files(src / KEPT_FOLDER, dst / "transformer", ("config.json",))
+    else:
+        write_json(dst / "transformer" / "config.json", ours)
 
 
 def _released_scheduler_config(ours: dict) -> dict:

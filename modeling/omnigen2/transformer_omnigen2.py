@@ -440,6 +440,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
     layers: Any
 
     _supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"  # diffusers.AutoModel loads the published folder of this component
     _gradient_checkpointing_func: Any
     _no_split_modules = ["OmniGen2TransformerBlock"]
     _repeated_blocks = ["OmniGen2TransformerBlock"]
@@ -516,6 +517,11 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Atte
             hidden_size, time_size, patch_size**2 * (in_channels if out_channels is None else out_channels)
         )
         self.gradient_checkpointing = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, without a warning about `auto_map`, by which `AutoModel` finds this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -2,16 +2,25 @@
 
 import json
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoModel
 
 import echo4o.modeling
 from echo4o.modeling.common.publishing import published_name, relative_imports
 from echo4o.modeling.pipelines import PIPELINES
 
 ROOT = Path(echo4o.modeling.__file__).parent
+PARITY = Path(__file__).parents[1] / "parity"
+GOLDENS = {
+    "Echo4oPipeline": PARITY / "golden",
+    "OmniGen2Pipeline": PARITY / "golden_omnigen2",
+    "Blip3oPipeline": PARITY / "golden_blip3o",
+}
 # As diffusers finds what it copies (dynamic_modules_utils.get_relative_imports).
 COPIED = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.M)
 
@@ -62,30 +71,42 @@ def test_only_the_imports_from_common_are_rewritten(cls):
 
 
 @pytest.mark.parametrize("how", ["converted", "saved"])
-def test_auto_model_of_diffusers_loads_a_components_folder(tmp_path, how):
+def test_auto_model_of_diffusers_loads_a_components_folder(cls, tmp_path, how, recwarn):
     """By the `auto_map` of its config.json, with the code beside it; dtype and weights are those of the folder."""
-    import torch
-    from diffusers import AutoModel
-
-    from echo4o.modeling.bagel.convert import convert_to_diffusers
-    from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-
-    from .conftest import GOLDEN
-
-    convert_to_diffusers(GOLDEN / "checkpoint", tmp_path / "converted")
-    pipe = Echo4oPipeline.from_pretrained(tmp_path / "converted", dtype=torch.bfloat16 if how == "saved" else None)
+    convert = import_module(".convert", cls.__module__.rpartition(".")[0])
+    convert.convert_to_diffusers(GOLDENS[cls.__name__] / "checkpoint", tmp_path / "converted")
+    pipe = cls.from_pretrained(tmp_path / "converted", dtype=torch.bfloat16 if how == "saved" else None)
     if how == "saved":
         pipe.save_pretrained(tmp_path / "saved")
-    for name in ("transformer", "vision_model"):
+    own = {name: part for name, part in pipe.components.items() if type(part).__module__.startswith("echo4o.")}
+    assert "transformer" in own
+    for name, component in own.items():
         config = json.loads((tmp_path / how / name / "config.json").read_text("utf-8"))
-        component = getattr(pipe, name)
-        assert config["auto_map"] == {"AutoModel": f"{name.split('_')[0]}_bagel.{type(component).__name__}"}
+        stem = type(component).__module__.rpartition(".")[2]
+        assert config["auto_map"] == {"AutoModel": f"{stem}.{type(component).__name__}"}
         with pytest.raises(ValueError, match="trust_remote_code"):
             AutoModel.from_pretrained(str(tmp_path / how / name))
         loaded = AutoModel.from_pretrained(str(tmp_path / how / name), trust_remote_code=True)
         assert type(loaded).__name__ == type(component).__name__ and loaded.dtype == component.dtype
         state = loaded.state_dict()
         assert all(torch.equal(state[key], value) for key, value in component.state_dict().items())
+    assert not [w for w in recwarn if "auto_map" in str(w.message)]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_way_back_to_the_released_layout_has_no_auto_map(cls, tmp_path, saved):
+    package, golden = cls.__module__.rpartition(".")[0], GOLDENS[cls.__name__] / "checkpoint"
+    convert = import_module(".convert", package)
+    convert.convert_to_diffusers(golden, tmp_path / "ours")
+    if saved:
+        cls.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "saved")
+        if (tmp_path / "ours" / "original").is_dir():
+            shutil.copytree(tmp_path / "ours" / "original", tmp_path / "saved" / "original", dirs_exist_ok=True)
+    convert.convert_to_original(tmp_path / ("saved" if saved else "ours"), tmp_path / "back")
+    written = sorted((tmp_path / "back").rglob("*.json"))
+    assert written and not [file for file in written if "auto_map" in json.loads(file.read_text("utf-8"))]
+    if not saved:
+        assert not [file for file in written if file.read_bytes() != (golden / file.relative_to(tmp_path / "back")).read_bytes()]
 
 
 FROM_HUB = """

@@ -124,7 +124,9 @@ def test_all_component_files_hold_the_same_code():
     )
     for file in files:
         module = import_module(f"echo4o.modeling.{file}")
-        for name in ("_read_dtype", "_stored_files", "_stored_dtype"):
+        for name in ("_read_dtype", "_stored_files", "_stored_dtype", "_check_initialization"):
+            if name == "_check_initialization" and "vision" in file:
+                continue  # a vision tower takes no adapters
             assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(transformer_bagel, name)), (
                 file
             )
