@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from echo4o.hub import safety, secrets
@@ -152,6 +154,58 @@ def test_secrets_are_found_in_columns_of_every_type_and_in_metadata(tmp_path):
     assert found == [(f"row 1, column {name}", "a Hugging Face token") for name in list(columns)[:8]]
     pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({"note": secret}), tmp_path / "b.parquet")
     assert list(secrets.find_secrets("b.parquet", tmp_path / "b.parquet")) == [("line 1", "a Hugging Face token")]
+
+
+@pytest.mark.parametrize("form", ["stream", "file", "lz4", "damaged"])
+def test_secrets_are_found_in_arrow_files(form, tmp_path):
+    """Of both formats, also compressed; a damaged file is searched as bytes."""
+    import pyarrow as pa
+
+    secret, path = FAKE["a Hugging Face token"], tmp_path / "data.arrow"
+    table = pa.table({"id": ["a", "b"], "text": ["none " * 50, f"{'none ' * 50} {secret} {'none ' * 50}"]})
+    table = table.replace_schema_metadata({"note": secret})
+    options = pa.ipc.IpcWriteOptions(compression="lz4" if form == "lz4" else None)
+    new = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    if form == "damaged":
+        path.write_bytes(path.read_bytes()[8:])
+    found = list(secrets.find_secrets("data.arrow", path))
+    assert {what for _, what in found} == {"a Hugging Face token"}
+    if form != "damaged":
+        assert [place for place, _ in found] == ["line 1", "row 1, column text"]
+
+
+def png_with(chunk: str, secret: str) -> bytes:
+    """A PNG image whose text holds the secret compressed."""
+    texts, stream = PngInfo(), io.BytesIO()
+    if chunk == "zTXt":
+        texts.add_text("note", f"{'none ' * 50}{secret}", zip=True)
+    else:
+        texts.add_itxt("note", f"{'none ' * 50}{secret}", "en", "Notiz", zip=True)
+    Image.new("RGB", (4, 4), "red").save(stream, "PNG", pnginfo=texts)
+    assert chunk.encode() in stream.getvalue() and secret.encode() not in stream.getvalue()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("chunk", ["zTXt", "iTXt"])
+def test_secrets_are_found_in_compressed_texts_of_images(chunk, tmp_path):
+    """In a file, in an archive and in a row; a damaged text is no error."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    secret, kind = FAKE["a Hugging Face token"], "a Hugging Face token"
+    image = png_with(chunk, secret)
+    assert list(secrets.find_secrets("a.png", image)) == [("a compressed text", kind)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("in.png", image)
+    assert list(secrets.find_secrets("a.zip", tmp_path / "a.zip")) == [("in.png, a compressed text", kind)]
+    pq.write_table(pa.table({"image": [{"bytes": image}]}), tmp_path / "a.parquet")
+    assert list(secrets.find_secrets("a.parquet", tmp_path / "a.parquet")) == [("row 0, column image", kind)]
+    place = image.index(chunk.encode())
+    damaged = image[: place + 30] + bytes(10) + image[place + 40 :]
+    assert list(secrets.find_secrets("a.png", damaged)) == []
+    assert list(secrets.find_secrets("a.png", image[: place + 6])) == []
 
 
 def test_secrets_are_found_in_names_and_comments(tmp_path):

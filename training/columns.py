@@ -194,12 +194,44 @@ class MappedRows:
             rows.dataset = self.dataset.select_columns(columns or self.dataset.column_names[:1])  # one keeps the count
         return rows
 
+    def facts(self, rows_at_once: int) -> Iterator[tuple[list, list, list[int]]]:
+        """Ids (or numbers, without an id column), instructions and numbers of references, in batches, from columns.
+
+        Images stay on disk. References in fields of a column are not counted.
+        """
+        names, first = self.mapping.names, 0
+        whole = [name for name in names["reference_images"] if name in self.dataset.column_names]
+        wanted = {name.partition(".")[0] for name in (*names["id"], *names["instruction"])} | set(whole)
+        columns = [name for name in self.dataset.column_names if name in wanted]
+        batches: Any = self.dataset.select_columns(columns).iter(rows_at_once)
+        for batch in batches:
+            rows = batch.drop_columns(whole).to_pylist()
+            values = {
+                field: [[column_value(row, name) for name in names[field]] for row in rows]
+                for field in ("id", "instruction")
+            }
+            ids = [str(id[0]) if id else f"number {first + n}" for n, id in enumerate(values["id"])]
+            counts = [image_counts(batch.column(name)) for name in whole] or [[0] * len(rows)]
+            yield ids, [text[-1] for text in values["instruction"]], [sum(each) for each in zip(*counts, strict=True)]
+            first += len(rows)
+
     def cast_column(self, name: str, feature: Any) -> MappedRows:
         """The same rows with images decoded or not, as `feature` says."""
         rows = copy.copy(self)
         image = getattr(feature, "feature", feature)
         rows.decode = bool(image.decode)
         return rows
+
+
+def image_counts(column: Any) -> list[int]:
+    """The number of images in every row of an arrow column of lists of images, or of single images."""
+    import pyarrow.compute
+    import pyarrow.types as types
+
+    pc: Any = pyarrow.compute  # its functions are made at import
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        return [n or 0 for n in pc.list_value_length(column).to_pylist()]
+    return [int(valid) for valid in pc.is_valid(column).to_pylist()]
 
 
 def _decoded(image: dict[str, Any] | None) -> PILImage.Image | None:

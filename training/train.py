@@ -49,7 +49,7 @@ from echo4o.training.recipe_files import dump_recipe, load_recipe, parse_changes
 from echo4o.training.resolution import ResizedRows
 from echo4o.training.results import write_result
 from echo4o.training.resuming import check_same_run
-from echo4o.training.row_checks import check_features, check_rows
+from echo4o.training.row_checks import check_features, check_rows, check_stored
 from echo4o.training.row_images import DecodedRows, is_mapped, undecoded
 from echo4o.training.run_log import PHASES
 from echo4o.training.run_monitor import RunMonitor
@@ -96,7 +96,8 @@ class Trainer:
         sources, validation_rows = split_rows(recipe, sources, accelerator)
         self.backbone = self._backbone(pipeline)
         self.pipeline = self.backbone.pipeline
-        check_rows(sources, self.pipeline.config.get("max_references"))
+        if recipe.on_bad_row == "stop":
+            check_rows(sources, self.pipeline.config.get("max_references"))
         trained = TrainedModel(self.backbone).train()
         set_up(trained, recipe, self.backbone.component_classes)
         self._move_frozen_components()
@@ -114,8 +115,10 @@ class Trainer:
             source = ResizedRows(self.backbone, recipe.resolution)
         if recipe.latents is not None:
             source = CachedBackbone(self.backbone, recipe.latents)
+            check_stored(sources, source.cache, recipe.latents, all_stored=False)
         if recipe.distill is not None:
             source = DistilledRows(self.backbone, recipe)
+            check_stored(sources, source.cache, source.folder, all_stored=True)
         if recipe.latents is not None or recipe.distill is not None:
             sources = [undecoded(rows) for rows in sources]
         else:

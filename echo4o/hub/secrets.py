@@ -1,4 +1,4 @@
-"""Finds what looks like a secret in files: text of any Unicode encoding, Parquet rows, safetensors headers, archives."""
+"""Finds what looks like a secret in files: text of any Unicode encoding, rows of Parquet and Arrow files, safetensors headers, archives, compressed texts of PNG images."""
 
 import bz2
 import gzip
@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -18,6 +19,8 @@ from echo4o.hub.remote import Source
 _CHUNK = 1 << 22
 _LONGEST = 4096  # bytes of the longest secret; consecutive chunks overlap by this
 _MAX_DEPTH = 4  # archives within archives
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = 1 << 24  # bytes of a compressed text that are read
 _SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
     "an OpenAI or similar API key": rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
@@ -47,8 +50,8 @@ def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
         yield "its name", _name_of(match)
     if isinstance(source, bytes):
         yield from _in_stream(io.BytesIO(source))
-    elif name.endswith(".parquet"):
-        yield from _in_parquet(source)
+    elif name.endswith((".parquet", ".arrow")):
+        yield from _in_table(source)
     elif name.endswith(".safetensors"):
         yield from _in_chunks([_safetensors_header(source)])
     else:
@@ -57,6 +60,9 @@ def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
+    for text in _png_texts(stream):
+        for _, what in _in_chunks([text]):
+            yield "a compressed text", what
     if depth < _MAX_DEPTH and (kind := _archive_kind(stream)):
         try:
             for member, content in _members(kind, stream):
@@ -74,6 +80,28 @@ def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
     if first.startswith(_CLOSED_KINDS):
         yield "the whole file", _CLOSED
     yield from _in_chunks(chain([first], iter(lambda: stream.read(_CHUNK), b"")))
+
+
+def _png_texts(stream: BinaryIO) -> Iterator[bytes]:
+    """The decompressed texts (chunks zTXt and iTXt) of a PNG image; nothing for other files."""
+    if stream.read(8) == _PNG:
+        while len(head := stream.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind not in (b"zTXt", b"iTXt") or length > _PNG_TEXT:
+                stream.seek(length + 4, io.SEEK_CUR)
+                continue
+            chunk = stream.read(length)
+            stream.seek(4, io.SEEK_CUR)  # checksum
+            _, _, rest = chunk.partition(b"\0")  # after the keyword
+            if kind == b"iTXt":  # compressed or not, method, language, translated keyword
+                rest = rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""
+            else:
+                rest = rest[1:]
+            try:
+                yield zlib.decompressobj().decompress(rest, _PNG_TEXT) if rest else b""
+            except zlib.error:  # damaged; its bytes are searched as they are
+                pass
+    stream.seek(0)
 
 
 def _archive_kind(stream: BinaryIO) -> str | None:
@@ -149,29 +177,48 @@ def _name_of(match: re.Match[bytes]) -> str:
     return next(name for name, found in zip(_SECRETS, match.groups()) if found is not None)
 
 
-def _in_parquet(path: Path) -> Iterator[tuple[str, str]]:
+def _in_table(path: Path) -> Iterator[tuple[str, str]]:
     """Searches texts and bytes in all columns, and the metadata; their bytes in the file are compressed."""
+    import pyarrow as pa
+
+    try:
+        with ExitStack() as opened:
+            metadata, batches = _open_table(path, opened)
+            for key, value in metadata.items():
+                if key != b"ARROW:schema":  # the other entries again, in base64
+                    yield from _in_chunks([value])
+            row = 0
+            for batch in batches:
+                for column, values in zip(batch.schema.names, batch.columns):
+                    if not _match_in(values):
+                        continue
+                    for number in range(len(batch)):
+                        if match := _match_in(values.slice(number, 1)):
+                            yield f"row {row + number}, column {column}", _name_of(match)
+                row += len(batch)
+    except pa.ArrowInvalid:  # not such a file, or damaged; validating it is not the task of this module
+        yield from _in_chunks([path.read_bytes()])
+
+
+def _open_table(path: Path, opened: ExitStack) -> tuple[dict[bytes, bytes], Iterable[Any]]:
+    """Metadata and batches of a Parquet file, or of an Arrow file in either of its formats."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:  # not a Parquet file; validating it is not the task of this module
-        yield from _in_chunks([path.read_bytes()])
-        return
-    with file:
-        for key, value in (file.metadata.metadata or {}).items():
-            if key != b"ARROW:schema":  # the other entries again, in base64
-                yield from _in_chunks([value])
-        row = 0
-        for batch in file.iter_batches(batch_size=100):
-            for column, values in zip(batch.schema.names, batch.columns):
-                if not _match_in(values):
-                    continue
-                for number in range(len(batch)):
-                    if match := _match_in(values.slice(number, 1)):
-                        yield f"row {row + number}, column {column}", _name_of(match)
-            row += len(batch)
+    if path.suffix == ".parquet":
+        parquet = opened.enter_context(pq.ParquetFile(path))
+        return parquet.metadata.metadata or {}, parquet.iter_batches(batch_size=100)
+    source = opened.enter_context(pa.memory_map(str(path)))
+    if source.read(6) == b"ARROW1":
+        file = opened.enter_context(pa.ipc.open_file(source))
+        return file.schema.metadata or {}, (file.get_batch(number) for number in range(file.num_record_batches))
+    source.seek(0)
+    stream = opened.enter_context(pa.ipc.open_stream(source))
+    return stream.schema.metadata or {}, stream
+
+
+def _search(value: bytes) -> re.Match[bytes] | None:
+    return _SECRET.search(value) or next(filter(None, map(_SECRET.search, _png_texts(io.BytesIO(value)))), None)
 
 
 def _match_in(array: Any) -> re.Match[bytes] | None:
@@ -196,7 +243,7 @@ def _match_in(array: Any) -> re.Match[bytes] | None:
         texts = (value for value in array.to_pylist() if value)
     else:
         return None
-    return next(filter(None, map(_SECRET.search, texts)), None)
+    return next(filter(None, map(_search, texts)), None)
 
 
 def _safetensors_header(path: Path) -> bytes:

@@ -106,7 +106,11 @@ def test_the_way_back_to_the_released_layout_has_no_auto_map(cls, tmp_path, save
     written = sorted((tmp_path / "back").rglob("*.json"))
     assert written and not [file for file in written if "auto_map" in json.loads(file.read_text("utf-8"))]
     if not saved:
-        assert not [file for file in written if file.read_bytes() != (golden / file.relative_to(tmp_path / "back")).read_bytes()]
+        assert not [
+            file
+            for file in written
+            if file.read_bytes() != (golden / file.relative_to(tmp_path / "back")).read_bytes()
+        ]
 
 
 FROM_HUB = """

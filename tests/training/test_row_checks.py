@@ -1,12 +1,14 @@
 """Rows that cannot train are named before the first step, and before gigabytes are loaded where that is possible."""
 
 import pytest
-from datasets import Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 
 from echo4o.training import train
 from echo4o.training.backbones.bagel import BagelRecipe
-from echo4o.training.recipe import RecipeError
-from echo4o.training.row_checks import check_features, check_rows
+from echo4o.training.columns import MappedRows, RowMapping
+from echo4o.training.precompute import precompute
+from echo4o.training.recipe import ColumnNames, DataSource, RecipeError
+from echo4o.training.row_checks import check_features, check_rows, check_stored
 from echo4o.training.train import Trainer
 
 from .conftest import make_backbone
@@ -50,6 +52,43 @@ def test_more_references_than_the_model_takes(rows, tiny_pipeline):
         make_backbone(tiny_pipeline).prepare([many[5]])
 
 
+def test_mapped_columns_are_checked_without_reading_images(rows):
+    """By a column of ids, or by number; references in two columns count together."""
+    image, nothing = rows[0]["image"], [None] * 3
+    values = {"caption": ["a", " ", "c"], "source": [image, None, image], "more": [[image] * 2, [image], []]}
+    other = Dataset.from_dict(values | {"photo": nothing, "key": ["x", "y", "z"]}, other_features())
+    columns = {"instruction": "caption", "image": "photo", "reference_images": ["source", "more"]}
+    for id, named in (({"id": "key"}, ("y", "x")), ({}, ("number 1", "number 0"))):
+        data = DataSource(path="owner/name", columns=ColumnNames(**columns, **id))
+        mapped = MappedRows(other, RowMapping(data, other.column_names))
+        with pytest.raises(RecipeError, match=f"^Row {named[0]} has no instruction"):
+            check_rows([mapped], 4)
+        with pytest.raises(RecipeError, match=f"^Row {named[1]} has more references than the model takes: 2"):
+            check_rows([mapped.select([0, 2])], 2)
+        check_rows([mapped.select([0, 2])], 3)
+        check_rows([mapped.select([2])], 1)
+
+
+def other_features() -> Features:
+    return Features(
+        {
+            "caption": Value("string"),
+            "source": Image(),
+            "more": List(Image()),
+            "photo": Image(),
+            "key": Value("string"),
+        }
+    )
+
+
+def test_rows_that_cannot_train_are_skipped_if_the_recipe_says_so(rows, tiny_pipeline, tmp_path):
+    skipping = recipe(tmp_path).model_copy(update={"on_bad_row": "skip", "steps": len(rows) - 1})
+    log = Trainer(skipping, tiny_pipeline, changed(rows, instruction="")).run().log
+    assert len(log) == len(rows) - 1
+    bad = (tmp_path / "run" / "bad_rows_0.jsonl").read_text("utf-8")
+    assert rows[5]["id"] in bad and "its instruction is empty" in bad
+
+
 def test_columns_of_other_types(rows):
     single = rows.remove_columns("reference_images").add_column("reference_images", [None] * len(rows))
     lists = rows.remove_columns("image").add_column("image", [[]] * len(rows))
@@ -76,3 +115,19 @@ def test_a_run_says_so_before_its_first_step(tmp_path, rows, tiny_pipeline, monk
         with pytest.raises(RecipeError, match=words):
             Trainer(recipe(tmp_path), pipeline=tiny_pipeline, dataset=dataset)
     assert rows.features["instruction"] == Value("string")
+
+
+def test_ids_that_a_cache_cannot_tell_apart(rows, tiny_pipeline, tmp_path):
+    """Of one dataset or of two; an id that is not in the cache is encoded and may stand twice."""
+    precompute(rows.select(range(4)), make_backbone(tiny_pipeline), tmp_path / "cache")
+    cached = recipe(tmp_path).model_copy(update={"latents": tmp_path / "cache"})
+    for twice in ([rows, changed(rows, id=rows[0]["id"])], [rows, rows.select([2])]):
+        with pytest.raises(
+            RecipeError, match=r"stands in more than one row \(\d such ids in all\), and .*cache finds"
+        ):
+            Trainer(cached, tiny_pipeline, concatenate_datasets(twice))
+    Trainer(cached, tiny_pipeline, concatenate_datasets([rows, rows.select([6])]))
+    with pytest.raises(RecipeError, match=f"^The id '{rows[2]['id']}' stands in more than one row \\(1 such"):
+        check_stored(
+            [rows, rows.select([2])], [row["id"] for row in rows.select(range(4))], tmp_path, all_stored=False
+        )
