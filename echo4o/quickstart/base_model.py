@@ -18,7 +18,14 @@ from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
 from echo4o.modeling.bagel.transformer_bagel import BagelTransformer2DModel
 from echo4o.modeling.bagel.vision_bagel import BagelVisionModel
 from echo4o.quickstart.generation import generate_and_score
-from echo4o.quickstart.imperfect_rows import CLUTTERED, LOOSE, MISALIGNED, imperfect_rows, single_object_prompts
+from echo4o.quickstart.imperfect_rows import (
+    CLUTTERED,
+    LOOSE,
+    MISALIGNED,
+    imperfect_rows,
+    single_object_prompts,
+    training_dataset,
+)
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer
 
@@ -68,13 +75,6 @@ def build_pipeline(tokenizer, vae: AutoencoderKL, seed: int = 0) -> Echo4oPipeli
     )
 
 
-class RowList(list):
-    """A list with the methods of `datasets.Dataset` that the trainer calls."""
-
-    def select(self, indices) -> list[dict]:
-        return [self[index] for index in indices]
-
-
 def train_base(
     tokenizer, vae: AutoencoderKL, folder: Path, seed: int = 0, steps: int | None = None, rows: int = 12_000
 ) -> dict:
@@ -86,10 +86,12 @@ def train_base(
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as run_dir:
-        changes = {"output_dir": run_dir, "seed": seed} | ({"steps": steps} if steps else {})
+        changes = {"output_dir": run_dir, "seed": seed}
+        if steps:
+            changes |= {"steps": steps, "optimizer.warmup_steps": steps // 30}
         recipe = load_recipe(bundled_recipe("quickstart_base"), changes)
         pipeline = build_pipeline(tokenizer, vae, seed)
-        result = Trainer(recipe, pipeline, RowList(imperfect_rows(rows, seed))).run()
+        result = Trainer(recipe, pipeline, training_dataset(imperfect_rows(rows, seed))).run()
         _move(result.pipeline_dir, folder)
     pipeline = Echo4oPipeline.from_pretrained(folder, dtype=torch.float32)
     scores = {

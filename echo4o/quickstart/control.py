@@ -21,10 +21,10 @@ from echo4o.common.files import write_json
 from echo4o.evaluation.benchmarks.shapes4o.grammar import PARTS, held_out_prompts
 from echo4o.evaluation.benchmarks.shapes4o.upstream_release import render_upstream
 from echo4o.modeling.bagel.pipeline_echo4o import Echo4oPipeline
-from echo4o.quickstart.base_model import RowList, build_pipeline
+from echo4o.quickstart.base_model import build_pipeline
 from echo4o.quickstart.comparison import comparison_table, parts_table, pooled
 from echo4o.quickstart.generation import generate_and_score
-from echo4o.quickstart.imperfect_rows import imperfect_rows
+from echo4o.quickstart.imperfect_rows import imperfect_rows, training_dataset
 from echo4o.quickstart.run import ABOUT, BASE, FULL, LAYOUT, read_upstream, score_table
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.train import Trainer, cast
@@ -109,9 +109,9 @@ def _clean_rows(out: Path, seed: int, without: str | None):
     return read_upstream(out / "upstream", out / "dataset", out / "cache")
 
 
-def _loose_rows(recipe) -> RowList:
+def _loose_rows(recipe):
     """Returns new rows like those of the base model, one for each sample of the training."""
-    return RowList(imperfect_rows(recipe.steps * recipe.batch_size, recipe.seed + 1000))
+    return training_dataset(imperfect_rows(recipe.steps * recipe.batch_size, recipe.seed + 1000))
 
 
 def record(name: str, seed: int, measured: dict, base: Path = BASE) -> None:

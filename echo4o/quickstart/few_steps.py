@@ -2,8 +2,8 @@
 
 `python -m echo4o.quickstart.few_steps QUICKSTART OUT` takes the fine-tuned pipeline and the dataset of a finished
 quickstart, makes the teacher's trajectories, trains adapters, and scores all ways of sampling on held-out prompts. It
-does the same with the quickstart's base model, whose images of a prompt differ from each other. Both take about an hour
-on one core. After an interruption the same command continues.
+does the same with a model of single objects at any place, whose images of a prompt differ from each other. Both take
+about an hour on one core. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from echo4o.common.files import read_json, write_json
 from echo4o.evaluation.benchmarks.shapes4o.accuracy import Accuracy
 from echo4o.evaluation.benchmarks.shapes4o.grammar import ShapesPrompt, held_out_prompts
+from echo4o.evaluation.benchmarks.shapes4o.rendering import render, tint
+from echo4o.evaluation.benchmarks.shapes4o.scene import lay_out
 from echo4o.evaluation.statistics import bootstrap
 from echo4o.modeling.pipelines import pipeline_class
 from echo4o.quickstart.generation import STEPS, generate_images, judge
-from echo4o.quickstart.imperfect_rows import single_object_prompts
+from echo4o.quickstart.imperfect_rows import TINTS, single_object_prompts, training_dataset
 from echo4o.quickstart.run import BASE
 from echo4o.training.precompute import run as precompute
 from echo4o.training.recipe_files import bundled_recipe, load_recipe
 from echo4o.training.teacher import TeacherSettings
-from echo4o.training.train import train
+from echo4o.training.train import Trainer, train
 
 SEGMENTS = 8
 PROMPTS = 1536  # of the quickstart's training rows, whose trajectories the adapters learn from
 SINGLE_OBJECTS = 60  # at most
+FREE_STEPS = 300  # fine-tuning of the base into the model of single objects at any place
 VARIANTS = (1, 2, 3)  # of the 90 held-out contents: 270 prompts
 SEEDS = (0, 1, 2)  # of the images' noise
 BATCH = 45  # prompts per call
@@ -53,9 +57,9 @@ class Student:
         return f"student-{self.updates}" + (f"-seed-{self.seed}" if self.seed else "")
 
 
-STUDENTS, BASE_STUDENTS = (
+STUDENTS, FREE_STUDENTS = (
     (Student(4, 600), Student(8, 100, start=4), Student(2, 500, start=4)),
-    (Student(2, 300), Student(1, 300, start=2)),
+    (Student(4, 600), Student(2, 600, start=4), Student(1, 600, start=2)),
 )
 
 
@@ -107,8 +111,8 @@ def of_quickstart(quickstart: Path, out: Path) -> Experiment:
     return Experiment(quickstart / "pipeline", out, rows, prompts, STUDENTS)
 
 
-def of_base(out: Path) -> Experiment:
-    """The base model, which generates single objects at any position."""
+def of_free_objects(out: Path) -> Experiment:
+    """A model that generates single objects in any cell: the base, fine-tuned for it first."""
     prompts = single_object_prompts(SINGLE_OBJECTS)
 
     def rows():
@@ -116,7 +120,29 @@ def of_base(out: Path) -> Experiment:
 
         return Dataset.from_list([{"id": f"single-{i}", "instruction": p.text} for i, p in enumerate(prompts)])
 
-    return Experiment(BASE, out, rows, prompts, BASE_STUDENTS, images_per_prompt=20, batch_size=16)
+    return Experiment(free_objects_model(out), out, rows, prompts, FREE_STUDENTS, images_per_prompt=20, batch_size=16)
+
+
+def free_objects_model(out: Path) -> Path:
+    """Fine-tune the base on single objects in any cell, or return the folder of the model that is there."""
+    run = out / "teacher"
+    if (run / "pipeline").is_dir():
+        return run / "pipeline"
+    rng, batch = np.random.default_rng(7), 32
+    prompts = single_object_prompts(SINGLE_OBJECTS)
+    rows = []
+    for number in range(FREE_STEPS * batch):
+        prompt = prompts[number % len(prompts)]
+        image = render(lay_out(prompt.groups, "free", rng), tint(int(rng.integers(TINTS))))
+        row = {"id": f"free-{number}", "instruction": prompt.text, "reference_images": [], "image": image}
+        rows.append(row | {"answer": None})
+    settings = {"output_dir": str(run), "steps": FREE_STEPS, "batch_size": batch, "validation": None}
+    pipeline = pipeline_class(BASE).from_pretrained(BASE, dtype=torch.float32)
+    return (
+        Trainer(load_recipe(bundled_recipe("quickstart_cpu"), settings), pipeline, training_dataset(rows))
+        .run()
+        .pipeline_dir
+    )
 
 
 # --- making the adapters --------------------------------------------------------------------------------------------
@@ -274,15 +300,19 @@ def run(experiment: Experiment, updates: Sequence[int]) -> str:
     out.mkdir(parents=True, exist_ok=True)
     make_trajectories(experiment)
     teacher = Way(f"teacher, {STEPS} updates, guidance", STEPS)
-    untrained = [Way(f"teacher, {k} updates, guidance", k) for k in updates]
-    untrained += [Way(f"teacher, {k} updates, no guidance", k, guided=False) for k in updates]
+    untrained = [Way(f"teacher, {_counted(k)}, guidance", k) for k in updates]
+    untrained += [Way(f"teacher, {_counted(k)}, no guidance", k, guided=False) for k in updates]
     adapters = {student: train_student(student, experiment) for student in experiment.students}
-    students = [Way(f"student, {s.updates} updates", adapter=adapters[s]) for s in experiment.students]
+    students = [Way(f"student, {_counted(s.updates)}", adapter=adapters[s]) for s in experiment.students]
     ways = [teacher, *untrained, *students]
     scores = measure(experiment, ways)
     result = table(scores, seconds(experiment, ways), teacher.name, experiment.prompts)
     (out / "table.md").write_text(result + "\n", "utf-8")
     return result
+
+
+def _counted(updates: int) -> str:
+    return f"{updates} update{'s' if updates > 1 else ''}"
 
 
 if __name__ == "__main__":
@@ -292,4 +322,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(run(of_quickstart(given.quickstart, given.out / "quickstart"), (4, 2, 1)))
-    print(run(of_base(given.out / "base"), (2, 1)))
+    print(run(of_free_objects(given.out / "free"), (4, 2, 1)))

@@ -59,6 +59,15 @@ def imperfect_rows(number: int, seed: int) -> list[dict]:
     return [{"id": f"imperfect-{seed}-{i}"} | _row(_KINDS[i % len(_KINDS)], rng) for i in range(number)]
 
 
+def training_dataset(rows: list[dict]):
+    """The rows as a `datasets.Dataset` that the trainer reads."""
+    from datasets import Dataset
+
+    from echo4o.training.columns import FEATURES
+
+    return Dataset.from_list(rows, features=FEATURES)
+
+
 def _row(kind: str, rng: np.random.Generator) -> dict:
     background = tint(int(rng.integers(TINTS)))
     if kind == "scene":

@@ -54,7 +54,7 @@ def write_report(
 
 
 def loss_curve(log: list[dict], validations: Sequence[ValidationResult] = (), window: int = 25) -> str:
-    """Returns an SVG plot of the loss over samples: every step, the mean over `window` steps, and the validations."""
+    """Returns an SVG plot of the loss over samples: every step, the mean over `window` steps, and the validations by noise level."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     samples = np.array([entry["samples"] for entry in log])
@@ -66,9 +66,11 @@ def loss_curve(log: list[dict], validations: Sequence[ValidationResult] = (), wi
     axes.plot(samples[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="#2c4cc8")
     if validations:
         reached = [samples[result.step - 1] if result.step else 0 for result in validations]
-        losses = [result.loss for result in validations]
-        axes.plot(reached, losses, color="#d2603a", marker="o", markersize=3, label="validation")
-        axes.legend()
+        for level in validations[0].times:
+            losses = [result.times[level]["mse"] for result in validations]
+            shade = 0.25 + 0.75 * float(level)
+            axes.plot(reached, losses, color="#d2603a", alpha=shade, marker="o", markersize=3, label=f"noise {level}")
+        axes.legend(title="validation", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xlabel="samples", ylabel="loss", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

@@ -147,13 +147,17 @@ def rotary_angles(
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of (T, heads, D): channels 2i and 2i+1 are one complex number. Computed in float32."""
+    """Rotary embedding of (T, heads, D): channels 2i and 2i+1 are one complex number. Computed in float32.
+
+    Without gradients, `x` may be overwritten.
+    """
     pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), angles
     if torch.compiler.is_compiling():  # which generates no code for complex numbers
         real, imaginary = pairs.unbind(-1)
         rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     else:  # one multiplication; ten times as fast on a CPU
-        rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+        points, turns = torch.view_as_complex(pairs.contiguous()), torch.complex(cos, sin)
+        rotated = torch.view_as_real(points * turns if torch.is_grad_enabled() else points.mul_(turns))
     return rotated.flatten(-2).to(x.dtype)
 
 
@@ -206,7 +210,10 @@ class OmniGen2FeedForward(nn.Module):
         self.linear_3 = nn.Linear(hidden_size, inner_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(x)) * self.linear_3(x))
+        gate, x = self.linear_1(x), self.linear_3(x)
+        if torch.is_grad_enabled():
+            return self.linear_2(nn.functional.silu(gate) * x)
+        return self.linear_2(nn.functional.silu(gate, inplace=True).mul_(x))
 
 
 class OmniGen2AttnProcessor:
@@ -341,9 +348,9 @@ class OmniGen2TransformerBlock(nn.Module):
         if modulation is None:
             x = x + attended
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        x = torch.addcmul(x, modulation.attention_gate, attended)
+        x = _gated_sum(x, modulation.attention_gate, attended)
         forwarded = self.feed_forward(self.ffn_norm1(x, modulation.forward_scale))
-        return torch.addcmul(x, modulation.forward_gate, self.ffn_norm2(forwarded))
+        return _gated_sum(x, modulation.forward_gate, self.ffn_norm2(forwarded))
 
     def _modulation(self, temb, token_time) -> Modulation:
         scale, gate, forward_scale, forward_gate = self.norm1.linear(nn.functional.silu(temb)).chunk(4, dim=-1)
@@ -397,6 +404,13 @@ class OmniGen2TransformerBlock(nn.Module):
         if tuning == "lora":
             kept += h * compute + 4 * rank * compute
         return kept
+
+
+def _gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + gate * y; without gradients, `y` may be overwritten."""
+    if torch.is_grad_enabled() or y.dtype != x.dtype:
+        return torch.addcmul(x, gate, y)
+    return torch.addcmul(x, gate, y, out=y)
 
 
 class OmniGen2TimeCaptionEmbed(nn.Module):
