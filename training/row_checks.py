@@ -39,7 +39,7 @@ def check_rows(sources: Sequence[Any], max_references: int | None) -> None:
     empty, many = [], []
     for source in sources:
         for ids, texts, counts in _facts(source):
-            empty += [id for id, text in zip(ids, texts, strict=True) if not (text or "").strip()]
+            empty += [id for id, text in zip(ids, texts, strict=True) if _is_empty(text)]
             if max_references is not None:
                 many += [id for id, count in zip(ids, counts, strict=True) if count > max_references]
     if empty:
@@ -73,6 +73,11 @@ def check_stored(sources: Sequence[Any], stored: Container[str], folder: Path, a
             f"{folder} has nothing for {len(missing)} of {len(ids)} rows, for example {missing[0]!r}: run "
             "`echo4o dataset precompute` on all datasets of the run."
         )
+
+
+def _is_empty(text: Any) -> bool:
+    """Whether an instruction is missing. Values of other types than text are named when the row is read."""
+    return text is None or (isinstance(text, str) and not text.strip())
 
 
 def _facts(source: Any) -> Iterator[tuple[list, list, list[int]]]:

@@ -408,7 +408,7 @@ class OmniGen2TransformerBlock(nn.Module):
 
 def _gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x + gate * y; without gradients, `y` may be overwritten."""
-    if torch.is_grad_enabled() or y.dtype != x.dtype:
+    if torch.is_grad_enabled() or not x.dtype == gate.dtype == y.dtype:
         return torch.addcmul(x, gate, y)
     return torch.addcmul(x, gate, y, out=y)
 

@@ -67,6 +67,8 @@ def test_mapped_columns_are_checked_without_reading_images(rows):
             check_rows([mapped.select([0, 2])], 2)
         check_rows([mapped.select([0, 2])], 3)
         check_rows([mapped.select([2])], 1)
+        numbered = other.remove_columns("caption").add_column("caption", [1, 2, 3])
+        check_rows([MappedRows(numbered, RowMapping(data, numbered.column_names))], 3)
 
 
 def other_features() -> Features:
