@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     prompts = chosen_prompts(options.prompts_per_tag)
-    rows = measure(options.model, options.method, prompts, options.seed, options.steps)
+    try:
+        rows = measure(options.model, options.method, prompts, options.seed, options.steps)
+    except (ValueError, FileNotFoundError) as error:  # no such folder, or a package that the method needs
+        parser.error(str(error))
     print(f"{options.model}: {len(prompts)} held-out prompts, {options.steps} updates, seed {options.seed}\n")
     print(table(rows))
 
