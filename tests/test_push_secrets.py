@@ -5,8 +5,10 @@ import gzip
 import io
 import lzma
 import pickle
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -156,23 +158,23 @@ def test_secrets_are_found_in_columns_of_every_type_and_in_metadata(tmp_path):
     assert list(secrets.find_secrets("b.parquet", tmp_path / "b.parquet")) == [("line 1", "a Hugging Face token")]
 
 
-@pytest.mark.parametrize("form", ["stream", "file", "lz4", "damaged"])
+@pytest.mark.parametrize("form", ["stream", "file", "lz4", "headless", "cut"])
 def test_secrets_are_found_in_arrow_files(form, tmp_path):
-    """Of both formats, also compressed; a damaged file is searched as bytes."""
+    """Of both formats, also compressed; the bytes of a damaged file are searched."""
     import pyarrow as pa
 
     secret, path = FAKE["a Hugging Face token"], tmp_path / "data.arrow"
     table = pa.table({"id": ["a", "b"], "text": ["none " * 50, f"{'none ' * 50} {secret} {'none ' * 50}"]})
     table = table.replace_schema_metadata({"note": secret})
     options = pa.ipc.IpcWriteOptions(compression="lz4" if form == "lz4" else None)
-    new = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+    new = pa.ipc.new_stream if form in ("stream", "cut") else pa.ipc.new_file
     with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema, options=options) as writer:
         writer.write_table(table)
-    if form == "damaged":
-        path.write_bytes(path.read_bytes()[8:])
+    if form in ("headless", "cut"):
+        path.write_bytes(path.read_bytes()[8:] if form == "headless" else path.read_bytes()[:-200])
     found = list(secrets.find_secrets("data.arrow", path))
     assert {what for _, what in found} == {"a Hugging Face token"}
-    if form != "damaged":
+    if form not in ("headless", "cut"):
         assert [place for place, _ in found] == ["line 1", "row 1, column text"]
 
 
@@ -203,9 +205,52 @@ def test_secrets_are_found_in_compressed_texts_of_images(chunk, tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": image}]}), tmp_path / "a.parquet")
     assert list(secrets.find_secrets("a.parquet", tmp_path / "a.parquet")) == [("row 0, column image", kind)]
     place = image.index(chunk.encode())
-    damaged = image[: place + 30] + bytes(10) + image[place + 40 :]
-    assert list(secrets.find_secrets("a.png", damaged)) == []
     assert list(secrets.find_secrets("a.png", image[: place + 6])) == []
+
+
+def png_of_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data
+
+
+def test_compressed_texts_are_searched_up_to_a_limit_which_is_named():
+    """Also a colour profile, and what precedes damage."""
+    secret, kind = FAKE["a Hugging Face token"].encode(), "a Hugging Face token"
+    long = "a compressed text that is too long to be searched for secrets"
+
+    def found(*chunks):
+        return [what for _, what in secrets.find_secrets("a.png", png_of_chunks(*chunks))]
+
+    text = zlib.compress(b"none " * 100 + secret + b" none" * 100)
+    assert found((b"iCCP", b"name\0\0" + text)) == [kind]
+    assert found((b"zTXt", b"name\0\0" + text[:-4] + bytes(4))) == [kind]  # a wrong checksum
+    bomb = (b"zTXt", b"name\0\0" + zlib.compress(bytes(3 << 20)))
+    assert found(*[bomb] * 200) == [long]
+    assert found((b"zTXt", b"name\0\0" + zlib.compress(b" " * (3 << 20) + secret))) == [long]
+    many = [(b"zTXt", b"name\0\0" + zlib.compress(bytes(1 << 19)))] * 5
+    assert found(*many) == [long] and found(*many[:3]) == []
+
+
+def test_secrets_are_found_in_arrow_types_of_every_kind_and_in_names(tmp_path):
+    import pyarrow as pa
+
+    secret, kind = FAKE["a Hugging Face token"], "a Hugging Face token"
+    arrays = {
+        "view": pa.array([f"key {secret}"], pa.string_view()),
+        "bytes": pa.array([secret.encode()], pa.binary_view()),
+        "fixed": pa.array([secret.encode()], pa.binary(len(secret))),
+        "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array([f'{{"a": "{secret}"}}'])),
+        secret: pa.array([1]),
+    }
+    for number, (name, array) in enumerate(arrays.items()):
+        path = tmp_path / f"{number}.arrow"
+        table = pa.table({name: array})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        found = list(secrets.find_secrets(path.name, path))
+        assert {what for _, what in found} == {kind}, name
 
 
 def test_secrets_are_found_in_names_and_comments(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image as PILImage
 
 from echo4o.modeling.common.image_files import open_image
@@ -155,6 +156,7 @@ class MappedRows:
         self.dataset, self.mapping = dataset.with_format("arrow"), mapping  # arrow: images stay undecoded
         self.names: list[str] = list(FIELDS)
         self.decode = True
+        self.numbers: list[int] | None = None  # of the rows in the whole dataset; None: all of them, in order
 
     @property
     def column_names(self) -> list[str]:
@@ -181,6 +183,7 @@ class MappedRows:
         """The rows of these numbers."""
         rows = copy.copy(self)
         rows.dataset = self.dataset.select(numbers)
+        rows.numbers = [self._number(number) for number in numbers]
         return rows
 
     def select_columns(self, names: str | Sequence[str]) -> MappedRows:
@@ -188,32 +191,45 @@ class MappedRows:
         rows = copy.copy(self)
         rows.names = [names] if isinstance(names, str) else list(names)
         rows.decode = self.decode and bool({"image", "reference_images"} & set(rows.names))
-        if rows.mapping.names["id"] or "id" not in rows.names:  # without an id column, ids need all others
+        if "id" not in rows.names or None not in self.stored_ids():  # else ids are computed from all columns
             needed = {name.partition(".")[0] for field in rows.names for name in self.mapping.names[field]}
             columns = [name for name in self.dataset.column_names if name in needed]
             rows.dataset = self.dataset.select_columns(columns or self.dataset.column_names[:1])  # one keeps the count
         return rows
 
     def facts(self, rows_at_once: int) -> Iterator[tuple[list, list, list[int]]]:
-        """Ids (or numbers, without an id column), instructions and numbers of references, in batches, from columns.
+        """Ids (or numbers in the dataset, without one), instructions and numbers of references, in batches.
 
-        Images stay on disk. References in fields of a column are not counted.
+        Images stay on disk.
         """
         names, first = self.mapping.names, 0
-        whole = [name for name in names["reference_images"] if name in self.dataset.column_names]
-        wanted = {name.partition(".")[0] for name in (*names["id"], *names["instruction"])} | set(whole)
-        columns = [name for name in self.dataset.column_names if name in wanted]
+        text = names["instruction"][-1]
+        used = {name.partition(".")[0] for name in (*names["id"], text, *names["reference_images"])}
+        columns = [name for name in self.dataset.column_names if name in used]
         batches: Any = self.dataset.select_columns(columns).iter(rows_at_once)
         for batch in batches:
-            rows = batch.drop_columns(whole).to_pylist()
-            values = {
-                field: [[column_value(row, name) for name in names[field]] for row in rows]
-                for field in ("id", "instruction")
-            }
-            ids = [str(id[0]) if id else f"number {first + n}" for n, id in enumerate(values["id"])]
-            counts = [image_counts(batch.column(name)) for name in whole] or [[0] * len(rows)]
-            yield ids, [text[-1] for text in values["instruction"]], [sum(each) for each in zip(*counts, strict=True)]
-            first += len(rows)
+            numbers = range(first, first + len(batch))
+            first += len(batch)
+            counts = np.zeros(len(batch), dtype=int)
+            for name in names["reference_images"]:
+                if name.partition(".")[0] in columns:
+                    counts += image_counts(_field(batch, name))
+            ids = _field(batch, names["id"][0]).to_pylist() if names["id"] else [None] * len(batch)
+            named = [
+                f"number {self._number(n)}" if id is None else str(id) for n, id in zip(numbers, ids, strict=True)
+            ]
+            yield named, _field(batch, text).to_pylist(), counts.tolist()
+
+    def stored_ids(self) -> list[str | None]:
+        """The values of the id column; None where an id is computed from the images."""
+        names = self.mapping.names["id"]
+        if not names:
+            return [None] * len(self)
+        columns: Any = self.dataset.select_columns([names[0].partition(".")[0]])
+        return [None if id is None else str(id) for id in _field(columns[:], names[0]).to_pylist()]
+
+    def _number(self, place: int) -> int:
+        return place if self.numbers is None else self.numbers[place]
 
     def cast_column(self, name: str, feature: Any) -> MappedRows:
         """The same rows with images decoded or not, as `feature` says."""
@@ -223,15 +239,38 @@ class MappedRows:
         return rows
 
 
-def image_counts(column: Any) -> list[int]:
-    """The number of images in every row of an arrow column of lists of images, or of single images."""
+def image_counts(column: Any) -> np.ndarray:
+    """The number of images in every row of an arrow column of images, or of lists of images, also nested."""
     import pyarrow.compute
     import pyarrow.types as types
 
     pc: Any = pyarrow.compute  # its functions are made at import
-    if types.is_list(column.type) or types.is_large_list(column.type):
-        return [n or 0 for n in pc.list_value_length(column).to_pylist()]
-    return [int(valid) for valid in pc.is_valid(column).to_pylist()]
+
+    def counts(array: Any) -> np.ndarray:
+        kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+        if not any(is_kind(array.type) for is_kind in kinds):
+            return array.is_valid().to_numpy(zero_copy_only=False).astype(int)
+        ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))
+        sums = np.concatenate([[0], np.cumsum(counts(array.flatten()))])
+        return sums[ends] - sums[np.concatenate([[0], ends[:-1]])] if len(ends) else ends.astype(int)
+
+    chunks = getattr(column, "chunks", [column])
+    return np.concatenate([counts(chunk) for chunk in chunks]) if chunks else np.zeros(0, dtype=int)
+
+
+def _field(table: Any, name: str) -> Any:
+    """A column of an arrow table, or a field in it; nulls where there is no such field."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute
+    root, *fields = name.split(".")
+    column = table.column(root)
+    for field in fields:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(field) < 0:
+            return pa.nulls(len(table))
+        column = pc.struct_field(column, field)
+    return column
 
 
 def _decoded(image: dict[str, Any] | None) -> PILImage.Image | None:

@@ -410,8 +410,8 @@ def _prompts(data: DataSource, dataset: RowSource) -> MappedRows:
         raise RecipeError(f"data.path={data.path}: prompts are read by row number: set streaming: false.")
     mapping = RowMapping(data, dataset.column_names, targets=False)
     kept = kept_numbers(dataset, data, mapping)
-    rows = MappedRows(dataset if kept is None else dataset.select(kept), mapping)
-    return rows.select_columns([name for name in FIELDS if name != "image"])
+    rows = MappedRows(dataset, mapping)
+    return (rows if kept is None else rows.select(kept)).select_columns([name for name in FIELDS if name != "image"])
 
 
 def _mapped(data: DataSource, dataset: RowSource) -> MappedRows | RowGroups:
@@ -426,7 +426,8 @@ def _mapped(data: DataSource, dataset: RowSource) -> MappedRows | RowGroups:
         return dataset.mapped(mapping, FEATURES)
     assert isinstance(dataset, datasets.Dataset)
     kept = kept_numbers(dataset, data, mapping)
-    return MappedRows(dataset if kept is None else dataset.select(kept), mapping)
+    rows = MappedRows(dataset, mapping)
+    return rows if kept is None else rows.select(kept)
 
 
 def _loaded(data: DataSource) -> datasets.Dataset:

@@ -1,7 +1,7 @@
 """Checks of the rows of a run that need no decoded image, made before the model is loaded or the first step runs."""
 
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from echo4o.training.recipe import RecipeError
 
 _SHOWN = 3  # rows that a message names
 _BATCH = 10_000  # rows read at once; images stay on disk
+_COMPARED = 1000  # rows with the id of another one that are compared before the first step
 
 
 def check_features(sources: Sequence[Any]) -> None:
@@ -53,24 +54,40 @@ def check_rows(sources: Sequence[Any], max_references: int | None) -> None:
         raise RecipeError(f"{_some(many)} more references than the model takes: {max_references} (max_references).")
 
 
-def check_stored(sources: Sequence[Any], stored: Container[str], folder: Path, all_stored: bool) -> None:
-    """Raise RecipeError if the rows cannot be told apart by id in a cache, or if it lacks rows that it must hold.
+def check_stored(
+    sources: Sequence[Any], stored: Container[str], prepare: Callable[[list[dict]], object], folder: Path, whole: bool
+) -> None:
+    """Raise RecipeError if rows that share an id differ from the one in a cache, or if it lacks rows that it must hold.
+
+    Rows of a stream, and those whose id is computed from the images, are checked when they are read.
 
     Args:
-        sources: those of a run; rows of a stream are checked when they are read.
+        sources: those of a run, images not decoded.
         stored: the ids in the cache.
+        prepare: reads rows from the cache and raises ValueError for one that differs.
         folder: of the cache.
-        all_stored: whether every row must be stored.
+        whole: whether every row must be stored.
     """
-    ids = Counter(id for source in sources for id in _ids(source))
-    if twice := [id for id, count in ids.items() if count > 1 and id in stored]:
+    ids = [_ids(source) for source in sources]
+    counts = Counter(id for of_source in ids for id in of_source if id is not None)
+    twice = [
+        (source, number)
+        for source, of_source in zip(sources, ids, strict=True)
+        for number, id in enumerate(of_source)
+        if id is not None and counts[id] > 1 and id in stored
+    ]
+    for source, number in twice[:_COMPARED]:
+        row = source[number]
+        try:
+            prepare([row])
+        except ValueError as error:
+            raise RecipeError(
+                f"The id {row['id']!r} stands in more than one row, and {folder} finds rows by their id ({error}): give "
+                "different rows different ids."
+            ) from error
+    if whole and (missing := [id for id in counts if id not in stored]):
         raise RecipeError(
-            f"The id {twice[0]!r} stands in more than one row ({len(twice)} such ids in all), and {folder} finds rows "
-            "by their id: give every row of every dataset an id of its own."
-        )
-    if all_stored and (missing := [id for id in ids if id not in stored]):
-        raise RecipeError(
-            f"{folder} has nothing for {len(missing)} of {len(ids)} rows, for example {missing[0]!r}: run "
+            f"{folder} has nothing for {len(missing)} of {len(counts)} ids, for example {missing[0]!r}: run "
             "`echo4o dataset precompute` on all datasets of the run."
         )
 
@@ -88,17 +105,17 @@ def _facts(source: Any) -> Iterator[tuple[list, list, list[int]]]:
         columns = [name for name in ("id", "instruction", "reference_images") if name in source.column_names]
         plain: Any = source.select_columns(columns).with_format("arrow")
         for batch in plain.iter(_BATCH):
-            counts = (
-                image_counts(batch.column("reference_images")) if "reference_images" in columns else [0] * len(batch)
-            )
+            counts = [0] * len(batch)
+            if "reference_images" in columns:
+                counts = image_counts(batch.column("reference_images")).tolist()
             yield batch.column("id").to_pylist(), batch.column("instruction").to_pylist(), counts
 
 
-def _ids(source: Any) -> Sequence[str]:
-    """The ids of a dataset; none of a stream, or where an id is computed from the images."""
-    if isinstance(source, datasets.Dataset) or (isinstance(source, MappedRows) and source.mapping.names["id"]):
-        return source["id"]
-    return ()
+def _ids(source: Any) -> Sequence[str | None]:
+    """The ids of a dataset, None where one is computed from the images; none of a stream."""
+    if isinstance(source, MappedRows):
+        return source.stored_ids()
+    return source["id"] if isinstance(source, datasets.Dataset) else ()
 
 
 def _some(ids: list) -> str:

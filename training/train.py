@@ -110,20 +110,7 @@ class Trainer:
         with hidden_buffers(accelerator, trained):
             self.model, *self.optimizers = accelerator.prepare(trained, *self.optimizers)
         self.average = MovingAverage(self.model, recipe.ema.decay, recipe.ema.copy_first) if recipe.ema else None
-        source: RowPreparation = self.backbone
-        if recipe.resolution is not None:
-            source = ResizedRows(self.backbone, recipe.resolution)
-        if recipe.latents is not None:
-            source = CachedBackbone(self.backbone, recipe.latents)
-            check_stored(sources, source.cache, recipe.latents, all_stored=False)
-        if recipe.distill is not None:
-            source = DistilledRows(self.backbone, recipe)
-            check_stored(sources, source.cache, source.folder, all_stored=True)
-        if recipe.latents is not None or recipe.distill is not None:
-            sources = [undecoded(rows) for rows in sources]
-        else:
-            source = DecodedRows(source)
-            sources = [rows if is_mapped(rows) else undecoded(rows) for rows in sources]
+        source, sources = self._row_preparation(sources)
         self.batches = self._batches(sources, source)
         self.images = SampleImages(recipe, accelerator, self.pipeline, validation_rows) if recipe.images else None
         self.spikes = SpikeFilter(recipe.optimizer.skip_above) if recipe.optimizer.skip_above else None
@@ -143,6 +130,22 @@ class Trainer:
             return load_backbone(self.recipe, empty=not loads_weights(self.accelerator))
         cast(pipeline, torch.float32)
         return backbone_class(self.recipe.backbone)(pipeline, self.recipe)
+
+    def _row_preparation(self, sources: list) -> tuple[RowPreparation, list]:
+        """What prepares the rows, and the sources with images as it reads them."""
+        recipe, cached = self.recipe, None
+        if recipe.latents is not None:
+            cached = CachedBackbone(self.backbone, recipe.latents)
+        if recipe.distill is not None:
+            cached = DistilledRows(self.backbone, recipe)
+        if cached is not None:
+            sources = [undecoded(rows) for rows in sources]
+            check_stored(sources, cached.cache, cached.prepare, cached.cache.folder, whole=recipe.distill is not None)
+            return cached, sources
+        source: RowPreparation = self.backbone
+        if recipe.resolution is not None:
+            source = ResizedRows(self.backbone, recipe.resolution)
+        return DecodedRows(source), [rows if is_mapped(rows) else undecoded(rows) for rows in sources]
 
     def _move_frozen_components(self) -> None:
         """Move the components that only encode rows to the device of the trained ones, without gradients."""

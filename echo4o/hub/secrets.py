@@ -20,7 +20,7 @@ _CHUNK = 1 << 22
 _LONGEST = 4096  # bytes of the longest secret; consecutive chunks overlap by this
 _MAX_DEPTH = 4  # archives within archives
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT = 1 << 24  # bytes of a compressed text that are read
+_PNG_TEXT = 1 << 21  # bytes of all compressed texts of an image that are read
 _SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
     "an OpenAI or similar API key": rb"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
@@ -36,6 +36,7 @@ _SECRETS = {
 }
 _SECRET = re.compile(b"|".join(b"(%s)" % pattern for pattern in _SECRETS.values()))
 _ENCRYPTED = "an encrypted file, which cannot be searched for secrets"
+_LONG = "a compressed text that is too long to be searched for secrets"
 _CLOSED = "an archive of a kind that cannot be searched for secrets"
 _CLOSED_KINDS = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x28\xb5\x2f\xfd")  # 7z, rar, zstd
 _BROKEN = (
@@ -51,7 +52,7 @@ def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
     if isinstance(source, bytes):
         yield from _in_stream(io.BytesIO(source))
     elif name.endswith((".parquet", ".arrow")):
-        yield from _in_table(source)
+        yield from _in_table(source, Path(name).suffix)
     elif name.endswith(".safetensors"):
         yield from _in_chunks([_safetensors_header(source)])
     else:
@@ -60,9 +61,8 @@ def find_secrets(name: str, source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
-    for text in _png_texts(stream):
-        for _, what in _in_chunks([text]):
-            yield "a compressed text", what
+    for what in _in_png_texts(stream):
+        yield "a compressed text", what
     if depth < _MAX_DEPTH and (kind := _archive_kind(stream)):
         try:
             for member, content in _members(kind, stream):
@@ -82,26 +82,49 @@ def _in_stream(stream: BinaryIO, depth: int = 0) -> Iterator[tuple[str, str]]:
     yield from _in_chunks(chain([first], iter(lambda: stream.read(_CHUNK), b"")))
 
 
-def _png_texts(stream: BinaryIO) -> Iterator[bytes]:
-    """The decompressed texts (chunks zTXt and iTXt) of a PNG image; nothing for other files."""
+def _in_png_texts(stream: BinaryIO) -> Iterator[str]:
+    """The kinds of secrets in the compressed chunks (texts, color profile) of a PNG image; nothing for other files."""
     if stream.read(8) == _PNG:
+        room = _PNG_TEXT
         while len(head := stream.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind not in (b"zTXt", b"iTXt") or length > _PNG_TEXT:
+            if kind not in (b"zTXt", b"iTXt", b"iCCP"):
                 stream.seek(length + 4, io.SEEK_CUR)
                 continue
-            chunk = stream.read(length)
-            stream.seek(4, io.SEEK_CUR)  # checksum
-            _, _, rest = chunk.partition(b"\0")  # after the keyword
-            if kind == b"iTXt":  # compressed or not, method, language, translated keyword
-                rest = rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""
-            else:
-                rest = rest[1:]
-            try:
-                yield zlib.decompressobj().decompress(rest, _PNG_TEXT) if rest else b""
-            except zlib.error:  # damaged; its bytes are searched as they are
-                pass
+            chunk = stream.read(min(length, _PNG_TEXT))
+            stream.seek(length - len(chunk) + 4, io.SEEK_CUR)  # to behind the checksum
+            text = _decompressed(_compressed_part(kind, chunk), room + 1)
+            room -= len(text)
+            if match := _SECRET.search(text):
+                yield _name_of(match)
+            if room < 0 or length > _PNG_TEXT:
+                yield _LONG
+                break
     stream.seek(0)
+
+
+def _compressed_part(kind: bytes, chunk: bytes) -> bytes:
+    """What a chunk compresses: after the keyword and a byte for the method; of an iTXt chunk, after its languages."""
+    _, _, rest = chunk.partition(b"\0")
+    if kind != b"iTXt":
+        return rest[1:]
+    return rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""
+
+
+def _decompressed(data: bytes, most: int) -> bytes:
+    """At most so many decompressed bytes; of damaged data those before the damage."""
+    engine, text = zlib.decompressobj(-15), bytearray()  # without the checksum at the end, which may be wrong
+    data = data[2:]  # the header
+    try:
+        while not engine.eof and len(text) < most:
+            part = engine.decompress(data, min(1 << 16, most - len(text)))
+            data = engine.unconsumed_tail
+            if not part and not data:
+                break
+            text += part
+    except zlib.error:
+        pass
+    return bytes(text)
 
 
 def _archive_kind(stream: BinaryIO) -> str | None:
@@ -177,35 +200,46 @@ def _name_of(match: re.Match[bytes]) -> str:
     return next(name for name, found in zip(_SECRETS, match.groups()) if found is not None)
 
 
-def _in_table(path: Path) -> Iterator[tuple[str, str]]:
-    """Searches texts and bytes in all columns, and the metadata; their bytes in the file are compressed."""
+def _in_table(path: Path, suffix: str) -> Iterator[tuple[str, str]]:
+    """Searches texts and bytes in all columns, and the metadata; their bytes in the file may be compressed.
+
+    The bytes of the file are searched, too, if that finds nothing: they hold the names of columns, and values of types
+    that are not searched, and all that is readable of a damaged file.
+    """
     import pyarrow as pa
 
+    found = False
     try:
         with ExitStack() as opened:
-            metadata, batches = _open_table(path, opened)
+            metadata, batches = _open_table(path, suffix, opened)
             for key, value in metadata.items():
                 if key != b"ARROW:schema":  # the other entries again, in base64
-                    yield from _in_chunks([value])
+                    for place in _in_chunks([value]):
+                        found = True
+                        yield place
             row = 0
-            for batch in batches:
+            for batch in (part.slice(first, 100) for part in batches for first in range(0, len(part), 100)):
                 for column, values in zip(batch.schema.names, batch.columns):
-                    if not _match_in(values):
+                    if not _kind_in_array(values):
                         continue
                     for number in range(len(batch)):
-                        if match := _match_in(values.slice(number, 1)):
-                            yield f"row {row + number}, column {column}", _name_of(match)
+                        if kind := _kind_in_array(values.slice(number, 1)):
+                            found = True
+                            yield f"row {row + number}, column {column}", kind
                 row += len(batch)
-    except pa.ArrowInvalid:  # not such a file, or damaged; validating it is not the task of this module
-        yield from _in_chunks([path.read_bytes()])
+    except (pa.ArrowException, OSError):  # damaged; validating it is not the task of this module
+        found = False
+    if not found:
+        with open(path, "rb") as stream:
+            yield from _in_stream(stream)
 
 
-def _open_table(path: Path, opened: ExitStack) -> tuple[dict[bytes, bytes], Iterable[Any]]:
+def _open_table(path: Path, suffix: str, opened: ExitStack) -> tuple[dict[bytes, bytes], Iterable[Any]]:
     """Metadata and batches of a Parquet file, or of an Arrow file in either of its formats."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         parquet = opened.enter_context(pq.ParquetFile(path))
         return parquet.metadata.metadata or {}, parquet.iter_batches(batch_size=100)
     source = opened.enter_context(pa.memory_map(str(path)))
@@ -217,33 +251,46 @@ def _open_table(path: Path, opened: ExitStack) -> tuple[dict[bytes, bytes], Iter
     return stream.schema.metadata or {}, stream
 
 
-def _search(value: bytes) -> re.Match[bytes] | None:
-    return _SECRET.search(value) or next(filter(None, map(_SECRET.search, _png_texts(io.BytesIO(value)))), None)
-
-
-def _match_in(array: Any) -> re.Match[bytes] | None:
-    """The first secret among the texts and bytes in an Arrow array of any type."""
+def _kind_in_array(array: Any) -> str | None:
+    """The kind of the first secret among the texts and bytes in an Arrow array."""
     import pyarrow as pa
 
     kind, types = array.type, pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _kind_in_array(array.storage)
     if types.is_dictionary(kind):
-        return _match_in(array.dictionary_decode())
+        return _kind_in_array(array.dictionary_decode())
     if types.is_struct(kind):
-        return next(filter(None, map(_match_in, array.flatten())), None)
+        return next(filter(None, map(_kind_in_array, array.flatten())), None)
     if types.is_map(kind):  # keys and items are those of the array that this one is a slice of
         first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        return next(
-            filter(None, (_match_in(part.slice(first, last - first)) for part in (array.keys, array.items))), None
-        )
-    if any(is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
-        return _match_in(array.flatten())
-    if types.is_string(kind) or types.is_large_string(kind):
-        texts = (value.encode("utf-8", "replace") for value in array.to_pylist() if value)
-    elif types.is_binary(kind) or types.is_large_binary(kind):
-        texts = (value for value in array.to_pylist() if value)
+        parts = (part.slice(first, last - first) for part in (array.keys, array.items))
+        return next(filter(None, map(_kind_in_array, parts)), None)
+    lists = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    if any(is_kind(kind) for is_kind in lists):
+        return _kind_in_array(array.flatten())
+    if any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view)):
+        values = (value.encode("utf-8", "replace") for value in array.to_pylist() if value)
+    elif any(
+        is_kind(kind)
+        for is_kind in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    ):
+        values = (value for value in array.to_pylist() if value)
     else:
         return None
-    return next(filter(None, map(_search, texts)), None)
+    return next(filter(None, map(_kind_in_value, values)), None)
+
+
+def _kind_in_value(value: bytes) -> str | None:
+    if match := _SECRET.search(value):
+        return _name_of(match)
+    return next(_in_png_texts(io.BytesIO(value)), None)
 
 
 def _safetensors_header(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import AutoTokenizer
 
@@ -109,7 +110,7 @@ def _clean_rows(out: Path, seed: int, without: str | None):
     return read_upstream(out / "upstream", out / "dataset", out / "cache")
 
 
-def _loose_rows(recipe):
+def _loose_rows(recipe) -> Dataset:
     """Returns new rows like those of the base model, one for each sample of the training."""
     return training_dataset(imperfect_rows(recipe.steps * recipe.batch_size, recipe.seed + 1000))
 

@@ -120,10 +120,11 @@ def of_free_objects(out: Path) -> Experiment:
 
         return Dataset.from_list([{"id": f"single-{i}", "instruction": p.text} for i, p in enumerate(prompts)])
 
-    return Experiment(free_objects_model(out), out, rows, prompts, FREE_STUDENTS, images_per_prompt=20, batch_size=16)
+    model = out / "teacher" / "pipeline"
+    return Experiment(model, out, rows, prompts, FREE_STUDENTS, images_per_prompt=20, batch_size=16)
 
 
-def free_objects_model(out: Path) -> Path:
+def train_free_objects_model(out: Path) -> Path:
     """Fine-tune the base on single objects in any cell, or return the folder of the model that is there."""
     run = out / "teacher"
     if (run / "pipeline").is_dir():
@@ -137,6 +138,7 @@ def free_objects_model(out: Path) -> Path:
         row = {"id": f"free-{number}", "instruction": prompt.text, "reference_images": [], "image": image}
         rows.append(row | {"answer": None})
     settings = {"output_dir": str(run), "steps": FREE_STEPS, "batch_size": batch, "validation": None}
+    settings |= {"checkpoints": {"every": 100}, "resume": True}
     pipeline = pipeline_class(BASE).from_pretrained(BASE, dtype=torch.float32)
     return (
         Trainer(load_recipe(bundled_recipe("quickstart_cpu"), settings), pipeline, training_dataset(rows))
@@ -322,4 +324,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(run(of_quickstart(given.quickstart, given.out / "quickstart"), (4, 2, 1)))
+    train_free_objects_model(given.out / "free")
     print(run(of_free_objects(given.out / "free"), (4, 2, 1)))

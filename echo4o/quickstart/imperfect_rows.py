@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset
 
 from echo4o.evaluation.benchmarks.shapes4o.grammar import (
     PARTS,
@@ -59,10 +60,8 @@ def imperfect_rows(number: int, seed: int) -> list[dict]:
     return [{"id": f"imperfect-{seed}-{i}"} | _row(_KINDS[i % len(_KINDS)], rng) for i in range(number)]
 
 
-def training_dataset(rows: list[dict]):
-    """The rows as a `datasets.Dataset` that the trainer reads."""
-    from datasets import Dataset
-
+def training_dataset(rows: list[dict]) -> Dataset:
+    """The rows as the trainer reads them."""
     from echo4o.training.columns import FEATURES
 
     return Dataset.from_list(rows, features=FEATURES)

@@ -192,10 +192,11 @@ class ScaledRMSNorm(nn.RMSNorm):
             scale: (1, D) or one row per token.
         """
         weight = self.weight
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        is_float32 = x.dtype == torch.float32 and weight.dtype == torch.float32
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not is_float32:
             normalized = super().forward(x)
             return normalized if scale is None else normalized * scale
-        # On a CPU, torch makes a norm of five passes over memory. These are three, and the scale costs none.
+        # torch's RMS norm takes five passes over memory on a CPU; this takes three, and the scale adds none.
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return torch.mul(x, mean.add_(self.eps).rsqrt_()).mul_(weight if scale is None else weight * scale)
 
@@ -297,6 +298,7 @@ class OmniGen2TransformerBlock(nn.Module):
     """Attention and feed-forward with norms before and after each.
 
     With `time_size`, the time embedding scales the inputs and gates the outputs of both; without it, nothing does.
+    Without gradients, the results of norms and of the inner projections are overwritten: hooks must copy what they keep.
     """
 
     norm1: Any  # ScaledRMSNorm or OmniGen2ModulatedNorm

@@ -130,6 +130,11 @@ def test_all_component_files_hold_the_same_code():
             assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(transformer_bagel, name)), (
                 file
             )
+        models = [c for c in vars(module).values() if isinstance(c, type) and vars(c).get("_auto_class")]
+        assert len(models) == 1, file
+        assert inspect.getsource(models[0].extract_init_dict) == inspect.getsource(
+            BagelTransformer2DModel.extract_init_dict
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

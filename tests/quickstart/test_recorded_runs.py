@@ -45,7 +45,7 @@ def test_an_experiment_is_measured_and_recorded(tmp_path, name, monkeypatch):
 @pytest.mark.long
 def test_the_teacher_of_free_objects_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(few_steps, "FREE_STEPS", 16)
-    folder = few_steps.free_objects_model(tmp_path)
+    folder = few_steps.train_free_objects_model(tmp_path)
     assert (folder / "model_index.json").is_file()
     monkeypatch.setattr(few_steps, "Trainer", None)
-    assert few_steps.free_objects_model(tmp_path) == folder
+    assert few_steps.train_free_objects_model(tmp_path) == folder

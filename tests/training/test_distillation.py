@@ -279,7 +279,7 @@ def test_other_prompts_under_the_same_id_are_refused(distill_file, tmp_path, cap
     assert "has other references than when" in error_of(capsys)
     prompt_rows(8).save_to_disk(tmp_path / "more")
     assert train_here(distill_file("more", data={"path": str(tmp_path / "more")}, batch_size=8)) == 2
-    assert "has nothing for 2 of 8 rows, for example " in error_of(capsys)
+    assert "has nothing for 2 of 8 ids, for example " in error_of(capsys)
 
 
 def test_a_cache_is_not_mistaken_for_trajectories_nor_the_other_way(
