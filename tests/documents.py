@@ -7,7 +7,7 @@ A bash or python block has a mark right above it:
     <!-- not run: needs a GPU -->        it is not, and why
 
 A guide is run from top to bottom in one folder that holds what a reader has at hand: BAGEL-7B-MoT (tiny), Echo-4o-Image
-(small), and whatever the guide's first line names, made from these: <!-- tests start with: echo-4o echo-4o-image -->
+(small), and whatever a line of the guide names, made from these: <!-- tests start with: echo-4o echo-4o-image -->
 """
 
 import re
@@ -22,7 +22,7 @@ CHECKPOINT = ROOT / "tests" / "parity" / "golden" / "checkpoint"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 EXAMPLE = re.compile(r"^<!-- test -->\n```(bash|python)\n(.*?)^```$", re.M | re.S)
 _MARKED = re.compile(r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-_START = re.compile(r"\A<!-- tests start with: (.*) -->\n")
+_START = re.compile(r"^<!-- tests start with: (.*) -->$", re.M)
 
 
 @dataclass
@@ -52,7 +52,7 @@ def blocks(document: Path) -> list[Block]:
 
 
 def starts_with(document: Path) -> list[str]:
-    found = _START.match(document.read_text("utf-8"))
+    found = _START.search(document.read_text("utf-8"))
     return found[1].split() if found else []
 
 
