@@ -192,7 +192,7 @@ def png_with(chunk: str, secret: str) -> bytes:
 
 @pytest.mark.parametrize("chunk", ["zTXt", "iTXt"])
 def test_secrets_are_found_in_compressed_texts_of_images(chunk, tmp_path):
-    """In a file, in an archive and in a row; a damaged text is no error."""
+    """In a file, in an archive and in a row; a truncated image raises no error."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 from PIL import Image as PILImage
 
 from echo4o.modeling.common.image_files import open_image
@@ -30,6 +32,7 @@ FEATURES = datasets.Features(
     {name: datasets.Value("string") for name in ("id", "instruction", "answer")}
     | {"reference_images": datasets.List(datasets.Image()), "image": datasets.Image()}
 )
+pc: Any = pyarrow.compute  # its functions are made at import
 URL_SECONDS, URL_BYTES = 30, 100_000_000  # limits of one download
 
 
@@ -241,12 +244,9 @@ class MappedRows:
 
 def image_counts(column: Any) -> np.ndarray:
     """The number of images in every row of an arrow column of images, or of lists of images, also nested."""
-    import pyarrow.compute
-    import pyarrow.types as types
-
-    pc: Any = pyarrow.compute  # its functions are made at import
 
     def counts(array: Any) -> np.ndarray:
+        types = pa.types
         kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
         if not any(is_kind(array.type) for is_kind in kinds):
             return array.is_valid().to_numpy(zero_copy_only=False).astype(int)
@@ -259,11 +259,7 @@ def image_counts(column: Any) -> np.ndarray:
 
 
 def _field(table: Any, name: str) -> Any:
-    """A column of an arrow table, or a field in it; nulls where there is no such field."""
-    import pyarrow as pa
-    import pyarrow.compute
-
-    pc: Any = pyarrow.compute
+    """A column of an arrow table, or a field in it; nulls if the field does not exist."""
     root, *fields = name.split(".")
     column = table.column(root)
     for field in fields:

@@ -283,7 +283,7 @@ class TrainingRecipe(Section):
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list), Field(min_length=1)]
     mixing: Literal["draws", "epochs"] = "draws"  # weights are shares of the samples, or of each dataset's epochs
     on_bad_row: Literal["stop", "skip"] = "stop"  # skip: the next row takes the place of one that cannot train
-    max_bad: int = Field(default=100, ge=0)  # unreadable rows (of one process) that are skipped before the run stops
+    max_bad: int = Field(default=100, ge=0)  # rows (of one process) that are skipped before the run stops
     resolution: ResolutionSettings | None = None
     tune: FullTuning | LoraTuning
     objective: Section

@@ -1,4 +1,8 @@
-"""Finds what looks like a secret in files: text of any Unicode encoding, rows of Parquet and Arrow files, safetensors headers, archives, compressed texts of PNG images."""
+"""Finds what looks like a secret in files.
+
+Text of any Unicode encoding, rows of Parquet and Arrow files, safetensors headers, archives, and compressed texts of PNG
+images are searched.
+"""
 
 import bz2
 import gzip
@@ -201,37 +205,40 @@ def _name_of(match: re.Match[bytes]) -> str:
 
 
 def _in_table(path: Path, suffix: str) -> Iterator[tuple[str, str]]:
-    """Searches texts and bytes in all columns, and the metadata; their bytes in the file may be compressed.
+    """Searches the values of a table and, if they hold no secret, the bytes of the file.
 
-    The bytes of the file are searched, too, if that finds nothing: they hold the names of columns, and values of types
-    that are not searched, and all that is readable of a damaged file.
+    The bytes hold the names of columns, values of types that are not searched, and what is left of a damaged file.
     """
     import pyarrow as pa
 
-    found = False
+    found = []
     try:
-        with ExitStack() as opened:
-            metadata, batches = _open_table(path, suffix, opened)
-            for key, value in metadata.items():
-                if key != b"ARROW:schema":  # the other entries again, in base64
-                    for place in _in_chunks([value]):
-                        found = True
-                        yield place
-            row = 0
-            for batch in (part.slice(first, 100) for part in batches for first in range(0, len(part), 100)):
-                for column, values in zip(batch.schema.names, batch.columns):
-                    if not _kind_in_array(values):
-                        continue
-                    for number in range(len(batch)):
-                        if kind := _kind_in_array(values.slice(number, 1)):
-                            found = True
-                            yield f"row {row + number}, column {column}", kind
-                row += len(batch)
+        for place in _in_columns(path, suffix):
+            found.append(place)
     except (pa.ArrowException, OSError):  # damaged; validating it is not the task of this module
-        found = False
+        pass
+    yield from found
     if not found:
         with open(path, "rb") as stream:
             yield from _in_stream(stream)
+
+
+def _in_columns(path: Path, suffix: str) -> Iterator[tuple[str, str]]:
+    """Searches texts and bytes in all columns, and the metadata; their bytes in the file may be compressed."""
+    with ExitStack() as opened:
+        metadata, batches = _open_table(path, suffix, opened)
+        for key, value in metadata.items():
+            if key != b"ARROW:schema":  # the other entries again, in base64
+                yield from _in_chunks([value])
+        row = 0
+        for batch in (part.slice(first, 100) for part in batches for first in range(0, len(part), 100)):
+            for column, values in zip(batch.schema.names, batch.columns):
+                if not _kind_in_array(values):
+                    continue
+                for number in range(len(batch)):
+                    if kind := _kind_in_array(values.slice(number, 1)):
+                        yield f"row {row + number}, column {column}", kind
+            row += len(batch)
 
 
 def _open_table(path: Path, suffix: str, opened: ExitStack) -> tuple[dict[bytes, bytes], Iterable[Any]]:
