@@ -140,11 +140,8 @@ def train_free_objects_model(out: Path) -> Path:
     settings = {"output_dir": str(run), "steps": FREE_STEPS, "batch_size": batch, "validation": None}
     settings |= {"checkpoints": {"every": 100}, "resume": True}
     pipeline = pipeline_class(BASE).from_pretrained(BASE, dtype=torch.float32)
-    return (
-        Trainer(load_recipe(bundled_recipe("quickstart_cpu"), settings), pipeline, training_dataset(rows))
-        .run()
-        .pipeline_dir
-    )
+    recipe = load_recipe(bundled_recipe("quickstart_cpu"), settings)
+    return Trainer(recipe, pipeline, training_dataset(rows)).run().pipeline_dir
 
 
 # --- making the adapters --------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def write_report(
 
 
 def loss_curve(log: list[dict], validations: Sequence[ValidationResult] = (), window: int = 25) -> str:
-    """Returns an SVG plot of the loss over samples: every step, the mean over `window` steps, and the validations by noise level."""
+    """Returns an SVG plot of the loss over samples: every step, the mean over `window` steps, validations by noise level."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     samples = np.array([entry["samples"] for entry in log])
